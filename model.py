@@ -1,0 +1,491 @@
+"""Modality Forcing (arXiv 2606.13676): the mathematics, the network and the sampler.
+
+One diffusion transformer learns p(image, depth | text). Every modality has its own noise level t: t = 0 is clean, so it
+conditions; t = 1 is pure noise, so it is generated; anything between is a partly trusted hint. Nothing below asks which
+modality it is looking at: a modality is an entry in a list, and everything loops over the entries.
+
+References:
+  Modality Forcing               https://arxiv.org/abs/2606.13676   sections and equations cited below
+  x-prediction on pixels (JiT)   https://arxiv.org/abs/2511.13720
+  DiT, adaLN-zero                https://arxiv.org/abs/2212.09748
+  mip-NeRF 360 contraction       https://arxiv.org/abs/2111.12077
+
+Shapes: B batch, C channels, H W image, P patch, N tokens, D width, L bytes of text. Dictionaries are keyed by modality
+name.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+# ---- Flow matching (Sec. 3.1, Eq. 5-7): t = 0 is clean, t = 1 is noise ----
+
+MU, SIGMA = 1.1, 1.0  # shift and spread of both timestep distributions and of the sampling grid (Sec. 3.2)
+T_MIN = 0.05  # the loss divides by max(t, T_MIN), as the released code does
+
+
+def per_sample(t):
+    """(B,) -> (B, 1, 1, 1), to scale images."""
+    return t.view(-1, 1, 1, 1)
+
+
+def corrupt(x0, noise, t, valid=None):
+    """Interpolant of Eq. 5, x_t = (1 - t) x0 + t noise; noise alone where a pixel is missing, whatever t is (Sec. 3.2).
+
+    x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool or None when every pixel is known. Returns (B, C,
+    H, W). What x0 holds in missing pixels (NaN included) never reaches the result.
+    """
+    x_t = torch.lerp(x0, noise, per_sample(t))
+    return x_t if valid is None else torch.where(valid, x_t, noise)
+
+
+def velocity_loss(x0_hat, x0, t, valid=None, weight=None):
+    """Eq. 7: || (x0_hat - x_t) / t - (x0 - noise) ||^2, which is || x0_hat - x0 ||^2 / t^2, with t clamped at T_MIN.
+
+    x0_hat, x0 (B, C, H, W); t (B,); valid (B, 1, H, W) bool or None; weight (B,) or None scales each sample (Eq. 8).
+    Returns (total, count): the summed loss, and how many values it sums over. A sample held clean (t = 0) and a missing
+    pixel add to neither. The loss is total / count with both summed over the whole global batch.
+    """
+    counts = per_sample(t > 0) if valid is None else valid & per_sample(t > 0)
+    counts = counts.expand_as(x0)
+    error = torch.where(counts, x0_hat.float() - x0, 0.0).square() / per_sample(t.clamp(min=T_MIN)) ** 2
+    if weight is not None:
+        error = error * per_sample(weight)
+    return error.sum(), counts.sum()
+
+
+# ---- Noise levels (Sec. 3.2) ----
+
+
+def logit_normal(u):
+    """Quantile function of the shifted logit-normal: u in (0, 1) -> t = sigmoid(MU + SIGMA * PhiInv(u)), any shape."""
+    return torch.sigmoid(MU + SIGMA * torch.special.ndtri(u))
+
+
+def plateau_constants():
+    """Mode t*, its mass F = CDF(t*), its density p = pdf(t*), and the norm Z of the plateau logit-normal, as floats."""
+    low, high = 0.0, 1.0
+    for _ in range(60):  # bisection on logit(t) - MU = SIGMA^2 (2 t - 1)
+        mode = (low + high) / 2
+        below = math.log(mode / (1 - mode)) - MU < SIGMA**2 * (2 * mode - 1)
+        low, high = (mode, high) if below else (low, mode)
+    z = (math.log(mode / (1 - mode)) - MU) / SIGMA
+    mass = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    density = math.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * SIGMA * mode * (1 - mode))
+    return mode, mass, density, mass + (1 - mode) * density
+
+
+def plateau_logit_normal(u):
+    """Quantile function of the logit-normal that keeps its mode's density up to t = 1: u in (0, 1) -> t, any shape."""
+    mode, mass, density, norm = plateau_constants()
+    u = u * norm
+    return torch.where(u < mass, logit_normal(u.clamp(max=mass)), mode + (u - mass) / density)
+
+
+TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}
+
+
+def draw_noise_levels(modalities, batch, generator=None, device="cpu", present=None):
+    """One noise level per sample and modality: the training modes of Sec. 3.2.
+
+    With probability m.p_clean modality m is held at t = 0 (it conditions); otherwise, and for every other modality, t
+    is drawn from m.timesteps, independently. A modality without any valid pixel (present[m] (B,) bool is False) is pure
+    noise, so t = 1, and nothing is held clean in a sample where no other modality is left to learn from. Returns (t,
+    held): t {m: (B,)}, held (B,) the index of the modality held clean, or -1.
+    """
+    rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    bounds = torch.tensor([m.p_clean for m in modalities], device=device).cumsum(0)
+    held = torch.searchsorted(bounds, rand(batch), right=True)
+    held = torch.where(held < len(modalities), held, -1)
+    everywhere = torch.ones(batch, dtype=torch.bool, device=device)
+    present = torch.stack([(present or {}).get(m.name, everywhere) for m in modalities]).long()
+    learns = present.sum(0) - torch.where(held >= 0, present.gather(0, held.clamp(min=0)[None])[0], 0) > 0
+    held = torch.where(learns, held, -1)
+    t = {}
+    for i, m in enumerate(modalities):
+        drawn = TIMESTEPS[m.timesteps](rand(batch).clamp(1e-6, 1 - 1e-6))
+        t[m.name] = torch.where(present[i] > 0, torch.where(held == i, 0.0, drawn), 1.0)
+    return t, held
+
+
+def sampling_grid(steps):
+    """steps + 1 noise levels from 1 to 0, float64: linear t through t' = e^MU / (e^MU + (1/t - 1)^SIGMA) (Sec. 3.2)."""
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return 1 / (1 + (1 / t - 1) ** SIGMA / math.exp(MU))
+
+
+def warp(t, log2_alpha):
+    """Trajectory of Sec. 4.2: f_alpha(t) = alpha t / (1 + (alpha - 1) t). t in [0, 1]; log2_alpha > 0 lags behind t."""
+    alpha = 2.0**log2_alpha
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+# ---- Depth as pixels (Sec. 3.2) ----
+
+
+def contract(z):
+    """mip-NeRF 360 contraction of z >= 0 into [0, 2): z up to 1, then 2 - 1/z."""
+    return torch.where(z <= 1, z, 2 - 1 / z.clamp(min=1))
+
+
+def uncontract(d):
+    """Inverse of contract: [0, 2) -> [0, inf). A prediction outside that range is clamped to [0, 1.999]."""
+    d = d.clamp(0, 1.999)
+    return torch.where(d <= 1, d, 1 / (2 - d.clamp(min=1)))
+
+
+def normalize_depth(depth, valid):
+    """Depth in any unit (B, 1, H, W), valid (B, 1, H, W) bool -> divided by the mean over its valid pixels, contracted.
+
+    Missing pixels become 0, and so does a wholly missing map. The scale is gone: what a model predicts is relative.
+    """
+    depth = torch.where(valid, depth, 0.0)
+    mean = depth.sum((1, 2, 3), keepdim=True) / valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    return contract(depth / mean.clamp(min=1e-12))
+
+
+ENCODINGS = {"plain": (lambda x, valid: x, lambda x: x), "relative depth": (normalize_depth, uncontract)}
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One entry of the list that the network, the losses and the sampler loop over. The first is the pretrained one."""
+
+    name: str
+    channels: int
+    patch: int = 4
+    """Side of a token in pixels. All modalities of a model cover the image with the same grid of tokens."""
+    decoder_depth: int = 0
+    """Self-attention blocks over this modality's tokens alone, before its final layer (the detokenizer of Sec. 3.2)."""
+    timesteps: str = "logit-normal"
+    """Key of TIMESTEPS: the distribution of its training noise levels."""
+    p_clean: float = 0.2
+    """Probability that a training sample holds this modality clean, as the condition of the others."""
+    encoding: str = "plain"
+    """Key of ENCODINGS: how stored values become the values that are diffused, and back."""
+
+    def encode(self, x, valid=None):
+        """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> values the network diffuses, same shape."""
+        return ENCODINGS[self.encoding][0](x, valid)
+
+    def decode(self, x0):
+        """Inverse of encode, up to what the encoding gives up (depth: its scale)."""
+        return ENCODINGS[self.encoding][1](x0)
+
+
+RGB = Modality("rgb", channels=3)
+DEPTH = Modality("depth", channels=1, decoder_depth=4, timesteps="plateau", encoding="relative depth")
+
+
+# ---- Network (Sec. 4.1) ----
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything needed to rebuild a network; travels inside checkpoints."""
+
+    width: int
+    depth: int
+    head: int
+    """Channels of an attention head; width / head query heads, a quarter as many key/value heads."""
+    patch: int
+    size: int
+    """Default side of the images in pixels. Any height and width that the patch divides works at call time."""
+    decoder_depth: int = 4
+    text_length: int = 128
+    """Bytes of caption, TEXT_PATCH to a token."""
+    modalities: tuple = (RGB,)
+
+    def __post_init__(self):
+        entries = (m if isinstance(m, Modality) else Modality(**m) for m in self.modalities)
+        object.__setattr__(self, "modalities", tuple(entries))
+
+    def with_modalities(self, *entries):
+        """This network over the given entries, their patch and detokenizer depth set to the preset's."""
+        fit = [replace(m, patch=self.patch, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
+        return replace(self, modalities=tuple(fit))
+
+
+PRESETS = {
+    "nano": Config(width=128, depth=6, head=32, patch=4, size=32, decoder_depth=1),
+    "tiny": Config(width=256, depth=10, head=64, patch=4, size=64, decoder_depth=2),
+    "small": Config(width=512, depth=14, head=64, patch=8, size=128, decoder_depth=2, text_length=256),
+    "370m": Config(width=1024, depth=30, head=64, patch=16, size=256, text_length=512),
+    "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
+    "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
+}
+TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, D), through sinusoids of 1000 t."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        half = self.frequencies // 2
+        rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        angles = 1000 * t.float()[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+def rope_angles(ids, head):
+    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head / 2).
+
+    Rows and columns get three eighths of the channels each, modality and text position one eighth.
+    """
+    angles = []
+    for axis, share in enumerate((1, 3, 3, 1)):
+        n = head * share // 16
+        rates = 100.0 ** -(torch.arange(n, device=ids.device) / n)
+        angles.append(ids[:, axis, None] * rates)
+    return torch.cat(angles, -1)
+
+
+def rotate(x, cos, sin):
+    """Rotate channel pairs (i, i + head/2) of x (B, N, heads, head); cos, sin (N, 1, head), sin negated in half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside."""
+
+    def __init__(self, width, head):
+        super().__init__()
+        self.head, self.heads = head, [width // head, width // head // 4]  # query heads, key/value heads
+        self.split = [width + width // 4, width // 4, 3 * width, 3 * width]  # q and k, v, gate, up: FFN is three widths
+        self.pre_norm = nn.RMSNorm(width, eps=1e-6)
+        self.fused_in = nn.Linear(width, sum(self.split), bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(sum(self.heads), head))
+        self.fused_out = nn.Linear(4 * width, width, bias=False)
+        self.post_norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x, modulation, rope):
+        """x (B, N, D); modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin). -> (B, N, D)."""
+        shift, scale, gate = modulation
+        h = torch.addcmul(shift, self.pre_norm(x), 1 + scale)
+        qk, v, ffn_gate, ffn_up = self.fused_in(h).split(self.split, -1)
+        qk, v = qk.unflatten(-1, (-1, self.head)), v.unflatten(-1, (-1, self.head))
+        qk = rotate(F.rms_norm(qk, (self.head,)) * self.qk_scale, *rope).to(v.dtype)
+        q, k, v = (y.transpose(1, 2) for y in (*qk.split(self.heads, 2), v))
+        attention = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+        out = self.fused_out(torch.cat([attention, F.silu(ffn_gate) * ffn_up], -1))
+        return torch.addcmul(x, gate, self.post_norm(out))
+
+
+class Decoder(nn.Module):
+    """Tokens of one modality -> its values: self-attention blocks, then an adaLN linear layer kept in float32."""
+
+    def __init__(self, config, modality):
+        super().__init__()
+        width = config.width
+        self.blocks = nn.ModuleList(Block(width, config.head) for _ in range(modality.decoder_depth))
+        self.modulation = nn.Linear(width, (3 if self.blocks else 0) * width + 2 * width)
+        self.head = nn.Linear(width, modality.channels * modality.patch**2)
+
+    def forward(self, x, vector, rope):
+        """x (B, n, D) and conditioning vector (B, D) -> (B, n, channels * patch^2)."""
+        *modulation, shift, scale = self.modulation(F.silu(vector))[:, None].chunk(
+            self.modulation.out_features // x.shape[-1], -1
+        )
+        for block in self.blocks:
+            x = block(x, modulation, rope)
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # bfloat16 here shows as bands
+            x = F.rms_norm(x.float(), x.shape[-1:]) * (1 + scale.float()) + shift.float()
+            return self.head(x)
+
+
+class DiT(nn.Module):
+    """Flat-token diffusion transformer over [text | first modality | second modality | ...] (Sec. 4.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.modalities = config, config.modalities
+        names, width = [m.name for m in self.modalities], config.width
+        by_name = lambda make: nn.ModuleDict({m.name: make(m) for m in self.modalities})
+        self.text_bytes = nn.Embedding(256, 32)
+        self.text_tokenizer = nn.Linear(32 * TEXT_PATCH, width)
+        self.tokenizers = by_name(lambda m: nn.Linear(m.channels * m.patch**2, width))
+        self.timesteps = by_name(lambda m: TimestepEmbedder(width))
+        self.mixers = nn.ModuleDict({f"{a}_to_{b}": TimestepEmbedder(width) for a in names for b in names if a != b})
+        self.modulations = by_name(lambda m: nn.Linear(width, 3 * width, bias=False))
+        self.blocks = nn.ModuleList(Block(width, config.head) for _ in range(config.depth))
+        self.decoders = by_name(lambda m: Decoder(config, m))
+        self.initialize()
+
+    def initialize(self):
+        """Xavier everywhere; zeros where a part must begin as no change: gates, adaLN, mixers, and the final layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        zero = [*self.modulations.values(), *(mixer.mlp[-1] for mixer in self.mixers.values())]
+        zero += [layer for decoder in self.decoders.values() for layer in (decoder.modulation, decoder.head)]
+        for layer in zero:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, noisy, t, text):
+        """Clean-sample predictions g(x_t, t) of Sec. 3.1, for any subset of the modalities.
+
+        noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, zeros where there is none. Returns {m: (B, C,
+        H, W)}.
+        """
+        present = [m for m in self.modalities if m.name in noisy]
+        names, first = [m.name for m in self.modalities], present[0]
+        vectors = {}
+        for m in present:
+            mixed = (self.mixers[f"{o.name}_to_{m.name}"](t[o.name]) for o in present if o is not m)
+            vectors[m.name] = sum(mixed, self.timesteps[m.name](t[m.name]))
+
+        text_tokens = self.text_tokenizer(self.text_bytes(text.long()).unflatten(1, (-1, TEXT_PATCH)).flatten(2))
+        tokens, ids = [text_tokens], [F.pad(torch.arange(text_tokens.shape[1], device=text.device)[:, None], (3, 0))]
+        modulations = [
+            self.modulations[first.name](F.silu(vectors[first.name]))[:, None].expand(-1, text_tokens.shape[1], -1)
+        ]
+        grids = {}
+        for m in present:
+            patches = F.pixel_unshuffle(noisy[m.name], m.patch)
+            rows, columns = grids[m.name] = patches.shape[-2:]
+            tokens.append(self.tokenizers[m.name](patches.flatten(2).transpose(1, 2)))
+            place = torch.cartesian_prod(
+                torch.arange(rows, device=text.device), torch.arange(columns, device=text.device)
+            )
+            ids.append(F.pad(F.pad(place, (1, 0), value=names.index(m.name)), (0, 1)))
+            modulations.append(
+                self.modulations[m.name](F.silu(vectors[m.name]))[:, None].expand(-1, rows * columns, -1)
+            )
+
+        lengths = [part.shape[1] for part in tokens]
+        angles = rope_angles(torch.cat(ids), self.config.head)[:, None]
+        rope = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+        modulation = torch.cat(modulations, 1).chunk(3, -1)
+        x = torch.cat(tokens, 1)
+        for block in self.blocks:
+            x = block(x, modulation, rope)
+
+        x0_hat = {}
+        parts = zip(present, x.split(lengths, 1)[1:], *(r.split(lengths)[1:] for r in rope), strict=True)
+        for m, part, *own_rope in parts:
+            values = self.decoders[m.name](part, vectors[m.name], own_rope)
+            x0_hat[m.name] = F.pixel_shuffle(values.transpose(1, 2).unflatten(2, grids[m.name]), m.patch)
+        return x0_hat
+
+    @torch.no_grad()
+    def sample(self, levels, start, text, guidance=None):
+        """Generate by Euler steps on the implied velocity (Sec. 4.2): x_s = x0_hat + (s/t) (x_t - x0_hat).
+
+        levels {m: sequence of S + 1 noise levels}: from 1 down to 0 for what is generated, all zeros for what is given.
+        This table is the whole task; a modality that is left out is not there at all. start {m: (B, C, H, W)}: noise
+        for what is generated, clean values (noise where they are missing, see corrupt) for what is given. text (B, L)
+        uint8. guidance {m: scale} of classifier-free guidance; 1 or absent is none. Returns {m: (B, C, H, W)}. Raises
+        ValueError if the rows differ in length.
+        """
+        levels = {m: [float(t) for t in row] for m, row in levels.items()}
+        x, guidance, steps = {m: start[m] for m in levels}, guidance or {}, {len(row) - 1 for row in levels.values()}
+        if len(steps) != 1:
+            raise ValueError(f"levels: every modality needs the same number of steps, got {sorted(steps)}")
+        guided = any(guidance.get(m, 1) != 1 and max(row) > 0 for m, row in levels.items())
+        copies = 2 if guided else 1  # with the caption, and without
+        text = torch.cat([text, torch.zeros_like(text)][:copies])
+        for step in range(*steps):
+            t = {m: torch.full((len(text),), row[step], device=text.device) for m, row in levels.items()}
+            x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, t, text)
+            for m, row in levels.items():
+                if row[step + 1] < row[step]:
+                    with_text, without = x0_hat[m].chunk(2) if guided else (x0_hat[m], x0_hat[m])
+                    prediction = torch.lerp(without, with_text, float(guidance.get(m, 1)))
+                    x[m] = prediction + row[step + 1] / row[step] * (x[m] - prediction)
+        return x
+
+    def warm_start(self, state):
+        """Load weights of fewer modalities (Sec. 3.2): all parts as they are, new modulations cloned from the first's.
+
+        Tokenizer, timestep embedder, mixers and detokenizer of new modalities keep their fresh values.
+        Raises ValueError where the checkpoint's network is of another shape.
+        """
+        own, first = self.state_dict(), self.modalities[0].name
+        bad = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+        if bad:
+            raise ValueError(f"its network does not fit this one (for instance {bad[0]}): is the preset the same?")
+        self.load_state_dict(state, strict=False)
+        for name, modulation in self.modulations.items():
+            if f"modulations.{name}.weight" not in state:
+                modulation.load_state_dict(self.modulations[first].state_dict())
+
+    def configure_optimizers(self, lr, optimizer="muon"):
+        """[Muon for the matrices of the blocks, AdamW for the rest], or [AdamW for all]. Neither decays weights."""
+        matrices = [p for name, p in self.named_parameters() if "blocks." in name and p.ndim == 2 and "fused" in name]
+        if optimizer == "adamw":
+            matrices = []
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.parameters() if id(p) not in chosen]
+        optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        if matrices:
+            if matrices[0].device.type == "cpu":
+                torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
+            optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
+
+
+def orthogonalize(gradient, coefficients, steps, eps):
+    """Muon's Newton-Schulz iteration in float32. torch's is fixed to bfloat16, 20 times slower on CPUs without it."""
+    a, b, c = coefficients
+    x = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if gradient.shape[0] <= gradient.shape[1] else x.T
+
+
+# ---- Cost ----
+
+
+def matmul_peak(device, dtype=torch.float32, n=2048, repeats=10):
+    """FLOP/s of the best of repeated n x n matmuls on the device: what utilisation is measured against."""
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    synchronize = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        a @ a
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def training_cost(config, size, batch=1):
+    """Counted, on the meta device, so nothing is computed: (parameters, FLOPs, activation bytes) of one training pass.
+
+    FLOPs are matmuls and attention, forward and backward, per image. Activation bytes are what a float32 forward pass
+    keeps for its backward pass, per image.
+    """
+    with torch.device("meta"):
+        model = DiT(config)
+        noisy = {m.name: torch.zeros(batch, m.channels, *size) for m in config.modalities}
+        t = {m.name: torch.zeros(batch) for m in config.modalities}
+        text = torch.zeros(batch, config.text_length, dtype=torch.uint8)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not counted
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x0_hat = model(noisy, t, text)
+        sum(x.sum() for x in x0_hat.values()).backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    return parameters, counter.get_total_flops() / batch, (sum(kept.values()) - weights) / batch

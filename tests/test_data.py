@@ -1,0 +1,198 @@
+"""The built-in world: exact geometry, determinism, honest captions; sparse patterns; files."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data import (
+    COLORS,
+    PATTERNS,
+    SHAPES,
+    World,
+    caption,
+    draw_scenes,
+    encode_text,
+    load_checkpoint,
+    noise_like,
+    paint_depth,
+    read_depth,
+    render,
+    save_checkpoint,
+    sparsify,
+    training_indices,
+)
+from model import TEXT_PATCH
+
+AWAY = [-100.0] * 3
+
+
+def scene_in_a_room(centre=AWAY, shape="box", turn=0.0, fov=0.9):
+    """A metre-wide object in a room 6 m wide and 3 m high, whose far wall is 6 m from a level camera at half height."""
+    scene = draw_scenes("val", [0])
+    scene |= {"outside": torch.tensor([False]), "pitch": torch.zeros(1), "height": torch.tensor([1.5])}
+    scene |= {"fov": torch.tensor([fov]), "turn": torch.tensor([[turn, 0, 0, 0]])}
+    scene["centre"] = torch.tensor([[centre, AWAY, AWAY, [0.0, 1.5, 2.0]]])
+    scene["half"] = torch.tensor([[[0.5] * 3] * 3 + [[3.0, 1.5, 4.0]]])
+    scene["quadric"] = torch.tensor([[SHAPES[shape]] * 3 + [SHAPES["box"]]])
+    return scene
+
+
+def test_depth_of_walls_and_floor_is_exact():
+    depth = render(scene_in_a_room(fov=math.pi / 2), 64)["depth"][0, 0]
+    rows = (63 - 2 * torch.arange(64)) / 64  # slope of the ray through each row
+    torch.testing.assert_close(depth[:, 31], torch.minimum(torch.tensor(6.0), 1.5 / rows.abs()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "turn", "depth", "facing"),
+    [
+        ("ball", 0.3, 3.5, 1),
+        ("pillar", 0.7, 3.5, 1),
+        ("box", 0.0, 3.5, 1),
+        ("box", 0.3, 4 - 0.5 / math.cos(0.3), math.cos(0.3)),
+    ],
+)
+def test_depth_and_normal_of_solids_are_exact(shape, turn, depth, facing):
+    """The ray through the image's middle meets a solid 4 m away where geometry says."""
+    out = render(scene_in_a_room([0.0, 1.5, 4.0], shape, turn), 101)
+    assert out["depth"][0, 0, 50, 50].item() == pytest.approx(depth, abs=1e-4)
+    assert -out["normal"][0, 2, 50, 50].item() == pytest.approx(facing, abs=1e-4)
+
+
+def test_a_ball_off_the_axis():
+    """The edge of a ball: the tangent cone from the camera has sine radius / distance."""
+    distance = math.hypot(1, 4)
+    out = render(scene_in_a_room([1.0, 1.5, 4.0], "ball"), 401)
+    near = out["depth"][0, 0, 200] < 5
+    columns = (2 * torch.arange(401)[near] - 400) / 401 * math.tan(0.45)
+    angles = torch.atan(columns) - math.atan2(1, 4)
+    assert angles.min().item() == pytest.approx(-math.asin(0.5 / distance), abs=3e-3)
+    assert angles.max().item() == pytest.approx(math.asin(0.5 / distance), abs=3e-3)
+
+
+def test_normals_agree_with_depth():
+    """Cross products of neighbouring surface points, where depth is smooth, point along the exact normals."""
+    scene = draw_scenes("val", range(4))
+    out = render(scene, 128)
+    y, x = torch.meshgrid((127 - 2 * torch.arange(128)) / 128, (2 * torch.arange(128) - 127) / 128, indexing="ij")
+    tan = (scene["fov"] / 2).tan().view(-1, 1, 1)
+    z = out["depth"][:, 0]
+    points = torch.stack([x * tan * z, y * tan * z, z], 1)
+    right, down = points.diff(dim=3)[:, :, :-1], points.diff(dim=2)[..., :-1]
+    normal = torch.nn.functional.normalize(torch.linalg.cross(right, down, dim=1), dim=1)
+    agree = (normal * out["normal"][:, :, :-1, :-1]).sum(1).abs()
+    assert (agree[z[:, :-1, :-1] > 0] > 0.99).float().mean() > 0.9
+    seen = out["normal"].norm(dim=1)
+    torch.testing.assert_close(seen, (z > 0).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_scenes_depend_on_split_and_index_alone():
+    alone, batch = World("val", (16, 16)).samples([7]), World("val", (16, 16)).samples(range(10))
+    assert torch.allclose(alone[0]["rgb"][0], batch[0]["rgb"][7], atol=1e-6) and alone[2][0] == batch[2][7]
+    train = World("train", (16, 16)).samples(range(10))
+    assert (train[0]["depth"] - batch[0]["depth"]).abs().flatten(1).amax(1).min() > 0.1
+    scenes = torch.cat([draw_scenes(s, range(4000))["centre"][:, 0, 2] for s in ("train", "val")])
+    assert len(torch.unique(scenes)) > 7900  # float32 values: a few coincide by chance
+
+
+def test_captions_say_what_is_there():
+    scenes = draw_scenes("val", range(300))
+    out = render(scenes, 48)
+    for i in range(300):
+        line, k = caption(scenes, i), int(scenes["count"][i])
+        words = [w for w in line.split() if w in COLORS]
+        assert len(words) == k == len(set(words))
+        columns = scenes["centre"][i, :k, 0] / scenes["centre"][i, :k, 2]
+        assert (columns.diff() > 0).all()  # drawn left to right
+        if k == 2:
+            color = [list(COLORS)[c] for c in scenes["color"][i, :2]]
+            if " left of " in line:
+                assert words == color
+            elif " right of " in line:
+                assert words == color[::-1]
+            else:
+                nearer = scenes["centre"][i, 0, 2] < scenes["centre"][i, 1, 2]
+                assert words == color and nearer == (" in front of " in line)
+        assert len(encode_text([line], 160).view(-1, TEXT_PATCH).any(1)) == 20
+        assert " open " in line or (out["depth"][i] > 0).all()  # sky is outside only
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_keep_only_known_pixels_in_their_own_way(pattern):
+    values, valid, _ = World("train", (32, 32)).samples(range(200))
+    mask = sparsify(valid["depth"], values["rgb"], pattern, torch.Generator().manual_seed(0))
+    assert not (mask & ~valid["depth"]).any()
+    share = mask.flatten(1).sum(1) / valid["depth"].flatten(1).sum(1)
+    if pattern == "dense":
+        assert (share == 1).all()
+    elif pattern == "uniform":
+        assert share.min() > 0 and share.max() < 0.6 and 0.01 < share.median() < 0.15
+    elif pattern == "lidar":
+        full = valid["depth"].flatten(1).all(1)
+        rows = mask.any(3)[full, 0].float().mean(1)
+        assert (rows <= 0.5).all() and (rows > 0).all()
+    elif pattern == "sfm":
+        grey = values["rgb"].mean(1, keepdim=True)
+        across = torch.nn.functional.pad(grey.diff(dim=3).abs(), (0, 1))
+        down = torch.nn.functional.pad(grey.diff(dim=2).abs(), (0, 0, 0, 1))
+        assert ((across + down)[mask] > 0.05).all() and share.mean() < 0.4
+    else:
+        assert share.min() > 0.1 and (share < 1).float().mean() > 0.9
+
+
+def test_mixed_gives_each_sample_one_of_the_patterns():
+    values, valid, _ = World("train", (32, 32)).samples(range(100))
+    thin = lambda pattern: sparsify(valid["depth"], values["rgb"], pattern, torch.Generator().manual_seed(0))
+    mixed = thin("mixed")
+    same = torch.stack([(thin(pattern) == mixed).flatten(1).all(1) for pattern in PATTERNS])
+    assert same.any(0).all() and (same.float().mean(1) > 0.1).all()
+
+
+def test_a_number_is_a_share_of_pixels():
+    full = torch.ones(400, 1, 32, 32, dtype=torch.bool)
+    tenth = sparsify(full, torch.zeros(400, 3, 32, 32), "0.1", torch.Generator().manual_seed(0)).float().mean()
+    assert tenth.item() == pytest.approx(0.1, abs=0.003)
+
+
+def test_text_is_bytes_with_words_on_token_boundaries():
+    text = encode_text(["a red ball", "", "überlänge checkered"], 32).view(3, 4, TEXT_PATCH)
+    assert bytes(text[0, 1]) == b"red\0\0\0\0\0" and not text[1].any()
+    assert bytes(text[2].flatten()).replace(b"\0", b"").decode() == "überlängecheckered"
+    assert encode_text(["word " * 100], 32).shape == (1, 32)
+
+
+def test_ranks_share_a_step_without_overlap():
+    whole = list(training_indices(0, 5, 8))
+    assert [i for rank in range(4) for i in training_indices(0, 5, 8, rank, 4)] == whole
+    assert whole[0] == 40 and not set(whole) & set(training_indices(1, 5, 8))
+
+
+def test_noise_does_not_depend_on_the_batch():
+    x = torch.empty(3, 1, 4, 4)
+    assert torch.equal(noise_like(x, 0, [4, 5, 6])[1:], noise_like(x[:2], 0, [5, 6]))
+    assert not torch.equal(noise_like(x, 0, [4]), noise_like(x, 0, [4], stream=1))
+
+
+def test_near_is_bright_and_missing_is_black():
+    depth = torch.tensor([[[1.0, 2.0, 4.0, 0.0]]])
+    brightness = paint_depth(depth)[0].sum(-1)
+    assert brightness[0] > brightness[1] > brightness[2] > brightness[3] == 0
+
+
+def test_checkpoints_survive_a_torn_write(tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"config": {}, "ema": {}, "step": 1})
+    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
+    assert load_checkpoint(path)["step"] == 1
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit) as error:
+        load_checkpoint(path)
+    assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_depth_files_mark_what_is_missing(tmp_path):
+    np.save(tmp_path / "d.npy", np.array([[1.0, 0.0], [np.nan, np.inf]]))
+    depth, valid = read_depth(tmp_path / "d.npy")
+    assert valid.tolist() == [[[True, False], [False, False]]] and depth.isfinite().all()
