@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -377,7 +378,9 @@ def load_checkpoint(path, flag="--checkpoint"):
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
+            state = torch.load(path, map_location="cpu", weights_only=True)
         return {key: state[key] for key in state.keys() | {"config", "ema"}}
     except Exception:
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")

@@ -127,7 +127,7 @@ def evaluate_depth(args, model, device):
                 [data.paint_rgb(rgb), data.paint_depth(target, mask), data.paint_depth(aligned), heat.astype(np.uint8)]
             )
             labels.append(f"{name}\nAbsRel {scores[0][0]:.3f}")
-    return results, grid, labels, ["image", "depth", "predicted", "error, 0-50%"]
+    return results, grid, labels
 
 
 # ---- Images ----
@@ -215,7 +215,7 @@ def evaluate_image(args, model, device):
     print(f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})")
     print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
     rows = [[data.paint_rgb(x) for x in images[:8]] for images in (real, made)]
-    return results, rows, ["real", "from its\ncaption"], None
+    return results, rows, ["real", "from its\ncaption"]
 
 
 def main():
@@ -251,7 +251,7 @@ def main():
         data.fail(
             f"--checkpoint {args.checkpoint}: a text-to-image checkpoint knows no depth; give one of train_forcing.py"
         )
-    results, rows, labels, _ = {"depth": evaluate_depth, "image": evaluate_image}[args.task](
+    results, rows, labels = {"depth": evaluate_depth, "image": evaluate_image}[args.task](
         args, model.to(device), device
     )
     out = Path(args.out or f"runs/evaluate-{args.task}")

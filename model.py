@@ -92,26 +92,23 @@ TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}
 
 
 def draw_noise_levels(modalities, batch, generator=None, device="cpu", present=None):
-    """One noise level per sample and modality: the training modes of Sec. 3.2.
+    """One noise level per sample and modality, {m: (B,)}: the training modes of Sec. 3.2.
 
     With probability m.p_clean modality m is held at t = 0 (it conditions); otherwise, and for every other modality, t
-    is drawn from m.timesteps, independently. A modality without any valid pixel (present[m] (B,) bool is False) is pure
-    noise, so t = 1, and nothing is held clean in a sample where no other modality is left to learn from. Returns (t,
-    held): t {m: (B,)}, held (B,) the index of the modality held clean, or -1.
+    is drawn from m.timesteps, independently. present {m: (B,) bool} tells the samples in which a modality has any valid
+    pixel (default: all): where it has none it is pure noise, t = 1, and no sample holds clean all that it has.
     """
-    rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
+    rand = lambda: torch.rand(batch, generator=generator, device=device)
     bounds = torch.tensor([m.p_clean for m in modalities], device=device).cumsum(0)
-    held = torch.searchsorted(bounds, rand(batch), right=True)
-    held = torch.where(held < len(modalities), held, -1)
+    held = torch.searchsorted(bounds, rand(), right=True)  # an index, or past the last: none
     everywhere = torch.ones(batch, dtype=torch.bool, device=device)
-    present = torch.stack([(present or {}).get(m.name, everywhere) for m in modalities]).long()
-    learns = present.sum(0) - torch.where(held >= 0, present.gather(0, held.clamp(min=0)[None])[0], 0) > 0
-    held = torch.where(learns, held, -1)
+    present = {m.name: (present or {}).get(m.name, everywhere) for m in modalities}
+    left = torch.stack([present[m.name] & (held != i) for i, m in enumerate(modalities)]).any(0)
     t = {}
     for i, m in enumerate(modalities):
-        drawn = TIMESTEPS[m.timesteps](rand(batch).clamp(1e-6, 1 - 1e-6))
-        t[m.name] = torch.where(present[i] > 0, torch.where(held == i, 0.0, drawn), 1.0)
-    return t, held
+        drawn = TIMESTEPS[m.timesteps](rand().clamp(1e-6, 1 - 1e-6))
+        t[m.name] = torch.where(present[m.name], torch.where(left & (held == i), 0.0, drawn), 1.0)
+    return t
 
 
 def sampling_grid(steps):
@@ -289,16 +286,19 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.width
         self.blocks = nn.ModuleList(Block(width, config.head) for _ in range(modality.decoder_depth))
-        self.modulation = nn.Linear(width, (3 if self.blocks else 0) * width + 2 * width)
+        if self.blocks:
+            self.block_modulation = nn.Linear(width, 3 * width, bias=False)
+        self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, modality.channels * modality.patch**2)
 
     def forward(self, x, vector, rope):
         """x (B, n, D) and conditioning vector (B, D) -> (B, n, channels * patch^2)."""
-        *modulation, shift, scale = self.modulation(F.silu(vector))[:, None].chunk(
-            self.modulation.out_features // x.shape[-1], -1
-        )
-        for block in self.blocks:
-            x = block(x, modulation, rope)
+        vector = F.silu(vector)[:, None]
+        if self.blocks:
+            modulation = self.block_modulation(vector).chunk(3, -1)
+            for block in self.blocks:
+                x = block(x, modulation, rope)
+        shift, scale = self.modulation(vector).chunk(2, -1)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # bfloat16 here shows as bands
             x = F.rms_norm(x.float(), x.shape[-1:]) * (1 + scale.float()) + shift.float()
             return self.head(x)
@@ -329,17 +329,18 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zero = [*self.modulations.values(), *(mixer.mlp[-1] for mixer in self.mixers.values())]
-        zero += [layer for decoder in self.decoders.values() for layer in (decoder.modulation, decoder.head)]
-        for layer in zero:
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+        silent = [*self.modulations.values(), *(mixer.mlp[-1] for mixer in self.mixers.values())]
+        for name, module in self.decoders.named_modules():
+            if name.endswith(("modulation", "head")):
+                silent.append(module)
+        for parameter in nn.ModuleList(silent).parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, noisy, t, text):
         """Clean-sample predictions g(x_t, t) of Sec. 3.1, for any subset of the modalities.
 
-        noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, zeros where there is none. Returns {m: (B, C,
-        H, W)}.
+        noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, zeros where there is none.
+        Returns {m: (B, C, H, W)}.
         """
         present = [m for m in self.modalities if m.name in noisy]
         names, first = [m.name for m in self.modalities], present[0]

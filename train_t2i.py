@@ -45,11 +45,11 @@ def parse():
     setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
     setting("--data", "synthetic", "source of samples")
     setting("--size", 0, "side of the images in pixels; 0 is the preset's")
-    setting("--steps", 420, "optimizer steps")
-    setting("--batch-size", 64, "samples a step, over all ranks together")
-    setting("--lr", 3e-3, "peak learning rate")
+    setting("--steps", 800, "optimizer steps")
+    setting("--batch-size", 32, "samples a step, over all ranks together")
+    setting("--lr", 6e-3, "peak learning rate")
     setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    setting("--warmup", 30, "steps of linear warm-up; then the rate falls linearly to zero")
+    setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero")
     setting("--clip", 1.0, "gradient norm is clipped to this")
     setting("--ema", 0.99, "decay of the averaged weights, which sampling uses")
     setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance")
@@ -58,9 +58,9 @@ def parse():
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     setting("--out", "runs/t2i", "run directory")
     p.add_argument("--resume", action="store_true", help="go on from the run directory's last.pt")
-    setting("--checkpoint-every", 200, "steps between checkpoints")
+    setting("--checkpoint-every", 250, "steps between checkpoints")
     setting("--log-every", 10, "steps between rows of metrics.jsonl")
-    setting("--sample-every", 200, "steps between picture grids")
+    setting("--sample-every", 500, "steps between picture grids")
     p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, and stop")
     args = p.parse_args()
     if args.preset not in PRESETS:
@@ -156,7 +156,7 @@ def main():
         x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
         text = data.encode_text(captions, config.text_length).to(device)
         text *= torch.rand(len(text), 1, generator=generator, device=device) >= args.drop_caption
-        t, _ = draw_noise_levels(config.modalities, len(text), generator, device)
+        t = draw_noise_levels(config.modalities, len(text), generator, device)
         noise = {m: torch.randn(x.shape, generator=generator, device=device) for m, x in x0.items()}
 
         # Predict, loss, step.
