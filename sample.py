@@ -91,7 +91,7 @@ def main():
         "--size", 0, "side in pixels; 0 is the network's. An --image or --depth keeps its shape, in about this area"
     )
     setting("--steps", 50, "sampling steps")
-    setting("--cfg", 4.0, "classifier-free guidance where an image is generated; 1 is none")
+    setting("--cfg", 3.0, "classifier-free guidance of a generated image; 1 is none")
     setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -155,8 +155,7 @@ def main():
     start = {m: x.to(device) for m, x in start.items()}
 
     text = data.encode_text([args.prompt] * args.count, config.text_length).to(device)
-    guidance = {} if "rgb" in given else dict.fromkeys(names, args.cfg)
-    made = model.sample(noise_levels(order, args.steps, given), start, text, guidance)
+    made = model.sample(noise_levels(order, args.steps, given), start, text, {"rgb": args.cfg})
     made = {m.name: m.decode(made[m.name]).cpu() for m in model.modalities}
     valid = torch.ones(size, dtype=torch.bool) if "depth" not in given else given["depth"][1][0, 0]
 

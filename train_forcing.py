@@ -123,7 +123,7 @@ def picture(model, args, device, path, count=8):
     grid, held = sampling_grid(25), sampling_grid(25) * 0
     i2d = model.sample({"rgb": held, "depth": grid}, {**noise, "rgb": given["rgb"]}, text)
     d2i = model.sample({"rgb": grid, "depth": held}, {**noise, "depth": given["depth"]}, text, {"rgb": 3.0})
-    joint = model.sample({"rgb": grid, "depth": warp(grid, 5)}, noise, text, {"rgb": 3.0, "depth": 3.0})
+    joint = model.sample({"rgb": grid, "depth": warp(grid, 5)}, noise, text, {"rgb": 3.0})
     depths = lambda x: [data.paint_depth(d) for d in DEPTH.decode(x)]
     images = lambda x: [data.paint_rgb(image) for image in x]
     real = [data.paint_depth(d, v) for d, v in zip(values["depth"], valid["depth"], strict=True)]
