@@ -83,6 +83,7 @@ def blind_map(source, count=2048):
 
 
 def evaluate_depth(args, model, device):
+    """-> (results, rows of pictures, labels). Columns: image, depth, aligned prediction, error from 0 to 50%."""
     size = (args.size, args.size)
     blind = blind_map(data.open_source(args.data, "train", size))
     source, grid = data.open_source(args.data, "val", size, device), sampling_grid(args.steps)
@@ -93,15 +94,14 @@ def evaluate_depth(args, model, device):
         wrong = source.samples([(i + 1) % args.images for i in indices])[0]["rgb"]
         text = torch.zeros(len(indices), model.config.text_length, dtype=torch.uint8, device=device)
         noise = data.noise_like(values["depth"], args.seed, indices)
-        predicted = [
-            uncontract(
-                model.sample({"rgb": grid * 0, "depth": grid}, {"rgb": rgb, "depth": noise}, text)["depth"]
-            ).cpu()
+        levels = {"rgb": grid * 0, "depth": grid}
+        right, wrong = (
+            uncontract(model.sample(levels, {"rgb": rgb, "depth": noise}, text)["depth"]).cpu()
             for rgb in (values["rgb"], wrong)
-        ]
+        )
         for i in range(len(indices)):
             target, mask = values["depth"][i].cpu(), valid["depth"][i].cpu()
-            scores = [depth_metrics(p, target, mask) for p in (predicted[0][i], blind, predicted[1][i])]
+            scores = [depth_metrics(prediction, target, mask) for prediction in (right[i], blind, wrong[i])]
             found.append((scores, (values["rgb"][i], target, mask, scores[0][2])))
     means = np.array([[score[:2] for score in scores] for scores, _ in found]).mean(0)
     results = {"steps": args.steps, "images": args.images, "seed": args.seed, "checkpoint": args.checkpoint}
@@ -118,16 +118,15 @@ def evaluate_depth(args, model, device):
     print(f"{'ratio to the baseline':34}{means[0, 0] / means[1, 0]:8.3f}")
 
     found.sort(key=lambda entry: entry[0][0][0])
-    middle, grid, labels = len(found) // 2, [], []
+    middle, pictures, labels = len(found) // 2, [], []
     for name, cases in (("best", found[:2]), ("median", found[middle : middle + 2]), ("worst", found[-2:])):
         for scores, (rgb, target, mask, aligned) in cases:
             error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)[0].numpy() * mask[0].numpy()
-            heat = np.stack([error, error * 0.6, error * 0.3], -1) * 255
-            grid.append(
-                [data.paint_rgb(rgb), data.paint_depth(target, mask), data.paint_depth(aligned), heat.astype(np.uint8)]
-            )
+            heat = (np.stack([error, error * 0.6, error * 0.3], -1) * 255).astype(np.uint8)
+            depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
+            pictures.append([data.paint_rgb(rgb), *depths, heat])
             labels.append(f"{name}\nAbsRel {scores[0][0]:.3f}")
-    return results, grid, labels
+    return results, pictures, labels
 
 
 # ---- Images ----
