@@ -334,8 +334,17 @@ def fail(message):
     raise SystemExit(2)
 
 
+def at_least(args, **lows):
+    """Refuse settings below their lowest meaningful value."""
+    for name, low in lows.items():
+        if getattr(args, name) < low:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+
+
 def pick_device(name):
     """--device auto | cuda | mps | cpu -> torch.device."""
+    if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
+        fail(f"--device {name}: choose auto, cuda, mps or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -357,9 +366,12 @@ def open_run(out, settings, resumed=None):
     go on from: rows of metrics.jsonl past it are dropped, since the run will write them again.
     """
     out = Path(out)
-    if (out / "config.json").exists() and resumed is None:
+    if (out / "last.pt").exists() and resumed is None:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}; choose another --out")
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     metrics = out / "metrics.jsonl"
     if metrics.exists():
@@ -384,7 +396,9 @@ def load_checkpoint(path, flag="--checkpoint"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
             state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in state.keys() | {"config", "ema"}}
+        if not (state["config"]["modalities"] and state["ema"]):
+            raise ValueError
+        return state
     except Exception:
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
 
@@ -405,7 +419,7 @@ def read_depth(path):
     """.npy depth (H, W) in any unit, not finite or not above 0 where missing -> (depth, valid), each (1, H, W)."""
     try:
         depth = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)).squeeze()
-    except (OSError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, AttributeError):
         fail(f"--depth {path}: not a .npy array of numbers")
     if depth.ndim != 2:
         fail(f"--depth {path}: has shape {tuple(depth.shape)}; one depth map (height, width) is needed")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from model import Config, DiT, normalize_depth, sampling_grid, uncontract, warp
+from model import JOINT, Config, DiT, normalize_depth, sampling_grid, uncontract, warp
 
 # ---- Depth ----
 
@@ -141,7 +141,7 @@ def features(rgb):
     grey = rgb.mean(1, keepdim=True)
     edges = torch.cat([grey.diff(dim=3).abs()[:, :, 1:], grey.diff(dim=2).abs()[..., 1:]], 1)
     pool = torch.nn.functional.adaptive_avg_pool2d
-    return torch.cat([pool(rgb, 4).flatten(1), pool(edges, 4).flatten(1)], 1).double().cpu()
+    return torch.cat([pool(rgb, 4).flatten(1), pool(edges, 4).flatten(1)], 1).cpu().double()
 
 
 def frechet_distance(a, b):
@@ -179,7 +179,7 @@ def evaluate_image(args, model, device):
     size, grid = (args.size, args.size), sampling_grid(args.steps)
     source = data.open_source(args.data, "val", size, device)
     levels = {
-        m.name: grid if i == 0 else warp(grid, 5) for i, m in enumerate(model.modalities)
+        m.name: grid if i == 0 else warp(grid, JOINT) for i, m in enumerate(model.modalities)
     }  # the released trajectory
     made, real, captions = [], [], []
     for start in range(0, args.images, args.batch_size):
@@ -191,7 +191,7 @@ def evaluate_image(args, model, device):
         real.append(values["rgb"].cpu())
         captions += lines
     made, real = torch.cat(made), torch.cat(real)
-    others = source.samples(range(args.images, 2 * args.images))[0]["rgb"]
+    others = source.samples(range(args.images, 2 * args.images))[0]["rgb"].cpu()
     shuffled = captions[1:] + captions[:1]
     results = {
         "frechet": frechet_distance(features(made), features(real)),
@@ -240,11 +240,12 @@ def main():
     )
     args = p.parse_args()
     args.steps = args.steps or {"depth": 2, "image": 16}[args.task]
+    data.at_least(args, images=2, size=0, steps=1, batch_size=1)
     state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
     model = DiT(Config(**state["config"])).requires_grad_(False)
     model.load_state_dict(state["ema"])
     args.size = args.size or model.config.size
-    if args.size % model.config.patch or args.size < 0:
+    if args.size % model.config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {model.config.patch}")
     if args.task == "depth" and "depth" not in [m.name for m in model.modalities]:
         data.fail(

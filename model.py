@@ -49,15 +49,20 @@ def velocity_loss(x0_hat, x0, t, valid=None, weight=None):
     """Eq. 7: || (x0_hat - x_t) / t - (x0 - noise) ||^2, which is || x0_hat - x0 ||^2 / t^2, with t clamped at T_MIN.
 
     x0_hat, x0 (B, C, H, W); t (B,); valid (B, 1, H, W) bool or None; weight (B,) or None scales each sample (Eq. 8).
-    Returns (total, count): the summed loss, and how many values it sums over. A sample held clean (t = 0) and a missing
-    pixel add to neither. The loss is total / count with both summed over the whole global batch.
+    Returns (total, count), each (B,): a sample's summed loss, and how many values it sums over. A sample held clean
+    (t = 0) and a missing pixel add to neither. The loss is the sum of totals over the sum of counts, global batch.
     """
-    counts = per_sample(t > 0) if valid is None else valid & per_sample(t > 0)
-    counts = counts.expand_as(x0)
-    error = torch.where(counts, x0_hat.float() - x0, 0.0).square() / per_sample(t.clamp(min=T_MIN)) ** 2
+    scored = per_sample(t > 0) if valid is None else valid & per_sample(t > 0)
+    scored = scored.expand_as(x0)
+    error = torch.where(scored, x0_hat.float() - x0, 0.0).square() / per_sample(t.clamp(min=T_MIN)) ** 2
     if weight is not None:
         error = error * per_sample(weight)
-    return error.sum(), counts.sum()
+    return error.sum((1, 2, 3)), scored.sum((1, 2, 3))
+
+
+def distillation_weight(t, low, high):
+    """lambda_hi t + lambda_lo (1 - t) of Eq. 8, t (B,) the noise level of what the teacher does not see."""
+    return low + (high - low) * t
 
 
 # ---- Noise levels (Sec. 3.2) ----
@@ -65,7 +70,7 @@ def velocity_loss(x0_hat, x0, t, valid=None, weight=None):
 
 def logit_normal(u):
     """Quantile function of the shifted logit-normal: u in (0, 1) -> t = sigmoid(MU + SIGMA * PhiInv(u)), any shape."""
-    return torch.sigmoid(MU + SIGMA * torch.special.ndtri(u))
+    return torch.sigmoid(MU + SIGMA * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
 def plateau_constants():
@@ -103,12 +108,15 @@ def draw_noise_levels(modalities, batch, generator=None, device="cpu", present=N
     held = torch.searchsorted(bounds, rand(), right=True)  # an index, or past the last: none
     everywhere = torch.ones(batch, dtype=torch.bool, device=device)
     present = {m.name: (present or {}).get(m.name, everywhere) for m in modalities}
-    left = torch.stack([present[m.name] & (held != i) for i, m in enumerate(modalities)]).any(0)
+    can_learn = torch.stack([present[m.name] & (held != i) for i, m in enumerate(modalities)]).any(0)
     t = {}
     for i, m in enumerate(modalities):
         drawn = TIMESTEPS[m.timesteps](rand().clamp(1e-6, 1 - 1e-6))
-        t[m.name] = torch.where(present[m.name], torch.where(left & (held == i), 0.0, drawn), 1.0)
+        t[m.name] = torch.where(present[m.name], torch.where(can_learn & (held == i), 0.0, drawn), 1.0)
     return t
+
+
+JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth a little behind the image (Sec. 4.2)
 
 
 def sampling_grid(steps):
@@ -195,7 +203,7 @@ class Config:
     size: int
     """Default side of the images in pixels. Any height and width that the patch divides works at call time."""
     decoder_depth: int = 4
-    text_length: int = 128
+    text_length: int = 160
     """Bytes of caption, TEXT_PATCH to a token."""
     modalities: tuple = (RGB,)
 
@@ -209,7 +217,7 @@ class Config:
         return replace(self, modalities=tuple(fit))
 
 
-PRESETS = {
+PRESETS = {  # as text-to-image networks; with_modalities adds more
     "nano": Config(width=128, depth=6, head=32, patch=4, size=32, decoder_depth=1),
     "tiny": Config(width=256, depth=10, head=64, patch=4, size=64, decoder_depth=2),
     "small": Config(width=512, depth=14, head=64, patch=8, size=128, decoder_depth=2, text_length=256),
@@ -217,6 +225,7 @@ PRESETS = {
     "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
     "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
 }
+PRESETS = {name: config.with_modalities(RGB) for name, config in PRESETS.items()}
 TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
 
 
@@ -233,6 +242,12 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
         angles = 1000 * t.float()[:, None] * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+def token_ids(modality, rows, columns, device=None):
+    """RoPE ids (rows * columns, 4) of an image's tokens: (modality, row, column, 0)."""
+    place = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+    return F.pad(F.pad(place, (1, 0), value=modality), (0, 1))
 
 
 def rope_angles(ids, head):
@@ -359,10 +374,7 @@ class DiT(nn.Module):
             patches = F.pixel_unshuffle(noisy[m.name], m.patch)
             rows, columns = grids[m.name] = patches.shape[-2:]
             tokens.append(self.tokenizers[m.name](patches.flatten(2).transpose(1, 2)))
-            place = torch.cartesian_prod(
-                torch.arange(rows, device=text.device), torch.arange(columns, device=text.device)
-            )
-            ids.append(F.pad(F.pad(place, (1, 0), value=names.index(m.name)), (0, 1)))
+            ids.append(token_ids(names.index(m.name), rows, columns, text.device))
             modulations.append(
                 self.modulations[m.name](F.silu(vectors[m.name]))[:, None].expand(-1, rows * columns, -1)
             )
@@ -396,12 +408,12 @@ class DiT(nn.Module):
         x, guidance, steps = {m: start[m] for m in levels}, guidance or {}, {len(row) - 1 for row in levels.values()}
         if len(steps) != 1:
             raise ValueError(f"levels: every modality needs the same number of steps, got {sorted(steps)}")
-        guided = any(guidance.get(m, 1) != 1 and max(row) > 0 for m, row in levels.items())
-        copies = 2 if guided else 1  # with the caption, and without
-        text = torch.cat([text, torch.zeros_like(text)][:copies])
+        both = torch.cat([text, torch.zeros_like(text)])  # with the caption, and without
         for step in range(*steps):
-            t = {m: torch.full((len(text),), row[step], device=text.device) for m, row in levels.items()}
-            x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, t, text)
+            guided = any(guidance.get(m, 1) != 1 and row[step + 1] < row[step] for m, row in levels.items())
+            copies, texts = (2, both) if guided else (1, text)
+            t = {m: torch.full((len(texts),), row[step], device=text.device) for m, row in levels.items()}
+            x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, t, texts)
             for m, row in levels.items():
                 if row[step + 1] < row[step]:
                     with_text, without = x0_hat[m].chunk(2) if guided else (x0_hat[m], x0_hat[m])
@@ -426,9 +438,7 @@ class DiT(nn.Module):
 
     def configure_optimizers(self, lr, optimizer="muon"):
         """[Muon for the matrices of the blocks, AdamW for the rest], or [AdamW for all]. Neither decays weights."""
-        matrices = [p for name, p in self.named_parameters() if "blocks." in name and p.ndim == 2 and "fused" in name]
-        if optimizer == "adamw":
-            matrices = []
+        matrices = [p for name, p in self.named_parameters() if "fused" in name and optimizer == "muon"]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters() if id(p) not in chosen]
         optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
@@ -459,8 +469,9 @@ def orthogonalize(gradient, coefficients, steps, eps):
 # ---- Cost ----
 
 
-def matmul_peak(device, dtype=torch.float32, n=2048, repeats=10):
-    """FLOP/s of the best of repeated n x n matmuls on the device: what utilisation is measured against."""
+def matmul_peak(device, dtype=torch.float32, repeats=10):
+    """FLOP/s of the best of repeated large square matmuls on the device: what utilisation is measured against."""
+    n = 8192 if device.type == "cuda" else 2048
     a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     synchronize = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
     for _ in range(repeats):
@@ -476,7 +487,7 @@ def training_cost(config, size, batch=1):
     """Counted, on the meta device, so nothing is computed: (parameters, FLOPs, activation bytes) of one training pass.
 
     FLOPs are matmuls and attention, forward and backward, per image. Activation bytes are what a float32 forward pass
-    keeps for its backward pass, per image.
+    keeps for its backward pass, per image, attention matrices included, which fused attention does not keep.
     """
     with torch.device("meta"):
         model = DiT(config)

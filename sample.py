@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import Config, DiT, corrupt, sampling_grid, warp
+from model import JOINT, Config, DiT, corrupt, sampling_grid, warp
 
 ORDERS = {
-    "joint": 5.0,
+    "joint": JOINT,
     "image-first": float("inf"),
     "depth-first": float("-inf"),
-}  # log2(alpha); 5 is the released default
+}  # log2(alpha)
 
 
 def noise_levels(order, steps, given):
@@ -91,7 +91,11 @@ def main():
         "--size", 0, "side in pixels; 0 is the network's. An --image or --depth keeps its shape, in about this area"
     )
     setting("--steps", 50, "sampling steps")
-    setting("--cfg", 3.0, "classifier-free guidance of a generated image; 1 is none")
+    setting(
+        "--cfg",
+        3.0,
+        "classifier-free guidance of a generated image; 1 is none. The released model uses 4, this size wants less",
+    )
     setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -104,9 +108,7 @@ def main():
         data.fail(f"--order {args.order}: choose joint, image-first, depth-first or a number, log2(alpha)")
     if not -14 <= order <= 14 and args.order not in ORDERS:
         data.fail(f"--order {args.order}: log2(alpha) must be in -14..14; image-first and depth-first are the limits")
-    for flag, low in (("steps", 1), ("count", 1), ("size", 0)):
-        if getattr(args, flag) < low:
-            data.fail(f"--{flag} {getattr(args, flag)}: must be at least {low}")
+    data.at_least(args, steps=1, count=1, size=0)
     if (Path(args.out) / "grid.png").exists():
         data.fail(f"--out {args.out}: already holds samples; choose another --out")
     state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
@@ -145,10 +147,14 @@ def main():
         if m.name in given:
             values, valid = given[m.name]
             if valid is None:
-                values = F.interpolate(values[None], size, mode="bicubic", antialias=True)
+                values = F.interpolate(values[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
             else:
-                values, valid = (F.interpolate(v[None].float(), size) for v in (values, valid))
+                values, valid = (F.interpolate(v[None].float(), size, mode="nearest-exact") for v in (values, valid))
                 valid = valid > 0
+                if not valid.any():
+                    data.fail(
+                        f"--depth {args.depth}: no valid pixel is left at {size[0]}x{size[1]}; give a larger --size"
+                    )
             clean = m.encode(values, valid).expand(args.count, -1, -1, -1)
             start[m.name] = corrupt(clean, start[m.name], torch.zeros(args.count), valid)
             given[m.name] = values, valid

@@ -3,7 +3,8 @@
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
     python train_forcing.py --resume        go on after an interruption
-    torchrun --nproc-per-node 8 train_forcing.py --init runs/t2i/last.pt --batch-size 256 --steps 100000 --ema 0.9999
+    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
+        --batch-size 1024 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
 The whole method is in the loop below: every modality draws its own noise level, is corrupted to it, predicted, and
 scored on its valid pixels. Held at t = 0 it conditions and costs nothing; missing pixels are noise, and cost nothing
@@ -21,6 +22,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,11 +31,13 @@ from tqdm import tqdm
 import data
 from model import (
     DEPTH,
+    JOINT,
     PRESETS,
     RGB,
     Config,
     DiT,
     corrupt,
+    distillation_weight,
     draw_noise_levels,
     matmul_peak,
     sampling_grid,
@@ -47,17 +51,19 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def setting(flag, default, help, **kwargs):
-        p.add_argument(
-            flag, default=default, type=type(default), help=f"{help} (default: {default or 'see text'})", **kwargs
-        )
+        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
 
-    setting("--init", "runs/t2i/last.pt", "text-to-image checkpoint to start from and be taught by, or none")
-    setting("--preset", "", f"network: {', '.join(PRESETS)}; the default is --init's, or nano where that is none")
+    setting(
+        "--init",
+        "runs/t2i/last.pt",
+        "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none",
+    )
+    setting("--preset", "", f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none")
     setting("--data", "synthetic", "source of samples")
     setting(
         "--sparsity", "mixed", f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
     )
-    setting("--size", 0, "side of the images in pixels; the default is the preset's")
+    setting("--size", 0, "side of the images in pixels; 0 is the preset's")
     setting("--steps", 600, "optimizer steps")
     setting("--batch-size", 32, "samples a step, over all ranks together")
     setting("--lr", 6e-3, "peak learning rate")
@@ -80,6 +86,13 @@ def parse():
     setting("--sample-every", 500, "steps between picture grids")
     p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, and stop")
     args = p.parse_args()
+    config_file = Path(args.out) / "config.json"
+    if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
+        p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
+        args = p.parse_args()
+    data.at_least(
+        args, steps=1, batch_size=1, size=0, warmup=1, seed=0, checkpoint_every=1, log_every=1, sample_every=1
+    )
     try:
         known = args.sparsity in ("mixed", *data.PATTERNS) or 0 < float(args.sparsity) <= 1
     except ValueError:
@@ -91,20 +104,20 @@ def parse():
     return args
 
 
-def count_flops(args, config, start):
+def count_flops(args, config, taught):
     """Training FLOPs per image: the student forward and backward, the teacher forward (a third of both)."""
-    flops = training_cost(config, (args.size, args.size))[1]
-    return flops + (training_cost(Config(**start["config"]), (args.size, args.size))[1] / 3 if start else 0)
+    size = args.size, args.size
+    return training_cost(config, size)[1] + (training_cost(taught, size)[1] / 3 if taught else 0)
 
 
-def dry_run(args, config, start):
+def dry_run(args, config, taught):
     parameters, _, activations = training_cost(config, (args.size, args.size))
     half = 0.5 if args.device != "cpu" else 1  # bfloat16 activations on GPUs
     copies = 1 + 1 + (1 if args.optimizer == "muon" else 2) + 1
-    taught = training_cost(Config(**start["config"]), (args.size, args.size))[0] if start else 0
-    fixed = 4 * (parameters * copies + taught)
-    print(f"{args.size}x{args.size}, image and depth: {parameters / 1e6:.1f}M parameters, teacher {taught / 1e6:.1f}M")
-    print(f"training FLOPs per image (matmuls and attention): {count_flops(args, config, start) / 1e9:.2f} GFLOP")
+    frozen = training_cost(taught, (args.size, args.size))[0] if taught else 0
+    fixed = 4 * (parameters * copies + frozen)
+    print(f"{args.size}x{args.size}, image and depth: {parameters / 1e6:.1f}M parameters, teacher {frozen / 1e6:.1f}M")
+    print(f"training FLOPs per image (matmuls and attention): {count_flops(args, config, taught) / 1e9:.2f} GFLOP")
     print(
         f"estimated memory per GPU: {fixed / 2**30:.2f} GiB of weights, gradients, optimizer, EMA, teacher in float32"
     )
@@ -123,7 +136,7 @@ def picture(model, args, device, path, count=8):
     grid, held = sampling_grid(25), sampling_grid(25) * 0
     i2d = model.sample({"rgb": held, "depth": grid}, {**noise, "rgb": given["rgb"]}, text)
     d2i = model.sample({"rgb": grid, "depth": held}, {**noise, "depth": given["depth"]}, text, {"rgb": 3.0})
-    joint = model.sample({"rgb": grid, "depth": warp(grid, 5)}, noise, text, {"rgb": 3.0})
+    joint = model.sample({"rgb": grid, "depth": warp(grid, JOINT)}, noise, text, {"rgb": 3.0})
     depths = lambda x: [data.paint_depth(d) for d in DEPTH.decode(x)]
     images = lambda x: [data.paint_rgb(image) for image in x]
     real = [data.paint_depth(d, v) for d, v in zip(values["depth"], valid["depth"], strict=True)]
@@ -142,24 +155,28 @@ def picture(model, args, device, path, count=8):
 
 def main():
     args = parse()
-    start = None if args.init == "none" else data.load_checkpoint(args.init, "--init")
-    if start is None or args.preset:
+    init = None if args.init == "none" else data.load_checkpoint(args.init, "--init")
+    if init is None or args.preset:
         if (args.preset or "nano") not in PRESETS:
             data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
         config = PRESETS[args.preset or "nano"]
     else:
-        config = Config(**start["config"])
+        config = Config(**init["config"])
     config = config.with_modalities(replace(RGB, p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
+    taught = Config(**init["config"]) if init else config
+    if len(taught.modalities) == len(config.modalities):
+        taught = None  # nothing before to go back to: trained from scratch, or on from a checkpoint of this stage
     args.size = args.size or config.size
-    if args.size % config.patch or args.size < 0:
+    if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
     if args.dry_run:
-        return dry_run(args, config, start)
+        return dry_run(args, config, taught)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device(args.device)
     cuda = device.type == "cuda"
-    if cuda:
+    if cuda and world > 1:
         device = torch.device("cuda", local)
+    if cuda:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -171,12 +188,14 @@ def main():
     # Network, its frozen teacher, averaged copy, optimizers.
     torch.manual_seed(args.seed)
     model, teacher = DiT(config).to(device), None
-    if start is not None:
-        teacher = DiT(Config(**start["config"])).requires_grad_(False)
-        teacher.load_state_dict(start["ema"])
+    if taught:
+        teacher = DiT(taught).requires_grad_(False)
+        teacher.load_state_dict(init["ema"])
         teacher.to(device)
+        known = [m.name for m in taught.modalities]
+    if init:
         try:
-            model.warm_start(start["ema"])
+            model.warm_start(init["ema"])
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -195,18 +214,18 @@ def main():
     step = state["step"] if state else 0
     out = data.open_run(args.out, vars(args), step if state else None) if rank == 0 else None
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if cuda if args.compile is None else args.compile:
-        network, teacher = torch.compile(network), teacher and torch.compile(teacher)
+    if args.compile or (args.compile is None and cuda):
+        network, teacher = torch.compile(network), torch.compile(teacher) if teacher is not None else None
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def global_mean(total, count):
-        """Sum over this rank, and its count -> a loss whose gradient, averaged over ranks, is the global mean's."""
-        count = count.clone()
+        """This rank's totals and counts -> a loss whose gradient, averaged over ranks, is the global mean's."""
+        count = count.sum()
         if world > 1:
             dist.all_reduce(count)
-        return total * world / count.clamp(min=1)
+        return total.sum() * world / count.clamp(min=1)
 
-    flops = count_flops(args, config, start)
+    flops = count_flops(args, config, taught)
     peak = matmul_peak(device, torch.bfloat16 if cuda else torch.float32)
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
@@ -231,12 +250,11 @@ def main():
 
         # Losses: each modality on its valid pixels (Eq. 7), and what the teacher knows kept (Eq. 8).
         losses = {m: global_mean(*velocity_loss(x0_hat[m], x0[m], t[m], valid[m])) for m in x0}
-        if teacher:
-            known = [m.name for m in teacher.modalities]
+        if teacher is not None:
             with torch.no_grad(), autocast:
                 taught = teacher({m: noisy[m] for m in known}, {m: t[m] for m in known}, text)
-            told = torch.stack([t[m] for m in x0 if m not in known]).mean(0)
-            weight = torch.lerp(torch.full_like(told, args.distill_lo), torch.full_like(told, args.distill_hi), told)
+            t_unknown = torch.stack([t[m] for m in x0 if m not in known]).mean(0)
+            weight = distillation_weight(t_unknown, args.distill_lo, args.distill_hi)
             for m in known:
                 losses[f"distill_{m}"] = global_mean(*velocity_loss(x0_hat[m], taught[m], t[m], valid[m], weight))
         loss = sum(losses.values())

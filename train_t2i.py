@@ -3,7 +3,8 @@
     python train_t2i.py                          the built-in world on what this machine has; minutes on two CPU cores
     python train_t2i.py --resume                 go on after an interruption
     python train_t2i.py --preset 3b --dry-run    parameters, FLOPs and memory, without training
-    torchrun --nproc-per-node 8 train_t2i.py --preset 370m --batch-size 1024 --steps 500000 --ema 0.9999
+    torchrun --nproc-per-node 8 train_t2i.py --preset 370m \
+        --batch-size 1024 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
 
 The run directory (--out) gets config.json, metrics.jsonl (a row a logged step), samples/ (pictures) and last.pt, which
 train_forcing.py starts from. A step reads: draw a batch -> draw noise levels -> predict -> loss -> step.
@@ -17,6 +18,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -63,11 +65,18 @@ def parse():
     setting("--sample-every", 500, "steps between picture grids")
     p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, and stop")
     args = p.parse_args()
+    config_file = Path(args.out) / "config.json"
+    if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
+        p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
+        args = p.parse_args()
+    data.at_least(
+        args, steps=1, batch_size=1, size=0, warmup=1, seed=0, checkpoint_every=1, log_every=1, sample_every=1
+    )
     if args.preset not in PRESETS:
         data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
     config = PRESETS[args.preset].with_modalities(RGB)
     args.size = args.size or config.size
-    if args.size % config.patch or args.size < 0:
+    if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch of {args.preset}, {config.patch}")
     return args, config
 
@@ -101,8 +110,9 @@ def main():
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device(args.device)
     cuda = device.type == "cuda"
-    if cuda:
+    if cuda and world > 1:
         device = torch.device("cuda", local)
+    if cuda:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -130,16 +140,16 @@ def main():
     step = state["step"] if state else 0
     out = data.open_run(args.out, vars(args), step if state else None) if rank == 0 else None
     network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    if cuda if args.compile is None else args.compile:
+    if args.compile or (args.compile is None and cuda):
         network = torch.compile(network)
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def global_mean(total, count):
-        """Sum over this rank, and its count -> a loss whose gradient, averaged over ranks, is the global mean's."""
-        count = count.clone()
+        """This rank's totals and counts -> a loss whose gradient, averaged over ranks, is the global mean's."""
+        count = count.sum()
         if world > 1:
             dist.all_reduce(count)
-        return total * world / count.clamp(min=1)
+        return total.sum() * world / count.clamp(min=1)
 
     _, flops, _ = training_cost(config, (args.size, args.size))
     peak = matmul_peak(device, torch.bfloat16 if cuda else torch.float32)
@@ -186,11 +196,11 @@ def main():
                 "grad_norm": norm,
                 "lr": rate,
             }
-            values = torch.stack([torch.as_tensor(v, device=device).float() for v in row.values()]).detach()
+            logged = torch.stack([torch.as_tensor(v, device=device).float() for v in row.values()]).detach()
             if world > 1:
-                dist.all_reduce(values, dist.ReduceOp.AVG if cuda else dist.ReduceOp.SUM)
-                values /= 1 if cuda else world
-            row = dict(zip(row, values.tolist(), strict=True), step=step)
+                dist.all_reduce(logged)
+                logged /= world
+            row = dict(zip(row, logged.tolist(), strict=True), step=step)
             speed = (step - since) * args.batch_size / (time.perf_counter() - clock)
             row |= {"images_per_s": speed, "gflops": speed * flops / 1e9, "utilization": speed * flops / peak / world}
             clock, since = time.perf_counter(), step
@@ -200,8 +210,8 @@ def main():
                 bar.set_postfix_str(
                     f"loss {row['loss']:.3f}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak"
                 )
-                if not math.isfinite(row["loss"]):
-                    data.fail(f"step {step}: the loss is not finite; lower --lr (now {args.lr})")
+            if not math.isfinite(row["loss"]):
+                data.fail(f"step {step}: the loss is not finite; lower --lr (now {args.lr})")
         if rank == 0 and (step % args.checkpoint_every == 0 or step == args.steps):
             state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
             state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}

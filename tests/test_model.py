@@ -12,10 +12,12 @@ from model import (
     RGB,
     SIGMA,
     T_MIN,
+    TEXT_PATCH,
     Config,
     DiT,
     contract,
     corrupt,
+    distillation_weight,
     draw_noise_levels,
     logit_normal,
     normalize_depth,
@@ -25,6 +27,7 @@ from model import (
     rope_angles,
     rotate,
     sampling_grid,
+    token_ids,
     training_cost,
     uncontract,
     velocity_loss,
@@ -66,7 +69,7 @@ def test_x_prediction_loss_equals_velocity_loss():
     x_t = corrupt(x0, eps, t)
     implied = (guess - x_t) / t.view(-1, 1, 1, 1)
     total, count = velocity_loss(guess, x0, t)
-    torch.testing.assert_close(total / count, (implied - (x0 - eps)).square().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total.sum() / count.sum(), (implied - (x0 - eps)).square().mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_loss_clamps_t_in_the_division_only():
@@ -80,17 +83,21 @@ def test_clean_modality_and_missing_pixels_cost_nothing():
     guess = torch.randn(2, 1, 4, 4, requires_grad=True)
     valid = torch.rand(2, 1, 4, 4) < 0.5
     total, count = velocity_loss(guess, x0, torch.tensor([0.0, 0.5]), valid)
-    total.backward()
-    assert count == valid[1].sum()
+    total.sum().backward()
+    assert count.tolist() == [0, valid[1].sum()]
     assert (guess.grad[0] == 0).all() and (guess.grad[1][~valid[1]] == 0).all() and (guess.grad[1][valid[1]] != 0).all()
 
 
 def test_distillation_weight_scales_each_sample():
     guess, taught, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([0.4, 0.8])
-    first, second = (velocity_loss(guess[i : i + 1], taught[i : i + 1], t[i : i + 1])[0] for i in (0, 1))
-    total, count = velocity_loss(guess, taught, t, weight=torch.tensor([0.5, 0.0]))
-    torch.testing.assert_close(total, 0.5 * first + 0.0 * second)
-    assert count == guess.numel()
+    plain, _ = velocity_loss(guess, taught, t)
+    weighted, count = velocity_loss(guess, taught, t, weight=torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(weighted, plain * torch.tensor([0.5, 0.0]))
+    assert count.sum() == guess.numel()
+
+
+def test_distillation_is_strongest_where_depth_is_noise():
+    assert distillation_weight(torch.tensor([0.0, 0.25, 1.0]), 0.1, 0.5).tolist() == pytest.approx([0.1, 0.2, 0.5])
 
 
 def test_endpoints_of_the_interpolant():
@@ -112,7 +119,7 @@ def test_values_in_missing_pixels_reach_nothing():
         x0 = {"rgb": x["rgb"], "depth": DEPTH.encode(depth, valid["depth"])}
         x0_hat = network({m: corrupt(x0[m], noise[m], t[m], valid[m]) for m in x0}, t, text)
         losses = {m: velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in x0}
-        (losses["rgb"][0] + losses["depth"][0]).backward()
+        (losses["rgb"][0] + losses["depth"][0]).sum().backward()
         assert (depth.grad[~valid["depth"]] == 0).all() and (depth.grad[valid["depth"]] != 0).any()
         results.append([x0_hat["rgb"], x0_hat["depth"], losses["depth"][0]])
     for other in results[1:]:
@@ -260,7 +267,8 @@ def test_each_modality_is_modulated_by_its_own_timestep():
     network = build(RGB, DEPTH)
     for mixer in network.mixers.values():
         mixer.mlp[-1].weight.data.zero_(), mixer.mlp[-1].bias.data.zero_()
-    seen = {}
+    seen, modulations = {}, []
+    network.blocks[0].register_forward_hook(lambda module, args, out: modulations.append(args[1]))
     network.decoders["rgb"].register_forward_hook(lambda module, args, out: seen.setdefault("rgb", []).append(args[1]))
     network.decoders["depth"].register_forward_hook(
         lambda module, args, out: seen.setdefault("depth", []).append(args[1])
@@ -269,12 +277,14 @@ def test_each_modality_is_modulated_by_its_own_timestep():
     network(x, t, text)
     network(x, {**t, "depth": t["depth"] / 2}, text)
     assert torch.equal(*seen["rgb"]) and not torch.equal(*seen["depth"])
+    image_end = SMALL.text_length // TEXT_PATCH + 16  # text tokens go with the image's
+    for first, second in zip(*modulations, strict=True):
+        assert torch.equal(first[:, :image_end], second[:, :image_end])
+        assert not torch.isclose(first[:, image_end:], second[:, image_end:]).all(-1).any()
 
 
 def test_every_position_of_a_non_square_image_has_its_own_angle():
-    place = torch.cartesian_prod(torch.arange(3), torch.arange(7))
-    ids = torch.cat([torch.nn.functional.pad(torch.nn.functional.pad(place, (1, 0), value=m), (0, 1)) for m in (0, 1)])
-    angles = rope_angles(ids, 32)
+    angles = rope_angles(torch.cat([token_ids(m, 3, 7) for m in (0, 1)]), 32)
     assert len(torch.unique(angles, dim=0)) == 2 * 3 * 7
     assert torch.equal(
         angles[:21, 2:14], angles[21:, 2:14]
@@ -336,7 +346,7 @@ def test_presets_have_the_papers_parameter_counts(preset, millions):
 def test_counted_flops_match_a_closed_form():
     """Blocks: 6 FLOPs a weight and token for matmuls, 12 N^2 D for attention; embedders and heads are a few percent."""
     config, n = PRESETS["370m"].with_modalities(RGB), 256 + 64
-    matmuls = 6 * n * config.depth * 11.5 * config.width**2 + 0 * n
+    matmuls = 6 * n * config.depth * 11.5 * config.width**2
     attention = 12 * n**2 * config.width * config.depth
     _, flops, _ = training_cost(config, (256, 256))
     assert abs(flops / (matmuls + attention) - 1) < 0.05
