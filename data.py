@@ -268,7 +268,7 @@ def sparsify(valid, rgb, pattern="mixed", generator=None):
         choice = (rand() * len(PATTERNS)).long()
     else:
         choice = torch.full((batch,), PATTERNS.index(pattern), device=valid.device)
-    return valid & masks[torch.arange(batch), choice][:, None]
+    return valid & masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
 
 
 # ---- Batches ----
@@ -361,6 +361,15 @@ def pick_device(name):
     return device
 
 
+def make_folder(path):
+    """Path of a directory that exists from now on."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out: cannot make the directory {path}: {error.strerror}; choose another")
+    return Path(path)
+
+
 def open_run(out, settings, resumed=None):
     """Make the run directory and write config.json. Refuses one that holds a run, unless resumed is given, the step to
     go on from: rows of metrics.jsonl past it are dropped, since the run will write them again.
@@ -368,10 +377,7 @@ def open_run(out, settings, resumed=None):
     out = Path(out)
     if (out / "last.pt").exists() and resumed is None:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {out}: {error.strerror}; choose another --out")
+    make_folder(out / "samples")
     (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     metrics = out / "metrics.jsonl"
     if metrics.exists():
@@ -475,9 +481,9 @@ def main():
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default: %(default)s)")
     parser.add_argument("--count", type=int, default=8, help="number of samples (default: %(default)s)")
     args = parser.parse_args()
+    at_least(args, size=1, count=1)
+    out = make_folder(args.out)
     values, valid, captions = World(args.split, (args.size, args.size)).samples(range(args.count))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     for i, (picture, depth) in enumerate(zip(pictures, values["depth"], strict=True)):
         Image.fromarray(picture).save(out / f"{i:03}.png")

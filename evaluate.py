@@ -10,7 +10,6 @@ Each prints a table and writes results.json and a picture into --out.
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -241,6 +240,7 @@ def main():
     args = p.parse_args()
     args.steps = args.steps or {"depth": 2, "image": 16}[args.task]
     data.at_least(args, images=2, size=0, steps=1, batch_size=1)
+    out = data.make_folder(args.out or f"runs/evaluate-{args.task}")
     state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
     model = DiT(Config(**state["config"])).requires_grad_(False)
     model.load_state_dict(state["ema"])
@@ -254,8 +254,6 @@ def main():
     results, rows, labels = {"depth": evaluate_depth, "image": evaluate_image}[args.task](
         args, model.to(device), device
     )
-    out = Path(args.out or f"runs/evaluate-{args.task}")
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     data.save_grid(out / "grid.png", rows, labels)
     print(f"wrote {out / 'results.json'} and {out / 'grid.png'}")

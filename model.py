@@ -10,8 +10,7 @@ References:
   DiT, adaLN-zero                https://arxiv.org/abs/2212.09748
   mip-NeRF 360 contraction       https://arxiv.org/abs/2111.12077
 
-Shapes: B batch, C channels, H W image, P patch, N tokens, D width, L bytes of text. Dictionaries are keyed by modality
-name.
+Shapes: B batch, C channels, H W image, N tokens, D width, L bytes of text. Dictionaries are keyed by modality name.
 """
 
 import math
@@ -38,8 +37,8 @@ def per_sample(t):
 def corrupt(x0, noise, t, valid=None):
     """Interpolant of Eq. 5, x_t = (1 - t) x0 + t noise; noise alone where a pixel is missing, whatever t is (Sec. 3.2).
 
-    x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool or None when every pixel is known. Returns (B, C,
-    H, W). What x0 holds in missing pixels (NaN included) never reaches the result.
+    x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool or None when every pixel is known.
+    Returns (B, C, H, W). What x0 holds in missing pixels (NaN included) never reaches the result.
     """
     x_t = torch.lerp(x0, noise, per_sample(t))
     return x_t if valid is None else torch.where(valid, x_t, noise)
@@ -365,19 +364,16 @@ class DiT(nn.Module):
             vectors[m.name] = sum(mixed, self.timesteps[m.name](t[m.name]))
 
         text_tokens = self.text_tokenizer(self.text_bytes(text.long()).unflatten(1, (-1, TEXT_PATCH)).flatten(2))
-        tokens, ids = [text_tokens], [F.pad(torch.arange(text_tokens.shape[1], device=text.device)[:, None], (3, 0))]
-        modulations = [
-            self.modulations[first.name](F.silu(vectors[first.name]))[:, None].expand(-1, text_tokens.shape[1], -1)
-        ]
+        modulate = lambda m, n: self.modulations[m.name](F.silu(vectors[m.name]))[:, None].expand(-1, n, -1)
+        tokens, modulations = [text_tokens], [modulate(first, text_tokens.shape[1])]
+        ids = [F.pad(torch.arange(text_tokens.shape[1], device=text.device)[:, None], (3, 0))]
         grids = {}
         for m in present:
             patches = F.pixel_unshuffle(noisy[m.name], m.patch)
             rows, columns = grids[m.name] = patches.shape[-2:]
             tokens.append(self.tokenizers[m.name](patches.flatten(2).transpose(1, 2)))
             ids.append(token_ids(names.index(m.name), rows, columns, text.device))
-            modulations.append(
-                self.modulations[m.name](F.silu(vectors[m.name]))[:, None].expand(-1, rows * columns, -1)
-            )
+            modulations.append(modulate(m, rows * columns))
 
         lengths = [part.shape[1] for part in tokens]
         angles = rope_angles(torch.cat(ids), self.config.head)[:, None]
@@ -443,7 +439,7 @@ class DiT(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in chosen]
         optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         if matrices:
-            if matrices[0].device.type == "cpu":
+            if matrices[0].device.type == "cpu":  # a private name: should torch change it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
             optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         return optimizers
@@ -483,7 +479,7 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
     return 2 * n**3 / best
 
 
-def training_cost(config, size, batch=1):
+def training_cost(config, size):
     """Counted, on the meta device, so nothing is computed: (parameters, FLOPs, activation bytes) of one training pass.
 
     FLOPs are matmuls and attention, forward and backward, per image. Activation bytes are what a float32 forward pass
@@ -491,9 +487,9 @@ def training_cost(config, size, batch=1):
     """
     with torch.device("meta"):
         model = DiT(config)
-        noisy = {m.name: torch.zeros(batch, m.channels, *size) for m in config.modalities}
-        t = {m.name: torch.zeros(batch) for m in config.modalities}
-        text = torch.zeros(batch, config.text_length, dtype=torch.uint8)
+        noisy = {m.name: torch.zeros(1, m.channels, *size) for m in config.modalities}
+        t = {m.name: torch.zeros(1) for m in config.modalities}
+        text = torch.zeros(1, config.text_length, dtype=torch.uint8)
     kept = {}
 
     def keep(tensor):
@@ -504,6 +500,6 @@ def training_cost(config, size, batch=1):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             x0_hat = model(noisy, t, text)
         sum(x.sum() for x in x0_hat.values()).backward()
-    parameters = sum(p.numel() for p in model.parameters())
-    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    return parameters, counter.get_total_flops() / batch, (sum(kept.values()) - weights) / batch
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    activations = sum(size for storage, size in kept.items() if storage not in weights)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), activations

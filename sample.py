@@ -109,6 +109,8 @@ def main():
     if not -14 <= order <= 14 and args.order not in ORDERS:
         data.fail(f"--order {args.order}: log2(alpha) must be in -14..14; image-first and depth-first are the limits")
     data.at_least(args, steps=1, count=1, size=0)
+    if not 0 < args.fov < 180:
+        data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
     if (Path(args.out) / "grid.png").exists():
         data.fail(f"--out {args.out}: already holds samples; choose another --out")
     state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
@@ -167,8 +169,7 @@ def main():
 
     pictures = {"rgb": [], "depth": []}
     for i in range(args.count):
-        folder = Path(args.out) / f"{i:03}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = data.make_folder(f"{args.out}/{i:03}")
         rgb, depth = data.paint_rgb(made["rgb"][i]), torch.where(valid, made["depth"][i], 0)
         pictures["rgb"].append(rgb)
         pictures["depth"].append(data.paint_depth(depth))

@@ -286,9 +286,19 @@ def test_each_modality_is_modulated_by_its_own_timestep():
 def test_every_position_of_a_non_square_image_has_its_own_angle():
     angles = rope_angles(torch.cat([token_ids(m, 3, 7) for m in (0, 1)]), 32)
     assert len(torch.unique(angles, dim=0)) == 2 * 3 * 7
-    assert torch.equal(
-        angles[:21, 2:14], angles[21:, 2:14]
-    )  # same place, same row and column angles in both modalities
+    assert torch.equal(angles[:21, 2:14], angles[21:, 2:14])  # row and column angles are shared by the modalities
+
+
+def test_the_network_gives_its_tokens_those_angles():
+    network, seen = build(RGB, DEPTH), []
+    network.blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[2]))
+    x, _, t, text = inputs(height=8, width=16)
+    network(x, t, text)
+    text_ids = torch.nn.functional.pad(torch.arange(SMALL.text_length // TEXT_PATCH)[:, None], (3, 0))
+    angles = rope_angles(torch.cat([text_ids, token_ids(0, 2, 4), token_ids(1, 2, 4)]), SMALL.head)
+    cos, sin = seen[0]
+    torch.testing.assert_close(cos[:, 0, : SMALL.head // 2], angles.cos())
+    torch.testing.assert_close(sin[:, 0, SMALL.head // 2 :], angles.sin())
 
 
 def test_rope_makes_attention_depend_on_differences_only():
