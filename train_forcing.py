@@ -64,7 +64,7 @@ def parse():
         "--sparsity", "mixed", f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
     )
     setting("--size", 0, "side of the images in pixels; 0 is the preset's")
-    setting("--steps", 600, "optimizer steps")
+    setting("--steps", 540, "optimizer steps")
     setting("--batch-size", 32, "samples a step, over all ranks together")
     setting("--lr", 6e-3, "peak learning rate")
     setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))

@@ -47,7 +47,7 @@ def parse():
     setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
     setting("--data", "synthetic", "source of samples")
     setting("--size", 0, "side of the images in pixels; 0 is the preset's")
-    setting("--steps", 700, "optimizer steps")
+    setting("--steps", 650, "optimizer steps")
     setting("--batch-size", 32, "samples a step, over all ranks together")
     setting("--lr", 6e-3, "peak learning rate")
     setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
