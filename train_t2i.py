@@ -110,9 +110,8 @@ def main():
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device(args.device)
     cuda = device.type == "cuda"
-    if cuda and world > 1:
-        device = torch.device("cuda", local)
     if cuda:
+        device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
