@@ -1,24 +1,39 @@
-"""Where samples come from, how they are kept on disk, and how they are drawn as pictures.
+"""Where samples come from, how they are kept on disk, and how they are drawn as pictures. One --data chooses:
 
-The built-in world is a ray caster over random rooms and open ground: colour, exact z-depth, exact surface normals and a
-caption, as many as one likes, the same for the same (split, index). Depth is thinned to the patterns of real sensors
-(`sparsify`).
+    synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
+    DIR with metadata.jsonl     rows: file_name, text; depth_file_name, mask_file_name, depth_scale where there is depth
+    DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
+    'shards/{000..999}.tar'     WebDataset, streamed: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm
 
-    python data.py --out runs/world --count 8        a look at the world: pictures, depth maps, captions
+Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. What is not above
+0, not finite, masked out or outside --depth-min..--depth-max is missing.
+
+    python data.py --out runs/world --count 8                     a look at the world: pictures, depth maps, captions
+    python data.py --out runs/shards --count 500 --layout shards  the same as tar shards (or folder, or moge)
 """
 
 import argparse
 import ctypes
+import functools
+import importlib.util
+import io
+import itertools
 import json
+import math
 import os
+import random
+import re
 import sys
+import tarfile
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from model import TEXT_PATCH
 
@@ -271,7 +286,158 @@ def sparsify(valid, rgb, pattern="mixed", generator=None):
     return valid & masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
 
 
-# ---- Batches ----
+# ---- Files: images and depth maps as they are published ----
+
+MAX_BYTES = 1 << 28  # of a file: what a damaged header declares is not read into memory
+MAX_CAPTION = 1 << 16
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+
+class BadSample(ValueError):
+    """What cannot be used as a sample: the message names the file and says what is wrong."""
+
+
+def parse(name, reader, *args):
+    """reader(*args); what it cannot read is told as a BadSample that names the file."""
+    try:
+        return reader(*args)
+    except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise BadSample(f"{name}: {what or type(error).__name__}") from None
+
+
+def read_file(path, folder=None):
+    """Bytes of a file, which must lie in the folder if one is given. Raises BadSample."""
+    name = os.path.normpath(os.path.join(folder or "", path))
+    if folder and not name.startswith(os.path.normpath(folder) + os.sep):
+        raise BadSample(f"{path}: leads out of {folder}")
+    try:
+        if os.path.getsize(name) > MAX_BYTES:
+            raise BadSample(f"{name}: larger than {MAX_BYTES >> 20} MiB")
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise BadSample(f"{name}: {error.strerror}") from None
+
+
+def png_depth(content, scale):
+    """16-bit PNG -> metres: value * scale; log-coded as MoGe's if its text fields near and far say so (METHOD 9)."""
+    image = Image.open(io.BytesIO(content))
+    if not image.mode.startswith("I"):
+        few = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
+        raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
+    codes, metres = np.asarray(image), np.arange(65536) * scale
+    if "near" in image.info:
+        near, far = float(image.info["near"]), float(image.info["far"])
+        metres = near * (far / near) ** ((np.arange(65536) - 1) / 65533)
+        metres *= float(image.info.get("unit", 1))  # in early files
+        metres[[0, 65535]] = 0, np.inf
+    return metres.astype(np.float32)[codes]
+
+
+def npy_depth(content, scale):
+    """.npy array of numbers (H, W), or with axes of length one, never unpickled; as it is, whatever scale."""
+    depth = np.load(io.BytesIO(content), allow_pickle=False)
+    if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu" or depth.squeeze().ndim != 2:
+        raise ValueError(f"has shape {getattr(depth, 'shape', '?')}; one map (height, width) of numbers is needed")
+    return depth.squeeze().astype(np.float32)
+
+
+def pfm_depth(content, scale):
+    """One-channel PFM of either byte order, rows from the bottom up; as it is, whatever scale."""
+    header = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", content)
+    if not header:
+        raise ValueError("not a one-channel PFM")
+    width, height, order = int(header[1]), int(header[2]), "<" if header[3] else ">"
+    rows = np.frombuffer(content, order + "f4", width * height, header.end()).reshape(height, width)
+    return rows[::-1].astype(np.float32)
+
+
+MAPS = {"png": png_depth, "npy": npy_depth, "pfm": pfm_depth}
+
+
+def read_map(name, content, scale=0.001):
+    """Bytes of a .png, .npy or .pfm map, told by name's suffix -> (H, W) float32, as stored. Raises BadSample."""
+    suffix = name.rpartition(".")[2].lower()
+    if suffix not in MAPS:
+        raise BadSample(f"{name}: depth is read from {', '.join(MAPS)}")
+    return parse(name, MAPS[suffix], content, scale)
+
+
+def read_depth(name, content, scale=0.001, mask=None, low=0.0, high=math.inf):
+    """read_map, and what is missing: (H, W) float32 in metres, 0 where it is not above low, not finite, above high or
+    masked out (0 in mask, bytes of an image). Raises BadSample.
+    """
+    depth = read_map(name, content, scale)
+    known = (depth > max(low, 0)) & (depth <= high) & (depth < math.inf)  # NaN is not
+    if mask is not None:
+        mask = parse(f"mask of {name}", lambda: np.asarray(Image.open(io.BytesIO(mask)).convert("L")) > 0)
+        if mask.shape != depth.shape:
+            raise BadSample(f"{name}: has shape {depth.shape}, its mask {mask.shape}")
+        known &= mask
+    if not known.any():
+        raise BadSample(f"{name}: no valid depth: nothing is above 0, finite, in range and unmasked")
+    return np.where(known, depth, 0)
+
+
+# ---- Geometry: one crop for the image and its depth ----
+
+
+def crop_box(height, width, size, place=(0.5, 0.5)):
+    """The largest (left, top, right, bottom) with the aspect of size (H, W); place in 0..1 of the room that is left."""
+    scale = min(height / size[0], width / size[1])
+    tall, wide = size[0] * scale, size[1] * scale
+    top, left = int((height - tall) * place[0]), int((width - wide) * place[1])
+    return left, top, left + wide, top + tall
+
+
+def nearest(values, known, size, box):
+    """Crop and resize a map (h, w), known (h, w) bool -> the same at size (H, W), by nearest known pixel.
+
+    Each pixel of the result takes, of the pixels that it covers, the known one nearest to its centre: sparse depth
+    survives, and nothing is averaged across holes or edges. Where it covers none it is unknown.
+    """
+    left, top, right, bottom = box
+    tall, wide = (bottom - top) / size[0], (right - left) / size[1]
+    y, x = top + (np.arange(size[0]) + 0.5) * tall, left + (np.arange(size[1]) + 0.5) * wide
+    out, found = values[y.astype(int)[:, None], x.astype(int)], known[y.astype(int)[:, None], x.astype(int)]
+    i, j = np.nonzero(~found)  # these look around
+    y, x, closest = y[i], x[j], np.full(len(i), np.inf)
+    for dy, dx in itertools.product(*(range(-math.ceil(side / 2), math.ceil(side / 2) + 1) for side in (tall, wide))):
+        r, c = np.clip(y.astype(int) + dy, 0, len(values) - 1), np.clip(x.astype(int) + dx, 0, values.shape[1] - 1)
+        away_y, away_x = np.abs(r + 0.5 - y), np.abs(c + 0.5 - x)
+        near = known[r, c] & (2 * away_y <= tall) & (2 * away_x <= wide) & (away_y**2 + away_x**2 < closest)
+        closest[near] = (away_y**2 + away_x**2)[near]
+        out[i[near], j[near]], found[i[near], j[near]] = values[r[near], c[near]], True
+    return out, found
+
+
+def load_rgb(content, size=None, place=(0.5, 0.5)):
+    """Bytes of an image -> (rgb (H, W, 3) uint8, (height, width) of the whole picture), cropped and resized to size.
+
+    Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
+    """
+    image = Image.open(io.BytesIO(content))
+    turned = image.getexif().get(0x0112, 1)  # orientation
+    whole = image.size if turned >= 5 else image.size[::-1]
+    box = crop_box(*whole, size or whole, place)
+    if size:
+        shrink = 2 * size[1] / (box[2] - box[0])
+        image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
+    if turned != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    elif image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
+    image = image.convert("RGB")
+    if size:
+        x, y = image.width / whole[1], image.height / whole[0]  # what draft left
+        box = box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height)
+        image = image.resize(size[::-1], Image.BICUBIC, box)
+    return np.asarray(image), whole
+
+
+# ---- Sources of samples: World, Folder, Shards ----
 
 
 def encode_text(captions, length):
@@ -282,7 +448,7 @@ def encode_text(captions, length):
     text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
     for row, line in zip(text, captions, strict=True):
         words = (word.encode() for word in line.split())
-        pieces = [word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH)]
+        pieces = (word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH))
         for token, piece in zip(row, pieces, strict=False):
             token[: len(piece)] = np.frombuffer(piece, np.uint8)
     return torch.from_numpy(text.reshape(len(captions), -1))
@@ -302,11 +468,226 @@ class World:
         return values, {"rgb": None, "depth": seen, "normal": seen}, [caption(scenes, i) for i in range(len(indices))]
 
 
-def open_source(data, split, size, device="cpu"):
-    """The value of --data -> a source of samples; size (H, W)."""
-    if data != "synthetic":
-        fail(f"--data {data}: unknown source; 'synthetic' is the one there is")
-    return World(split, size, device)
+class Files(IterableDataset):
+    """Samples of a folder or of tar files, streamed. In training: endless epochs, each in another order.
+
+    units are rows or shards; read(unit) yields (name, load) for each sample in one, load() -> its files' bytes.
+    """
+
+    def __init__(self, units, read, args, training, size, with_depth):
+        self.units, self.read, self.args, self.training = units, read, args, training
+        self.size, self.with_depth, self.plan, self.batch_size = size, with_depth, None, 1
+
+    def epoch(self, seed, epoch, worker=0, workers=1):
+        """(name, load, epoch) of the samples of one epoch that one worker, of all workers of all ranks, has to itself.
+
+        Units are split over workers; where there are fewer, each worker reads all and keeps its share of the samples.
+        Order: units shuffled, then samples drawn at random from a buffer of SHUFFLE.
+        """
+        order, rng, buffer = list(range(len(self.units))), random.Random(f"{seed} {epoch}"), []
+        if self.training:
+            rng.shuffle(order)
+        turn = (worker - epoch) % workers  # whoever gets less of an epoch gets more of another
+        mine = order[turn::workers] if len(order) >= workers else order
+        samples = ((*sample, epoch) for i in mine for sample in self.read(self.units[i]))
+        if len(order) < workers:
+            samples = itertools.islice(samples, turn, None, workers)
+        if not self.training:
+            yield from samples
+        for sample in samples:
+            buffer.append(sample)
+            if len(buffer) > SHUFFLE:
+                i = rng.randrange(len(buffer))
+                buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                yield buffer.pop()
+        rng.shuffle(buffer)
+        yield from buffer
+
+    def __iter__(self):
+        """Batches (rgb (B, H, W, 3), depth (B, H, W), captions, names, problems), see batch."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        seed, step, share, rank, world = self.plan or (0, 0, self.batch_size, 0, 1)
+        worker = (step + worker) % workers  # batch s is worker s % workers': go on as if from step 0
+        epochs = itertools.count() if self.training else range(1)
+        whose = rank * workers + worker, world * workers
+        samples = itertools.chain.from_iterable(self.epoch(seed, epoch, *whose) for epoch in epochs)
+        samples = itertools.islice(samples, len(range(worker, step, workers)) * share, None)
+        while chosen := list(itertools.islice(samples, share)):
+            yield self.batch(chosen, seed)
+
+    def batch(self, samples, seed):
+        """Decode samples; problems tells what was wrong with those that cannot be used.
+
+        In training the others of its batch stand in for such a sample, so that shapes are constant.
+        """
+        good, problems = [], []
+        for name, load, epoch in samples:
+            try:
+                good.append((*self.decode(load(), random.Random(f"{seed} {epoch} {name}")), name))
+            except BadSample as error:
+                problems.append(str(error))
+        if self.training and good:
+            good = list(itertools.islice(itertools.cycle(good), len(samples)))
+        rgb, depth, captions, names = zip(*good, strict=True) if good else ((), (), (), ())
+        stack = lambda arrays: torch.from_numpy(np.stack(arrays)) if arrays else None
+        return stack(rgb), stack(depth), captions, names, problems
+
+    def decode(self, files, rng):
+        """-> rgb (H, W, 3) uint8; depth (H, W) float32 in metres, 0 where missing; caption. Raises BadSample.
+
+        Image and depth are cropped together: at the centre, or in training at a random place, and mirrored half of the
+        time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
+        """
+        text, where = files["text"], files["where"]
+        if not isinstance(text, str) or len(text.encode(errors="replace")) > MAX_CAPTION:
+            raise BadSample(f"{where}: its caption is not text, or longer than {MAX_CAPTION} bytes")
+        place = (rng.random(), rng.random()) if self.training else (0.5, 0.5)
+        rgb, whole = parse(where, load_rgb, files["image"], self.size, place)
+        depth = np.zeros(self.size, np.float32)
+        if self.with_depth and files.get("depth"):
+            name, content = files["depth"]
+            scale = files.get("depth_scale") or self.args.depth_scale
+            depth = read_depth(name, content, scale, files.get("mask"), self.args.depth_min, self.args.depth_max)
+            (tall, wide), ratio = depth.shape, depth.shape[0] / whole[0]
+            if abs(wide - whole[1] * ratio) > max(1, ratio):  # more than rounding
+                raise BadSample(f"{name}: of another shape than its image, {depth.shape} beside {whole}")
+            depth, known = nearest(depth, depth > 0, self.size, crop_box(tall, wide, self.size, place))
+            depth = np.where(known, depth, 0)
+        if self.training and rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE):
+            rgb, depth = rgb[:, ::-1], depth[:, ::-1]
+        return rgb, depth, text
+
+
+SHUFFLE = 1000  # samples that a worker holds and draws the next one from
+
+
+@functools.lru_cache(4)
+def read_index(folder):
+    """Rows of a folder's .index.txt (MoGe) or metadata.jsonl; "problem" says why one cannot be used."""
+    if (folder / ".index.txt").exists():
+        lines = filter(None, (folder / ".index.txt").read_text().split())
+        return [{"name": n, "file_name": f"{n}/image.jpg", "depth_file_name": f"{n}/depth.png"} for n in lines]
+    rows = {}
+    for number, line in enumerate((folder / "metadata.jsonl").read_bytes().splitlines(), 1):
+        where = f"{folder / 'metadata.jsonl'} row {number}"
+        try:
+            row = json.loads(line)
+            name = os.path.splitext(row["file_name"])[0]
+            problem = f"names {row['file_name']} again" if name in rows else None
+        except (ValueError, KeyError, TypeError):
+            row, name, problem = {}, where, "is not UTF-8 JSON with a file_name"
+        if line.strip():
+            rows[where if problem else name] = row | {"name": name, "problem": problem and f"{where} {problem}"}
+    return list(rows.values())
+
+
+def read_row(folder, row):
+    """A row of read_index as the one sample that it is."""
+
+    def load():
+        if row.get("problem"):
+            raise BadSample(row["problem"])
+        get = lambda key: read_file(row[key], folder) if row.get(key) else None
+        files = {"where": f"{folder}/{row['file_name']}", "text": row.get("text") or "", "image": get("file_name")}
+        depth = row.get("depth_file_name") and (f"{folder}/{row['depth_file_name']}", get("depth_file_name"))
+        return files | {"depth": depth, "mask": get("mask_file_name"), "depth_scale": row.get("depth_scale")}
+
+    yield row["name"], load
+
+
+def read_shard(path):
+    """The samples of a tar file, in order: consecutive members that share a name up to its first dot."""
+
+    def sample(name, group):
+        def load():
+            where = f"{path}: {name}"
+            if "problem" in group:
+                raise BadSample(f"{path}: {group['problem']}")
+            image = next((group[s] for s in IMAGES if s in group), None)
+            if image is None:
+                raise BadSample(f"{where}: no image ({', '.join(IMAGES)})")
+            fields = parse(f"{where}.json", json.loads, group.get("json", b"{}"))
+            if not isinstance(fields, dict):
+                raise BadSample(f"{where}.json: not an object")
+            text = parse(f"{where}.txt", group["txt"].decode) if "txt" in group else fields.get("caption") or ""
+            depth = next(((f"{where}.{k}", v) for k, v in group.items() if k[:6] == "depth." and k[6:] in MAPS), None)
+            files = {"where": where, "text": text, "image": image, "depth": depth, "mask": group.get("mask.png")}
+            return files | {"depth_scale": fields.get("depth_scale")}
+
+        return name, load
+
+    current, group = None, {}
+    try:
+        with tarfile.open(path) as tar:
+            while member := tar.next():
+                tar.members.clear()  # it would keep every header
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if member.isdir() or not stem or not suffix:
+                    continue
+                name = f"{folder}/{stem}" if folder else stem
+                if group and name != current:
+                    yield sample(current, group)
+                    group = {}
+                current = name
+                checks = {
+                    "is a link or a device": not member.isfile(),
+                    "has a name that leads out": member.name.startswith("/") or ".." in member.name.split("/"),
+                    f"declares {member.size} bytes": member.size > MAX_BYTES,
+                    "is empty": member.size == 0 and suffix.lower() != "txt",
+                }
+                if problem := next((p for p, bad in checks.items() if bad), None):
+                    group["problem"] = f"{member.name} {problem}"
+                else:
+                    group[suffix.lower()] = tar.extractfile(member).read()
+            if group:
+                yield sample(current, group)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise EOFError("cut short")
+            if current is None:
+                raise EOFError("holds no sample")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        yield sample(path, {"problem": f"damaged ({error}); what follows in it is lost"})
+
+
+def expand(pattern):
+    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    low, high = found.groups()
+    numbers = (f"{i:0{len(low)}}" for i in range(int(low), int(high) + 1))
+    return [path for n in numbers for path in expand(pattern[: found.start()] + n + pattern[found.end() :])]
+
+
+def source_settings(setting):
+    """The flags of every script that reads samples; setting(flag, default, help) adds one."""
+    setting(
+        "--data", "synthetic", "synthetic, a folder (metadata.jsonl, or MoGe's .index.txt), or 'shards/{000..999}.tar'"
+    )
+    setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)")
+    setting("--depth-min", 0.0, "depth up to this is missing, in metres")
+    setting("--depth-max", math.inf, "depth beyond this is missing, in metres")
+    setting("--workers", 4, "processes that read files, of each rank; the order of shards' samples depends on it")
+    setting("--encoders", "", "FILE.py of frozen encoders, to train on latents and text embeddings (see README)")
+
+
+def open_source(args, split, size, device="cpu", with_depth=True):
+    """The flags of source_settings -> a source of samples at size (H, W). Files are shuffled in split "train" only."""
+    if args.data == "synthetic":
+        return World(split, size, device)
+    folder, settings = Path(args.data), (args, split == "train", size, with_depth)
+    if any((folder / name).is_file() for name in (".index.txt", "metadata.jsonl")):
+        if not read_index(folder):
+            fail(f"--data {args.data}: lists no samples")
+        return Files(read_index(folder), functools.partial(read_row, folder), *settings)
+    shards = expand(args.data)
+    if missing := [path for path in shards if not Path(path).is_file()]:
+        known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
+        fail(f"--data {args.data}: unknown source, no file {missing[0]}; give {known}")
+    return Files(shards, read_shard, *settings)
 
 
 def training_indices(seed, step, batch_size, rank=0, world=1):
@@ -316,13 +697,107 @@ def training_indices(seed, step, batch_size, rank=0, world=1):
     return range(start, start + share)
 
 
-def noise_like(x, seed, indices, stream=0):
-    """Gaussian noise of the shape of x (B, C, H, W), each row from (seed, stream, its index), whatever the batch."""
-    rows = []
-    for index in indices:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 16 + stream)
-        rows.append(torch.randn(x.shape[1:], generator=generator))
-    return torch.stack(rows).to(x.device)
+def to_device(rgb, depth, device):
+    """uint8 (B, H, W, 3), metres (B, H, W) -> (values, valid) as World.samples gives them."""
+    rgb, depth = (x.to(device, non_blocking=True) for x in (rgb, depth[:, None]))
+    return {"rgb": rgb.movedim(-1, 1).float() / 127.5 - 1, "depth": depth}, {"rgb": None, "depth": depth > 0}
+
+
+def training_batches(source, args, step, rank, world, device):
+    """Endless (values, valid, captions) of one rank as World.samples gives them, from a step on.
+
+    Samples of files that cannot be used are skipped and counted, the first ten are named, and more than 1% (of 1000 at
+    least) ends the run.
+    """
+    if isinstance(source, World):
+        steps = (training_indices(args.seed, s, args.batch_size, rank, world) for s in itertools.count(step))
+        yield from map(source.samples, steps)
+    source.plan, tried, bad = (args.seed, step, args.batch_size // world, rank, world), 0, 0
+    pin = torch.device(device).type == "cuda"
+    for rgb, depth, captions, _, problems in DataLoader(source, None, num_workers=args.workers, pin_memory=pin):
+        tried += args.batch_size // world
+        for problem in problems:
+            bad += 1
+            if bad <= 10:
+                print(f"skipped: {problem}", file=sys.stderr)
+        if bad > max(tried, 1000) / 100:
+            fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
+        if rgb is not None:
+            yield *to_device(rgb, depth, device), captions
+
+
+def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
+    """(values, valid, captions, names) of the first count samples, or of all if there are fewer, batch_size at a time.
+
+    strict: a sample of files that cannot be used ends the program with one line; otherwise it is left out.
+    """
+    if isinstance(source, World):
+        for start in range(0, count, batch_size):
+            indices = range(start, min(start + batch_size, count))
+            yield *source.samples(indices), [f"{i:06}" for i in indices]
+        return
+    source.batch_size = batch_size
+    for rgb, depth, captions, names, problems in DataLoader(source, None, num_workers=min(workers, 1)):
+        if problems and strict:
+            fail(problems[0])
+        if rgb is not None:
+            yield *to_device(rgb[:count], depth[:count], device), captions[:count], names[:count]
+        count -= len(names)
+        if count <= 0:
+            return
+
+
+def draw_noise(shape, seed, indices, stream=0):
+    """Gaussian noise (B, *shape) on the CPU, each row from (seed, stream, its index), whatever the batch."""
+    generators = (torch.Generator().manual_seed((seed * 1_000_003 + i) * 16 + stream) for i in indices)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+class PixelsAndBytes:
+    """What diffuses where no --encoders FILE.py is given, and the members that its load(device) must return."""
+
+    image_channels, image_stride = 3, 1  # of the latents; image pixels to a latent, per side
+    text_dim = 0  # channels of a text embedding; 0 is bytes
+
+    def __init__(self, text_length):
+        self.text_length = text_length
+
+    def encode_image(self, rgb):
+        """(B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), about unit variance."""
+        return rgb
+
+    def decode_image(self, latents):
+        """The inverse of encode_image."""
+        return latents
+
+    def encode_text(self, captions):
+        """List of str -> (B, text_length, text_dim) float32, or bytes; zeros where there is no text."""
+        return encode_text(captions, self.text_length)
+
+
+def open_encoders(path, device, config, trained_with=None):
+    """--encoders -> what its load(device) returns, or PixelsAndBytes. Exit code 2 if that fails.
+
+    trained_with: the file that a checkpoint names ("" for none); what does not fit the checkpoint's config is refused.
+    """
+    encoders = PixelsAndBytes(config.text_length)
+    if path:
+        try:
+            spec = importlib.util.spec_from_file_location("encoders", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            encoders = module.load(device)
+            config.with_encoders(encoders)
+        except Exception as error:
+            detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"--encoders {path}: {detail}; README shows a file that works")
+    if trained_with is not None and config.with_encoders(encoders) != config:
+        first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
+        fail(
+            f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {first.channels} channels at 1/"
+            f"{first.stride} of the pixels, text {config.text_length} x {config.text_dim}; give what fits"
+        )
+    return encoders
 
 
 # ---- Runs on disk ----
@@ -412,29 +887,6 @@ def load_checkpoint(path, flag="--checkpoint"):
 # ---- Images and depth on disk, and as pictures ----
 
 
-def read_image(path):
-    """Image file -> (3, H, W) float32 in [-1, 1]."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, ValueError):
-        fail(f"--image {path}: not an image that can be read")
-    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
-
-
-def read_depth(path):
-    """.npy depth (H, W) in any unit, not finite or not above 0 where missing -> (depth, valid), each (1, H, W)."""
-    try:
-        depth = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32)).squeeze()
-    except (OSError, EOFError, ValueError, TypeError, AttributeError):
-        fail(f"--depth {path}: not a .npy array of numbers")
-    if depth.ndim != 2:
-        fail(f"--depth {path}: has shape {tuple(depth.shape)}; one depth map (height, width) is needed")
-    valid = depth.isfinite() & (depth > 0)
-    if not valid.any():
-        fail(f"--depth {path}: has no valid pixel (finite and above 0)")
-    return torch.where(valid, depth, 0)[None], valid[None]
-
-
 ANCHORS = np.array(
     [[8, 6, 40], [62, 18, 110], [128, 34, 122], [190, 56, 100], [232, 104, 66], [248, 170, 74], [252, 240, 180]]
 )
@@ -472,29 +924,78 @@ def save_grid(path, rows, labels=(), cell=128):
     canvas.save(path)
 
 
+# ---- python data.py: the world as pictures, and in each layout that --data reads ----
+
+
+def depth_png(depth):
+    """Depth (H, W) in metres, 0 where infinite -> bytes of MoGe's log-coded PNG (METHOD 9)."""
+    near, far = depth[depth > 0].min(), depth.max() * 1.001
+    codes = 1 + np.round(65533 * np.log(np.maximum(depth, near) / near) / np.log(far / near))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("near", repr(float(near))), text.add_text("far", repr(float(far)))
+    picture = Image.fromarray(np.where(depth > 0, codes, 65535).astype(np.uint16))
+    return to_bytes(lambda file: picture.save(file, "PNG", pnginfo=text))
+
+
+def to_bytes(write):
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def export(out, layout, samples, per_shard=100):
+    """Write samples, (rgb (H, W, 3) uint8, depth (H, W) metres, caption, vertical fov in radians), in a layout."""
+    files, rows = [], []
+    for i, (rgb, depth, line, fov) in enumerate(samples):
+        image = to_bytes(lambda file, rgb=rgb: Image.fromarray(rgb).save(file, "JPEG", quality=100, subsampling=0))
+        numbers, name = to_bytes(lambda file, depth=depth: np.save(file, depth)), f"{i:06}"
+        if layout == "moge":
+            focal = float(0.5 / np.tan(fov / 2))  # in heights
+            matrix = [[focal * rgb.shape[0] / rgb.shape[1], 0, 0.5], [0, focal, 0.5], [0, 0, 1]]
+            meta = json.dumps({"intrinsics": matrix}).encode()
+            files.append({"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta})
+            rows.append(name)
+        else:
+            files.append({".jpg": image, ".txt": line.encode(), ".depth.npy": numbers})
+            rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
+    if layout != "shards":
+        (out / {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]).write_text("\n".join(rows) + "\n")
+        for i, group in enumerate(files):
+            for suffix, content in group.items():
+                make_folder(Path(f"{out}/{i:06}{suffix}").parent)
+                Path(f"{out}/{i:06}{suffix}").write_bytes(content)
+    for start in range(0, len(files) * (layout == "shards"), per_shard):
+        with tarfile.open(out / f"{start // per_shard:03}.tar", "w") as tar:
+            for i, group in enumerate(files[start : start + per_shard], start):
+                for suffix, content in group.items():
+                    member = tarfile.TarInfo(f"{i:06}{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description="Write samples of the built-in world: NNN.png, NNN.npy (metres), captions.txt, grid.png."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/world", help="directory to write to (default: %(default)s)")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default: %(default)s)")
     parser.add_argument("--count", type=int, default=8, help="number of samples (default: %(default)s)")
+    layouts = ("folder", "shards", "moge")
+    parser.add_argument("--layout", choices=layouts, default="folder", help="of the files (default: %(default)s)")
     args = parser.parse_args()
     at_least(args, size=1, count=1)
-    out = make_folder(args.out)
-    values, valid, captions = World(args.split, (args.size, args.size)).samples(range(args.count))
+    out, size = make_folder(args.out), (args.size, args.size)
+    scenes = draw_scenes(args.split, range(args.count))
+    values, valid, captions = World(args.split, size).samples(range(args.count))
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
-    for i, (picture, depth) in enumerate(zip(pictures, values["depth"], strict=True)):
-        Image.fromarray(picture).save(out / f"{i:03}.png")
-        np.save(out / f"{i:03}.npy", depth[0].numpy())
-    (out / "captions.txt").write_text("\n".join(captions) + "\n")
-    thinned = sparsify(valid["depth"], values["rgb"], "mixed", torch.Generator().manual_seed(0))
-    dense, sparse = (
-        [paint_depth(d, v) for d, v in zip(values["depth"], mask, strict=True)] for mask in (valid["depth"], thinned)
+    export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
+    shown = slice(8)
+    mask, rgb = valid["depth"][shown], values["rgb"][shown]
+    thinned = sparsify(mask, rgb, "mixed", torch.Generator().manual_seed(0))
+    paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
+    save_grid(
+        out / "grid.png", [pictures[shown], paint(mask), paint(thinned)], ["image", "depth", "depth as\ntrained on"]
     )
-    save_grid(out / "grid.png", [pictures, dense, sparse], ["image", "depth", "depth as\ntrained on"])
-    print(f"{args.count} samples in {out}")
+    print(f"{args.count} samples in {out}, for --data; see {out}/grid.png")
 
 
 if __name__ == "__main__":

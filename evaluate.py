@@ -1,22 +1,44 @@
-"""How good is it? Depth accuracy, image quality and prompt following on validation scenes, each beside its references.
+"""How good is it? Depth accuracy, image quality, and how images follow depth, each beside its references.
 
-    python evaluate.py depth                      image-to-depth: AbsRel and delta1 after affine alignment
-    python evaluate.py depth --steps 1            the same with one sampling step
-    python evaluate.py image                      text-to-image: Frechet distance and requested colours
-    python evaluate.py image --checkpoint runs/t2i/last.pt
+    python evaluate.py depth                                  image-to-depth on the built-in world
+    python evaluate.py depth --data eval/NYUv2,eval/DIODE     on benchmarks, as MoGe's evaluation folders have them
+    python evaluate.py depth --data eval/NYUv2 --ensemble 10  the median of ten samples an image
+    python evaluate.py depth --data eval/NYUv2 --predictions maps/other   another model's saved maps
+    python evaluate.py image                                  text-to-image: Frechet distance and requested colours
+    python evaluate.py image --data coco --features inception.pt       FID by a TorchScript feature extractor
+    python evaluate.py follow                                 depth-to-image: has the image the depth it was given?
 
-Each prints a table and writes results.json and a picture into --out.
+AbsRel = mean |p - g| / g and delta1 = share with max(p/g, g/p) < 1.25, over the valid pixels of an image, after
+alignment; then the mean over images, with its 95% bootstrap interval. A call prints a table and writes results.json and
+grid.png.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import JOINT, Config, DiT, normalize_depth, sampling_grid, uncontract, warp
+from model import JOINT, Config, DiT, corrupt, normalize_depth, sampling_grid, uncontract, warp
+
+I2D_STEPS = 2
+BENCHMARKS = {  # last part of --data: (size at which depth is scored, as in MoGe's evaluation; sensor's range, metres)
+    "nyuv2": ((480, 640), 10.0),
+    "kitti": ((375, 750), 80.0),
+    "eth3d": ((1365, 2048), float("inf")),
+    "scannet": ((480, 640), 10.0),
+    "diode": ((768, 1024), 350.0),
+}
+
+
+def benchmark(name):
+    """The entry of BENCHMARKS for a --data folder, or None."""
+    return BENCHMARKS.get(Path(name).name.lower())
+
 
 # ---- Depth ----
 
@@ -27,17 +49,27 @@ def weighted_median(values, weights):
     return order[np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
 
 
-def align(prediction, target):
-    """Affine alignment, exactly: (scale, shift) that minimise sum |scale p + shift - g| / g (MoGe's "ROE" objective).
+def align(prediction, target, mode="affine"):
+    """(scale, shift), two floats, that best map prediction p on target g > 0: 1-D tensors of n valid points.
 
-    prediction p and target g > 0: 1-D tensors of n valid points. Returns two floats.
-
-    Some minimiser passes through two of the points. The best line through one point is a weighted median of slopes, and
-    passes through a second point, about which one can turn next. The objective is convex and linear between the lines
-    of the (scale, shift) plane on which a residual is zero, so once no point on the current line offers a better one,
-    it is the minimum.
+    mode "none"    (1, 0)
+         "scale"   minimises sum |scale p - g| / g, shift = 0
+         "affine"  minimises sum |scale p + shift - g| / g, exactly (MoGe's "ROE" objective)
+         "lstsq"   minimises sum (scale p + shift - g)^2, as Marigold's evaluation does
     """
     p, g = (np.asarray(x, np.float64) for x in (prediction, target))
+    if mode == "none":
+        return 1.0, 0.0
+    if mode == "scale":
+        p, g = p[p != 0], g[p != 0]
+        return (float((g / p)[weighted_median(g / p, np.abs(p) / g)]) if len(p) else 1.0), 0.0
+    if mode == "lstsq":
+        scale, shift = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), g, rcond=None)[0]
+        return float(scale), float(shift)
+    # Some minimiser passes through two of the points. The best line through one point is a weighted median of slopes,
+    # and passes through a second point, about which one can turn next. The objective is convex and linear between the
+    # lines of the (scale, shift) plane on which a residual is zero, so once no point on the current line offers a
+    # better one, it is the minimum.
     weights = 1 / g
     scale, shift = 0.0, g[weighted_median(g, weights)]
     best, queue, tried = np.abs(scale * p + shift - g) @ weights, [weighted_median(g, weights)], set()
@@ -58,74 +90,223 @@ def align(prediction, target):
     return float(scale), float(shift)
 
 
-def depth_metrics(prediction, target, valid):
-    """(AbsRel, delta1, aligned prediction) of one map after affine alignment.
+def align_map(prediction, target, valid, mode="affine"):
+    """prediction (1, H, W) aligned to target (1, H, W) on valid; L1 modes see 64 x 64 nearest-valid points of it."""
+    points = valid
+    if mode in ("scale", "affine"):
+        height, width = valid.shape[1:]
+        pixels = np.arange(height * width).reshape(height, width)
+        grid = min(64, height), min(64, width)
+        chosen, known = data.nearest(pixels, valid[0].numpy(), grid, (0, 0, width, height))
+        points = torch.zeros_like(valid).view(-1).index_fill(0, torch.from_numpy(chosen[known]), True).view(valid.shape)
+    scale, shift = align(prediction[points], target[points], mode)
+    return prediction * scale + shift
 
-    prediction, target, valid: (1, H, W). AbsRel = mean |p - g| / g; delta1 = share of valid pixels with max(p/g, g/p) <
-    1.25.
+
+def depth_metrics(prediction, target, valid, mode="affine"):
+    """(AbsRel, delta1, aligned prediction) of one map; prediction, target, valid (1, H, W).
+
+    AbsRel = mean |p - g| / g; delta1 = share of valid pixels with max(p/g, g/p) < 1.25, a negative p being outside.
     """
-    scale, shift = align(prediction[valid], target[valid])
-    aligned = prediction * scale + shift
+    aligned = align_map(prediction, target, valid, mode)
     p, g = aligned[valid].double(), target[valid].double()
     ratio = torch.maximum(p / g, g / p.clamp(min=1e-9))
     return ((p - g).abs() / g).mean().item(), (ratio < 1.25).double().mean().item(), aligned
 
 
+def ensemble(maps):
+    """N maps (N, 1, H, W), each up to scale and shift -> (1, H, W): pixelwise median, all aligned to the first."""
+    known, target = torch.ones_like(maps[0]) > 0, maps[0].clamp(min=1e-3)
+    aligned = [maps[0], *(align_map(other, target, known) for other in maps[1:])]
+    return torch.from_numpy(np.median(torch.stack(aligned).numpy(), 0))
+
+
+def estimate_depth(model, encoders, rgb, indices, args, steps):
+    """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> relative depth (B, 1, H, W) on the CPU.
+
+    The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k of
+    image i follows from (seed, i, k), whatever the batch.
+    """
+    size, grid, shape = fit_size(*rgb.shape[2:], model.config, args.size), sampling_grid(steps), rgb.shape[2:]
+    image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    clean, (first, depth) = encoders.encode_image(image), model.modalities
+    members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
+    start = {depth.name: data.draw_noise(depth.shape(size), args.seed, members).to(rgb.device)}
+    start[first.name] = clean.repeat_interleave(args.ensemble, 0)
+    text = encoders.encode_text([""] * len(members)).to(rgb.device)
+    made = model.sample({first.name: grid * 0, depth.name: grid}, start, text)[depth.name]
+    maps = F.interpolate(depth.decode(made), shape, mode="bilinear").cpu()
+    return torch.stack([ensemble(maps) for maps in maps.split(args.ensemble)])
+
+
+def fit_size(height, width, config, side):
+    """The size nearest to side x side pixels in area that keeps the aspect ratio and that the patch divides."""
+    scale = side / (height * width) ** 0.5 / config.patch
+    return tuple(max(1, round(n * scale)) * config.patch for n in (height, width))
+
+
+def saved_map(folder, name, size):
+    """Map NAME.npy, .pfm or .png of a folder -> (1, H, W) at size, cropped and resized as its image was."""
+    found = [path for s in ("npy", "pfm", "png") if (path := Path(f"{folder}/{name}.{s}")).is_file()]
+    try:
+        values = data.read_map(str(found[0]), data.read_file(found[0]))
+    except (IndexError, data.BadSample) as error:
+        data.fail(f"--predictions {folder}: {error if found else f'no map for {name} (.npy, .pfm or .png)'}")
+    if values.shape != size:
+        values, _ = data.nearest(values, np.isfinite(values), size, data.crop_box(*values.shape, size))
+    return torch.from_numpy(values)[None]
+
+
+def save_map(folder, name, depth):
+    """Write depth (1, H, W) as NAME.npy."""
+    path = Path(f"{folder}/{name}.npy")
+    data.make_folder(path.parent)
+    np.save(path, depth[0].numpy())
+
+
 def blind_map(source, count=2048):
-    """The best guess without looking: mean normalised depth map over training scenes, (1, H, W)."""
+    """The best guess without looking: mean normalised depth map of the first samples of a source, (1, H, W)."""
     total, seen = 0, 0
-    for start in range(0, count, 256):
-        values, valid, _ = source.samples(range(start, start + 256))
+    for values, valid, *_ in data.in_order(source, count, 256):
         total += normalize_depth(values["depth"], valid["depth"]).sum(0)
         seen += valid["depth"].sum(0)
     return uncontract(total / seen.clamp(min=1))
 
 
-def evaluate_depth(args, model, device):
-    """-> (results, rows of pictures, labels). Columns: image, depth, aligned prediction, error from 0 to 50%."""
-    size = (args.size, args.size)
-    blind = blind_map(data.open_source(args.data, "train", size))
-    source, grid = data.open_source(args.data, "val", size, device), sampling_grid(args.steps)
-    found = []  # per image: metrics of the model, of the blind map, of the model given another image; and its pictures
-    for start in range(0, args.images, args.batch_size):
-        indices = range(start, min(start + args.batch_size, args.images))
-        values, valid, _ = source.samples(indices)
-        wrong = source.samples([(i + 1) % args.images for i in indices])[0]["rgb"]
-        text = torch.zeros(len(indices), model.config.text_length, dtype=torch.uint8, device=device)
-        noise = data.noise_like(values["depth"], args.seed, indices)
-        levels = {"rgb": grid * 0, "depth": grid}
-        right, wrong = (
-            uncontract(model.sample(levels, {"rgb": rgb, "depth": noise}, text)["depth"]).cpu()
-            for rgb in (values["rgb"], wrong)
-        )
-        for i in range(len(indices)):
-            target, mask = values["depth"][i].cpu(), valid["depth"][i].cpu()
-            scores = [depth_metrics(prediction, target, mask) for prediction in (right[i], blind, wrong[i])]
-            found.append((scores, (values["rgb"][i], target, mask, scores[0][2])))
-    means = np.array([[score[:2] for score in scores] for scores, _ in found]).mean(0)
-    results = {"steps": args.steps, "images": args.images, "seed": args.seed, "checkpoint": args.checkpoint}
-    print(f"{args.images} validation images at {args.size}x{args.size}, {args.steps} steps, affine alignment")
-    print(f"{'':34}{'AbsRel':>8}{'delta1':>8}")
-    rows = (
-        ("", "image to depth"),
-        ("baseline_", "mean depth map, input-blind"),
-        ("shuffled_", "given another scene's image"),
-    )
-    for (key, label), (absrel, delta1) in zip(rows, means.tolist(), strict=True):
-        print(f"{label:34}{absrel:8.4f}{delta1:8.4f}")
-        results |= {f"{key}absrel": absrel, f"{key}delta1": delta1}
-    print(f"{'ratio to the baseline':34}{means[0, 0] / means[1, 0]:8.3f}")
+def interval(values, draws=2000):
+    """Values of n images -> (low, high): 95% bootstrap interval of their mean."""
+    values = np.asarray(values)
+    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    return np.percentile(values[chosen].mean(1), (2.5, 97.5)).tolist()
 
-    found.sort(key=lambda entry: entry[0][0][0])
-    middle, pictures, labels = len(found) // 2, [], []
-    for name, cases in (("best", found[:2]), ("median", found[middle : middle + 2]), ("worst", found[-2:])):
-        for scores, (rgb, target, mask, aligned) in cases:
+
+def print_row(label, absrel, delta1):
+    """One line of a table from per-image metrics; returns them as a dict."""
+    row = {"absrel": float(np.mean(absrel)), "delta1": float(np.mean(delta1)), "images": len(absrel)}
+    row |= {"absrel_95": interval(absrel), "delta1_95": interval(delta1)}
+    spans = [f"{row[key]:7.4f} [{row[f'{key}_95'][0]:.4f}, {row[f'{key}_95'][1]:.4f}]" for key in ("absrel", "delta1")]
+    print(f"{label:34}{spans[0]}  {spans[1]}")
+    return row
+
+
+def score_depth(args, name, model, encoders, device):
+    """One dataset: -> ({"": (AbsRel, delta1) lists, and of "baseline_", "shuffled_"}, cases to draw)."""
+    many, folder, synthetic = "," in args.data, Path(name).name, name == "synthetic"
+    at = lambda path: f"{path}/{folder}" if many else path
+    size, high = benchmark(name) or ((args.size, args.size), float("inf"))
+    size = parse_size(args.score_size) if args.score_size else size
+    options = argparse.Namespace(**vars(args) | {"data": name, "depth_max": min(args.depth_max, high)})
+    blind = blind_map(data.open_source(options, "train" if synthetic else "val", size))
+    source, scores, cases, first, previous, seen = data.open_source(options, "val", size, device), {}, [], [], None, 0
+    count = args.images or (128 if synthetic else 1 << 60)
+    for values, valid, _, names in data.in_order(source, count, args.batch_size, device, args.workers):
+        rgb, indices = values["rgb"], range(seen, seen + len(names))
+        if args.predictions:
+            found = {"": torch.stack([saved_map(at(args.predictions), n, size) for n in names])}
+        else:
+            found = {"": estimate_depth(model, encoders, rgb, indices, args, args.steps)}
+        if synthetic and model:
+            shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
+            found["shuffled_"] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
+        previous, seen = rgb[-1:], seen + len(names)
+        for i, n in enumerate(names):
+            target, mask = values["depth"][i].cpu(), valid["depth"][i].cpu()
+            if not mask.any():
+                data.fail(f"--data {name}: {n} has no valid depth at {size[0]}x{size[1]}, so nothing to be scored on")
+            if not found[""][i][mask].isfinite().all():
+                data.fail(f"--predictions {args.predictions}: the map of {n} is not finite where depth is known")
+            if args.save_predictions:
+                save_map(at(args.save_predictions), n, found[""][i])
+            for key, prediction in {**{k: maps[i] for k, maps in found.items()}, "baseline_": blind}.items():
+                if key == "shuffled_" and indices[i] == 0:
+                    continue  # nothing came before the first image
+                absrel, delta1, aligned = depth_metrics(prediction, target, mask, args.align)
+                scores.setdefault(key, []).append((absrel, delta1))
+                if key == "":
+                    cases.append((absrel, rgb[i].cpu(), target, mask, aligned))
+        first = first or cases[:2]
+        cases = sorted(cases, key=lambda case: case[0])
+        cases = cases[:2] + cases[2:][-2:]
+    if not scores:
+        data.fail(f"--data {name}: no samples")
+    drawn = [("best", case) for case in cases[:2]] + [("first", case) for case in first]
+    return {key: np.array(values).T for key, values in scores.items()}, drawn + [("worst", c) for c in cases[2:]]
+
+
+def evaluate_depth(args, model, encoders, device):
+    """-> (results, rows of pictures, labels). Columns: image, depth, aligned prediction, error from 0 to 50%."""
+    what = (
+        f"maps of {args.predictions}" if args.predictions else f"{args.steps} steps, {args.ensemble} sample(s) an image"
+    )
+    print(f"{what}, alignment: {args.align}\n{'':34}AbsRel  95% interval      delta1  95% interval")
+    results, pictures, labels, rows = {}, [], [], []
+    names = {
+        "": "image to depth",
+        "baseline_": "mean depth map, input-blind",
+        "shuffled_": "given another scene's image",
+    }
+    for name in args.data.split(","):
+        scores, cases = score_depth(args, name, model, encoders, device)
+        print(f"{name}: {len(scores[''][0])} images")
+        found = {key: print_row(f"  {names[key]}", *scores[key]) for key in names if key in scores}
+        print(f"{'  ratio to the baseline':34}{found['']['absrel'] / found['baseline_']['absrel']:7.3f}")
+        results[name] = {f"{key}{k}": v for key, row in found.items() for k, v in row.items()}
+        rows.append(found[""])
+        for label, (absrel, rgb, target, mask, aligned) in cases:
             error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)[0].numpy() * mask[0].numpy()
             heat = (np.stack([error, error * 0.6, error * 0.3], -1) * 255).astype(np.uint8)
             depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
             pictures.append([data.paint_rgb(rgb), *depths, heat])
-            labels.append(f"{name}\nAbsRel {scores[0][0]:.3f}")
+            labels.append(f"{label}\nAbsRel {absrel:.3f}")
+    if len(rows) > 1:
+        results["mean"] = {key: float(np.mean([row[key] for row in rows])) for key in ("absrel", "delta1")}
+        print(f"{'mean of the datasets':34}{results['mean']['absrel']:7.4f}{'':19}{results['mean']['delta1']:7.4f}")
+    else:
+        results = results[name]
     return results, pictures, labels
+
+
+def evaluate_follow(args, model, encoders, device):
+    """Image from depth, then AbsRel of the depth found in it to the depth found in the real image (METHOD 8).
+
+    --save-predictions DIR: DIR/generated and DIR/real get NAME.png, and NAME.npy, the depth that this network finds in
+    it. --predictions DIR: the maps in these places, by whatever estimator, are compared instead.
+    """
+    size, grid, scores, rows = (args.size, args.size), sampling_grid(args.steps), {"": [], "other": []}, []
+    source, previous, seen = data.open_source(args, "val", size, device), None, 0
+    count = args.images or (128 if args.data == "synthetic" else 1 << 60)
+    for values, valid, captions, names in data.in_order(source, count, args.batch_size, device, args.workers):
+        indices, maps = range(seen, seen + len(names)), {}
+        if args.predictions:
+            for kind in ("real", "generated"):
+                maps[kind] = torch.stack([saved_map(f"{args.predictions}/{kind}", n, size) for n in names])
+        else:
+            first, depth = model.modalities
+            noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, 1).to(device) for m in model.modalities}
+            clean = depth.encode(values[depth.name], valid[depth.name])
+            clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
+            levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)
+            made = model.sample(levels, noise | {depth.name: clean}, text, {first.name: args.cfg})[first.name]
+            images = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
+            maps = {k: estimate_depth(model, encoders, x, indices, args, I2D_STEPS) for k, x in images.items()}
+            for i in range(min(len(names), 8 - len(rows))):
+                depths = [data.paint_depth(d[i]) for d in maps.values()]
+                given = data.paint_depth(values["depth"][i], valid["depth"][i])
+                rows.append([*(data.paint_rgb(x[i]) for x in images.values()), given, *depths])
+        for i, n in enumerate(names):
+            for kind in maps if args.save_predictions else ():
+                save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
+                Image.fromarray(data.paint_rgb(images[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
+            for key, target in (("", maps["real"][i]), ("other", previous)):
+                if target is not None:  # relative depth has mean one: nearer than a hundredth is no surface
+                    scores[key].append(depth_metrics(maps["generated"][i], target, target > 0.01, args.align)[:2])
+            previous = maps["real"][i]
+        seen += len(names)
+    print(f"{seen} images at {size[0]}x{size[1]}, alignment: {args.align}")
+    print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
+    results = print_row("found in generated and real image", *np.array(scores[""]).T)
+    others = print_row("the same with another real image", *np.array(scores["other"]).T)
+    return results | {f"other_{k}": v for k, v in others.items()}, rows, [f"{i + 1}" for i in range(len(rows))]
 
 
 # ---- Images ----
@@ -134,22 +315,58 @@ def evaluate_depth(args, model, device):
 def features(rgb):
     """(B, 3, H, W) in [-1, 1] -> (B, 80) float64, in place of a network: colours and edges on a coarse grid.
 
-    48 mean colours of a 4 x 4 grid of cells, and the 32 mean absolute horizontal and vertical differences of grey in
-    the cells.
+    48 mean colours of a 4 x 4 grid of cells, and the 32 mean absolute horizontal and vertical differences of grey in the
+    cells.
     """
     grey = rgb.mean(1, keepdim=True)
     edges = torch.cat([grey.diff(dim=3).abs()[:, :, 1:], grey.diff(dim=2).abs()[..., 1:]], 1)
-    pool = torch.nn.functional.adaptive_avg_pool2d
+    pool = F.adaptive_avg_pool2d
     return torch.cat([pool(rgb, 4).flatten(1), pool(edges, 4).flatten(1)], 1).cpu().double()
 
 
+def load_features(path, device):
+    """--features: a TorchScript file -> its features as a function like `features`.
+
+    It gets uint8 images (B, 3, H, W) in 0..255, as the widely used Inception file wants them, and return_features=True
+    if its forward has this argument; it returns (B, d).
+    """
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        data.fail(f"--features {path}: not a TorchScript file ({str(error).splitlines()[0]})")
+    options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
+
+    def extract(rgb):
+        pictures = ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte()
+        with torch.no_grad():
+            return network(pictures.to(device), **options).flatten(1).cpu().double()
+
+    return extract
+
+
+class Moments:
+    """Mean (d,) and covariance (d, d) of rows that come in batches, in float64, by Chan's update."""
+
+    def __init__(self):
+        self.n, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, x):
+        n, mean = self.n + len(x), x.mean(0)
+        shift, centred = mean - self.mean, x - mean
+        self.scatter = self.scatter + centred.T @ centred + torch.outer(shift, shift) * (self.n * len(x) / n)
+        self.mean, self.n = self.mean + shift * (len(x) / n), n
+
+    @property
+    def covariance(self):
+        return self.scatter / (self.n - 1)
+
+
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), Gaussians fitted to a (n, d) and b (m, d)."""
-    root = lambda s: (lambda w, v: (v * w.clamp(min=0).sqrt()) @ v.T)(*torch.linalg.eigh(s))
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    half = root(cov_a)
-    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) of two Moments; symmetric roots, so it is real."""
+    values, vectors = torch.linalg.eigh(a.covariance)
+    half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(half @ b.covariance @ half).clamp(min=0).sqrt().sum()
+    return ((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
 
 
 def colors_in(rgb, share=0.01):
@@ -163,100 +380,115 @@ def colors_in(rgb, share=0.01):
     return {name for name, count in zip(data.COLORS, counts, strict=True) if count >= share * len(hue)}
 
 
-def following(images, captions):
-    """Share of the colours that captions ask for which appear in their images."""
-    asked = [
-        (colors_in(rgb), word)
-        for rgb, line in zip(images, captions, strict=True)
-        for word in line.split()
-        if word in data.COLORS
-    ]
-    return sum(word in seen for seen, word in asked) / len(asked)
+def following(seen, captions):
+    """Share of the colours that captions ask for which are among those seen: a set of names per image."""
+    asked = [(s, word) for s, line in zip(seen, captions, strict=True) for word in line.split() if word in data.COLORS]
+    return sum(word in colors for colors, word in asked) / max(len(asked), 1)
 
 
-def evaluate_image(args, model, device):
-    size, grid = (args.size, args.size), sampling_grid(args.steps)
-    source = data.open_source(args.data, "val", size, device)
-    levels = {
-        m.name: grid if i == 0 else warp(grid, JOINT) for i, m in enumerate(model.modalities)
-    }  # the released trajectory
-    made, real, captions = [], [], []
-    for start in range(0, args.images, args.batch_size):
-        indices = range(start, min(start + args.batch_size, args.images))
-        values, _, lines = source.samples(indices)
-        text = data.encode_text(lines, model.config.text_length).to(device)
-        noise = {m: data.noise_like(values[m], args.seed, indices, stream=i) for i, m in enumerate(levels)}
-        made.append(model.sample(levels, noise, text, {"rgb": args.cfg})["rgb"].cpu())
-        real.append(values["rgb"].cpu())
-        captions += lines
-    made, real = torch.cat(made), torch.cat(real)
-    others = source.samples(range(args.images, 2 * args.images))[0]["rgb"].cpu()
-    shuffled = captions[1:] + captions[:1]
-    results = {
-        "frechet": frechet_distance(features(made), features(real)),
-        "real_frechet": frechet_distance(features(others), features(real)),
-        "following": following(made, captions),
-        "shuffled_following": following(made, shuffled),
-        "real_following": following(real, captions),
-        **{
-            "steps": args.steps,
-            "cfg": args.cfg,
-            "images": args.images,
-            "seed": args.seed,
-            "checkpoint": args.checkpoint,
-        },
-    }
-    print(f"{args.images} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
-    print(
-        f"{'Frechet distance to validation images':50}{results['frechet']:8.4f}   (real: {results['real_frechet']:.4f})"
-    )
-    print(f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})")
-    print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
-    rows = [[data.paint_rgb(x) for x in images[:8]] for images in (real, made)]
+def evaluate_image(args, model, encoders, device):
+    """-> (results, rows of pictures, labels): images from the captions of samples, beside their own images."""
+    size, grid, synthetic = (args.size, args.size), sampling_grid(args.steps), args.data == "synthetic"
+    extract = load_features(args.features, device) if args.features else features
+    source, first = data.open_source(args, "val", size, device, with_depth=False), model.modalities[0].name
+    levels = {m.name: grid if m.name == first else warp(grid, JOINT) for m in model.modalities}  # the released one
+    made, real, other = Moments(), Moments(), Moments()
+    colors, real_colors, asked, rows = [], [], [], [[], []]
+    count = args.images or (128 if synthetic else 1 << 60)
+    for values, _, captions, _ in data.in_order(source, count, args.batch_size, device, args.workers):
+        indices, text = range(len(asked), len(asked) + len(captions)), encoders.encode_text(captions).to(device)
+        modalities = enumerate(model.modalities)
+        noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device) for i, m in modalities}
+        images = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
+        made.add(extract(images)), real.add(extract(values["rgb"]))
+        if synthetic:
+            other.add(extract(source.samples([i + count for i in indices])[0]["rgb"]))
+            colors += [colors_in(x) for x in images]
+            real_colors += [colors_in(x) for x in values["rgb"]]
+        for row, pictures in zip(rows, (values["rgb"], images), strict=True):
+            row += [data.paint_rgb(x) for x in pictures[: 8 - len(row)]]
+        asked += captions
+    results = {"images": len(asked), "cfg": args.cfg, "features": args.features or "built in"}
+    if min(made.n, real.n) < 2:
+        data.fail(f"--data {args.data}: {made.n} images; a Frechet distance needs two at least")
+    print(f"{len(asked)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
+    results["frechet"] = frechet_distance(made, real)
+    print(f"{'Frechet distance to the real images':50}{results['frechet']:8.4f}")
+    if synthetic:
+        results |= {"real_frechet": frechet_distance(other, real), "following": following(colors, asked)}
+        results["shuffled_following"] = following(colors, asked[1:] + asked[:1])
+        results["real_following"] = following(real_colors, asked)
+        print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
+        print(
+            f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})"
+        )
+        print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
     return results, rows, ["real", "from its\ncaption"]
+
+
+def parse_size(text):
+    """ "HxW", or one side, in pixels -> (H, W)."""
+    try:
+        height, _, width = text.partition("x")
+        size = int(height), int(width or height)
+        assert min(size) > 0
+        return size
+    except (ValueError, AssertionError):
+        data.fail(f"--score-size {text}: give HxW in pixels, such as 480x640")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("depth", "image"))
+    p.add_argument("task", choices=("depth", "image", "follow"))
 
-    def setting(flag, default, help):
-        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})")
+    def setting(flag, default, help, **kwargs):
+        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
 
     setting("--checkpoint", "runs/forcing/last.pt", "what a training script wrote")
-    setting("--data", "synthetic", "source of validation samples")
-    setting("--images", 128, "number of validation images")
-    setting("--size", 0, "side of the images in pixels; 0 is the network's")
+    data.source_settings(setting)
+    setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
+    setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
+    setting("--score-size", "", "HxW at which depth is scored; empty is a benchmark's own, or --size squared")
     setting("--steps", 0, "sampling steps; 0 is 2 for depth, 16 for images")
+    setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
+    setting("--ensemble", 1, "samples of each depth map, aligned to each other; their median counts")
+    setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
+    setting(
+        "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"
+    )
     setting("--cfg", 3.0, "guidance of generated images")
-    setting("--batch-size", 64, "images sampled at a time; changes no result")
+    setting("--features", "", "TorchScript feature extractor of the Frechet distance, such as Inception's for FID")
+    setting("--batch-size", 64, "images at a time; changes no result")
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
     setting(
-        "--out",
-        "",
-        "directory for results.json and grid.png; empty is runs/evaluate-TASK, which a new evaluation replaces",
+        "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
     )
     args = p.parse_args()
-    args.steps = args.steps or {"depth": 2, "image": 16}[args.task]
-    data.at_least(args, images=2, size=0, steps=1, batch_size=1)
-    out = data.make_folder(args.out or f"runs/evaluate-{args.task}")
-    state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
-    model = DiT(Config(**state["config"])).requires_grad_(False)
-    model.load_state_dict(state["ema"])
-    args.size = args.size or model.config.size
-    if args.size % model.config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the network's patch, {model.config.patch}")
-    if args.task == "depth" and "depth" not in [m.name for m in model.modalities]:
-        data.fail(
-            f"--checkpoint {args.checkpoint}: a text-to-image checkpoint knows no depth; give one of train_forcing.py"
-        )
-    results, rows, labels = {"depth": evaluate_depth, "image": evaluate_image}[args.task](
-        args, model.to(device), device
-    )
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    data.save_grid(out / "grid.png", rows, labels)
-    print(f"wrote {out / 'results.json'} and {out / 'grid.png'}")
+    args.steps = args.steps or {"depth": 2, "image": 16, "follow": 16}[args.task]
+    data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
+    out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
+    model = encoders = None
+    if not args.predictions:
+        state = data.load_checkpoint(args.checkpoint)
+        model = DiT(Config(**state["config"])).requires_grad_(False)
+        model.load_state_dict(state["ema"])
+        model.to(device)
+        encoders = data.open_encoders(args.encoders, device, model.config, state["settings"].get("encoders", ""))
+        args.size = args.size or model.config.size
+        if args.size % model.config.patch:
+            data.fail(f"--size {args.size}: must be a multiple of the network's patch, {model.config.patch}")
+        if args.task != "image" and "depth" not in [m.name for m in model.modalities]:
+            known = "a text-to-image checkpoint knows no depth; give one of train_forcing.py"
+            data.fail(f"--checkpoint {args.checkpoint}: {known}")
+    elif not args.size and not args.score_size and not all(benchmark(d) for d in args.data.split(",")):
+        data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
+    tasks = {"depth": evaluate_depth, "image": evaluate_image, "follow": evaluate_follow}
+    results, rows, labels = tasks[args.task](args, model, encoders, device)
+    (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
+    if rows:
+        data.save_grid(out / "grid.png", rows, labels)
+    print(f"wrote {out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ class Modality:
 
     name: str
     channels: int
-    patch: int = 4
-    """Side of a token in pixels. All modalities of a model cover the image with the same grid of tokens."""
+    stride: int = 1
+    """Image pixels to a value of this modality, per side: 1 is pixels, more the latents of a frozen encoder."""
     decoder_depth: int = 0
     """Self-attention blocks over this modality's tokens alone, before its final layer (the detokenizer of Sec. 3.2)."""
     timesteps: str = "logit-normal"
@@ -173,6 +173,10 @@ class Modality:
     """Probability that a training sample holds this modality clean, as the condition of the others."""
     encoding: str = "plain"
     """Key of ENCODINGS: how stored values become the values that are diffused, and back."""
+
+    def shape(self, size):
+        """Image size (H, W) in pixels -> (C, h, w) of this modality's values."""
+        return self.channels, size[0] // self.stride, size[1] // self.stride
 
     def encode(self, x, valid=None):
         """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> values the network diffuses, same shape."""
@@ -199,11 +203,14 @@ class Config:
     head: int
     """Channels of an attention head; width / head query heads, a quarter as many key/value heads."""
     patch: int
+    """Side of a token in image pixels: all modalities cover the image with the same grid of tokens."""
     size: int
     """Default side of the images in pixels. Any height and width that the patch divides works at call time."""
     decoder_depth: int = 4
     text_length: int = 160
-    """Bytes of caption, TEXT_PATCH to a token."""
+    """Bytes of caption, TEXT_PATCH to a token; or, with text_dim, embeddings."""
+    text_dim: int = 0
+    """Channels of a frozen encoder's text embeddings; 0 is bytes."""
     modalities: tuple = (RGB,)
 
     def __post_init__(self):
@@ -211,9 +218,18 @@ class Config:
         object.__setattr__(self, "modalities", tuple(entries))
 
     def with_modalities(self, *entries):
-        """This network over the given entries, their patch and detokenizer depth set to the preset's."""
-        fit = [replace(m, patch=self.patch, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
+        """This network over the given entries, their detokenizer at most as deep as the preset's."""
+        fit = [replace(m, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
         return replace(self, modalities=tuple(fit))
+
+    def with_encoders(self, encoders):
+        """This network with its first modality in the encoders' latents and their text embeddings (data.PixelsAndBytes
+        lists the attributes). A token's side grows to a multiple of their stride, so that token grids coincide.
+        """
+        stride, (first, *others) = encoders.image_stride, self.modalities
+        latents = replace(first, channels=encoders.image_channels, stride=stride)
+        text = {"text_dim": encoders.text_dim, "text_length": encoders.text_length}
+        return replace(self, patch=max(1, self.patch // stride) * stride, modalities=(latents, *others), **text)
 
 
 PRESETS = {  # as text-to-image networks; with_modalities adds more
@@ -224,7 +240,6 @@ PRESETS = {  # as text-to-image networks; with_modalities adds more
     "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
     "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
 }
-PRESETS = {name: config.with_modalities(RGB) for name, config in PRESETS.items()}
 TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
 
 
@@ -303,7 +318,7 @@ class Decoder(nn.Module):
         if self.blocks:
             self.block_modulation = nn.Linear(width, 3 * width, bias=False)
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, modality.channels * modality.patch**2)
+        self.head = nn.Linear(width, modality.channels * (config.patch // modality.stride) ** 2)
 
     def forward(self, x, vector, rope):
         """x (B, n, D) and conditioning vector (B, D) -> (B, n, channels * patch^2)."""
@@ -326,9 +341,9 @@ class DiT(nn.Module):
         self.config, self.modalities = config, config.modalities
         names, width = [m.name for m in self.modalities], config.width
         by_name = lambda make: nn.ModuleDict({m.name: make(m) for m in self.modalities})
-        self.text_bytes = nn.Embedding(256, 32)
-        self.text_tokenizer = nn.Linear(32 * TEXT_PATCH, width)
-        self.tokenizers = by_name(lambda m: nn.Linear(m.channels * m.patch**2, width))
+        self.text_bytes = None if config.text_dim else nn.Embedding(256, 32)
+        self.text_tokenizer = nn.Linear(config.text_dim or 32 * TEXT_PATCH, width)
+        self.tokenizers = by_name(lambda m: nn.Linear(m.channels * (config.patch // m.stride) ** 2, width))
         self.timesteps = by_name(lambda m: TimestepEmbedder(width))
         self.mixers = nn.ModuleDict({f"{a}_to_{b}": TimestepEmbedder(width) for a in names for b in names if a != b})
         self.modulations = by_name(lambda m: nn.Linear(width, 3 * width, bias=False))
@@ -353,8 +368,8 @@ class DiT(nn.Module):
     def forward(self, noisy, t, text):
         """Clean-sample predictions g(x_t, t) of Sec. 3.1, for any subset of the modalities.
 
-        noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, zeros where there is none.
-        Returns {m: (B, C, H, W)}.
+        noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, or (B, L, text_dim) embeddings, zeros where
+        there is none. Returns {m: (B, C, H, W)}.
         """
         present = [m for m in self.modalities if m.name in noisy]
         names, first = [m.name for m in self.modalities], present[0]
@@ -363,13 +378,15 @@ class DiT(nn.Module):
             mixed = (self.mixers[f"{o.name}_to_{m.name}"](t[o.name]) for o in present if o is not m)
             vectors[m.name] = sum(mixed, self.timesteps[m.name](t[m.name]))
 
-        text_tokens = self.text_tokenizer(self.text_bytes(text.long()).unflatten(1, (-1, TEXT_PATCH)).flatten(2))
+        if self.text_bytes is not None:
+            text = self.text_bytes(text.long()).unflatten(1, (-1, TEXT_PATCH)).flatten(2)
+        text_tokens = self.text_tokenizer(text)
         modulate = lambda m, n: self.modulations[m.name](F.silu(vectors[m.name]))[:, None].expand(-1, n, -1)
         tokens, modulations = [text_tokens], [modulate(first, text_tokens.shape[1])]
         ids = [F.pad(torch.arange(text_tokens.shape[1], device=text.device)[:, None], (3, 0))]
         grids = {}
         for m in present:
-            patches = F.pixel_unshuffle(noisy[m.name], m.patch)
+            patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)
             rows, columns = grids[m.name] = patches.shape[-2:]
             tokens.append(self.tokenizers[m.name](patches.flatten(2).transpose(1, 2)))
             ids.append(token_ids(names.index(m.name), rows, columns, text.device))
@@ -387,7 +404,8 @@ class DiT(nn.Module):
         parts = zip(present, x.split(lengths, 1)[1:], *(r.split(lengths)[1:] for r in rope), strict=True)
         for m, part, *own_rope in parts:
             values = self.decoders[m.name](part, vectors[m.name], own_rope)
-            x0_hat[m.name] = F.pixel_shuffle(values.transpose(1, 2).unflatten(2, grids[m.name]), m.patch)
+            values = values.transpose(1, 2).unflatten(2, grids[m.name])
+            x0_hat[m.name] = F.pixel_shuffle(values, self.config.patch // m.stride)
         return x0_hat
 
     @torch.no_grad()
@@ -396,8 +414,8 @@ class DiT(nn.Module):
 
         levels {m: sequence of S + 1 noise levels}: from 1 down to 0 for what is generated, all zeros for what is given.
         This table is the whole task; a modality that is left out is not there at all. start {m: (B, C, H, W)}: noise
-        for what is generated, clean values (noise where they are missing, see corrupt) for what is given. text (B, L)
-        uint8. guidance {m: scale} of classifier-free guidance; 1 or absent is none. Returns {m: (B, C, H, W)}. Raises
+        for what is generated, clean values (noise where they are missing, see corrupt) for what is given. text as in
+        forward. guidance {m: scale} of classifier-free guidance; 1 or absent is none. Returns {m: (B, C, H, W)}. Raises
         ValueError if the rows differ in length.
         """
         levels = {m: [float(t) for t in row] for m, row in levels.items()}
@@ -487,9 +505,10 @@ def training_cost(config, size):
     """
     with torch.device("meta"):
         model = DiT(config)
-        noisy = {m.name: torch.zeros(1, m.channels, *size) for m in config.modalities}
+        noisy = {m.name: torch.zeros(1, *m.shape(size)) for m in config.modalities}
         t = {m.name: torch.zeros(1) for m in config.modalities}
-        text = torch.zeros(1, config.text_length, dtype=torch.uint8)
+        text = torch.zeros(1, config.text_length, config.text_dim or 1)
+        text = text if config.text_dim else text[..., 0].byte()
     kept = {}
 
     def keep(tensor):

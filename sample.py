@@ -79,7 +79,7 @@ def main():
     p.add_argument("--image", help="image file to hold clean: its depth is generated")
     p.add_argument(
         "--depth",
-        help=".npy depth map to hold clean (any unit; 0, negative or not finite is missing): an image is generated",
+        help="depth map to hold clean, .npy, .pfm or 16-bit .png (any unit; missing is 0, negative or not finite)",
     )
     setting(
         "--order",
@@ -99,6 +99,7 @@ def main():
     setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
+    setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with")
     setting("--out", "runs/samples", "directory to write to")
     args = p.parse_args()
 
@@ -118,6 +119,7 @@ def main():
     model.load_state_dict(state["ema"])
     model.to(device)
     config, names = model.config, [m.name for m in model.modalities]
+    encoders = data.open_encoders(args.encoders, device, config, state["settings"].get("encoders", ""))
     if "depth" not in names:
         data.fail(
             f"--checkpoint {args.checkpoint}: a text-to-image checkpoint knows no depth; give one of train_forcing.py"
@@ -128,10 +130,15 @@ def main():
 
     # What is given, at a size that the patch divides: {modality: (stored values (C, H, W), valid (1, H, W) or None)}.
     given, size = {}, (side, side)
-    if args.image:
-        given["rgb"] = data.read_image(args.image), None
-    if args.depth:
-        given["depth"] = data.read_depth(args.depth)
+    try:
+        if args.image:
+            rgb, _ = data.parse(args.image, data.load_rgb, data.read_file(args.image))
+            given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, None
+        if args.depth:
+            depth = torch.from_numpy(data.read_depth(args.depth, data.read_file(args.depth)))[None]
+            given["depth"] = depth, depth > 0
+    except data.BadSample as error:
+        data.fail(f"{'--depth' if 'rgb' in given or not args.image else '--image'}: {error}")
     shapes = {tuple(values.shape[1:]) for values, _ in given.values()}
     if len(shapes) > 1:
         data.fail(
@@ -143,13 +150,12 @@ def main():
         size = fit_size(*shapes.pop(), config, side)
     start = {}
     for i, m in enumerate(model.modalities):
-        start[m.name] = data.noise_like(
-            torch.empty(args.count, m.channels, *size), args.seed, range(args.count), stream=i
-        )
+        start[m.name] = data.draw_noise(m.shape(size), args.seed, range(args.count), stream=i)
         if m.name in given:
             values, valid = given[m.name]
             if valid is None:
                 values = F.interpolate(values[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
+                values = encoders.encode_image(values.to(device)).cpu()
             else:
                 values, valid = (F.interpolate(v[None].float(), size, mode="nearest-exact") for v in (values, valid))
                 valid = valid > 0
@@ -162,9 +168,10 @@ def main():
             given[m.name] = values, valid
     start = {m: x.to(device) for m, x in start.items()}
 
-    text = data.encode_text([args.prompt] * args.count, config.text_length).to(device)
+    text = encoders.encode_text([args.prompt] * args.count).to(device)
     made = model.sample(noise_levels(order, args.steps, given), start, text, {"rgb": args.cfg})
-    made = {m.name: m.decode(made[m.name]).cpu() for m in model.modalities}
+    made = {m.name: m.decode(made[m.name]) for m in model.modalities}
+    made = {m: x.cpu() for m, x in made.items()} | {"rgb": encoders.decode_image(made["rgb"]).cpu()}
     valid = torch.ones(size, dtype=torch.bool) if "depth" not in given else given["depth"][1][0, 0]
 
     pictures = {"rgb": [], "depth": []}

@@ -33,7 +33,6 @@ from model import (
     DEPTH,
     JOINT,
     PRESETS,
-    RGB,
     Config,
     DiT,
     corrupt,
@@ -59,7 +58,7 @@ def parse():
         "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none",
     )
     setting("--preset", "", f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none")
-    setting("--data", "synthetic", "source of samples")
+    data.source_settings(setting)
     setting(
         "--sparsity", "mixed", f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
     )
@@ -91,7 +90,16 @@ def parse():
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
     data.at_least(
-        args, steps=1, batch_size=1, size=0, warmup=1, seed=0, checkpoint_every=1, log_every=1, sample_every=1
+        args,
+        steps=1,
+        batch_size=1,
+        size=0,
+        warmup=1,
+        seed=0,
+        workers=0,
+        checkpoint_every=1,
+        log_every=1,
+        sample_every=1,
     )
     try:
         known = args.sparsity in ("mixed", *data.PATTERNS) or 0 < float(args.sparsity) <= 1
@@ -125,32 +133,32 @@ def dry_run(args, config, taught):
 
 
 @torch.no_grad()
-def picture(model, args, device, path, count=8):
-    """Validation scenes, then what the model makes of them in each direction: a table of noise levels each."""
-    values, valid, captions = data.open_source(args.data, "val", (args.size, args.size), device).samples(range(count))
-    text = data.encode_text(captions, model.config.text_length).to(device)
+def picture(model, encoders, args, device, path, count=8):
+    """Validation samples (the first ones of files), then what the model makes of them in each direction."""
+    size = args.size, args.size
+    source = data.open_source(args, "val", size, device)
+    values, valid, captions, _ = next(data.in_order(source, count, count, device, strict=False))
+    text, real = encoders.encode_text(captions).to(device), values["rgb"]
     generator = torch.Generator().manual_seed(0)
-    noise = {m.name: torch.randn(values[m.name].shape, generator=generator).to(device) for m in model.modalities}
+    noise = {m.name: torch.randn(len(text), *m.shape(size), generator=generator).to(device) for m in model.modalities}
+    values["rgb"] = encoders.encode_image(values["rgb"])
     given = {m.name: m.encode(values[m.name], valid[m.name]) for m in model.modalities}
-    given = {m: corrupt(given[m], noise[m], torch.zeros(count, device=device), valid[m]) for m in given}
+    given = {m: corrupt(given[m], noise[m], torch.zeros(len(text), device=device), valid[m]) for m in given}
     grid, held = sampling_grid(25), sampling_grid(25) * 0
     i2d = model.sample({"rgb": held, "depth": grid}, {**noise, "rgb": given["rgb"]}, text)
     d2i = model.sample({"rgb": grid, "depth": held}, {**noise, "depth": given["depth"]}, text, {"rgb": 3.0})
     joint = model.sample({"rgb": grid, "depth": warp(grid, JOINT)}, noise, text, {"rgb": 3.0})
     depths = lambda x: [data.paint_depth(d) for d in DEPTH.decode(x)]
-    images = lambda x: [data.paint_rgb(image) for image in x]
-    real = [data.paint_depth(d, v) for d, v in zip(values["depth"], valid["depth"], strict=True)]
-    rows = [
-        images(values["rgb"]),
-        real,
-        depths(i2d["depth"]),
-        images(d2i["rgb"]),
-        images(joint["rgb"]),
-        depths(joint["depth"]),
-    ]
-    data.save_grid(
-        path, rows, ["image", "depth", "depth\nfrom image", "image\nfrom depth", "joint:\nimage", "joint:\ndepth"]
-    )
+    images = lambda x: [data.paint_rgb(image) for image in encoders.decode_image(x)]
+    rows = {
+        "image": [data.paint_rgb(image) for image in real],
+        "depth": [data.paint_depth(d, v) for d, v in zip(values["depth"], valid["depth"], strict=True)],
+        "depth\nfrom image": depths(i2d["depth"]),
+        "image\nfrom depth": images(d2i["rgb"]),
+        "joint:\nimage": images(joint["rgb"]),
+        "joint:\ndepth": depths(joint["depth"]),
+    }
+    data.save_grid(path, list(rows.values()), list(rows))
 
 
 def main():
@@ -162,27 +170,32 @@ def main():
         config = PRESETS[args.preset or "nano"]
     else:
         config = Config(**init["config"])
-    config = config.with_modalities(replace(RGB, p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
+    config = config.with_modalities(
+        replace(config.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i)
+    )
     taught = Config(**init["config"]) if init else config
     if len(taught.modalities) == len(config.modalities):
         taught = None  # nothing before to go back to: trained from scratch, or on from a checkpoint of this stage
-    args.size = args.size or config.size
-    if args.size % config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
-    if args.dry_run:
-        return dry_run(args, config, taught)
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device(args.device)
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
+    trained_with = init["settings"].get("encoders", "") if init else None
+    encoders = data.open_encoders(args.encoders, device, Config(**init["config"]) if init else config, trained_with)
+    config = config.with_encoders(encoders)
+    args.size = args.size or config.size
+    if args.size % config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
+    if args.dry_run:
+        return dry_run(args, config, taught)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if args.batch_size % world:
         data.fail(f"--batch-size {args.batch_size}: must be a multiple of the number of ranks, {world}")
 
-    source = data.open_source(args.data, "train", (args.size, args.size), device)
+    source = data.open_source(args, "train", (args.size, args.size), device)
 
     # Network, its frozen teacher, averaged copy, optimizers.
     torch.manual_seed(args.seed)
@@ -229,15 +242,17 @@ def main():
     if rank == 0:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
+    batches = data.training_batches(source, args, step, rank, world, device)
     clock, since = time.perf_counter(), step
     while step < args.steps:
         # Draw a batch, with depth as sparse as sensors leave it. All randomness follows from (seed, step, rank).
         generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        values, valid, captions = source.samples(data.training_indices(args.seed, step, args.batch_size, rank, world))
+        values, valid, captions = next(batches)
         valid["depth"] = data.sparsify(valid["depth"], values["rgb"], args.sparsity, generator)
+        values["rgb"] = encoders.encode_image(values["rgb"])
         x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in config.modalities}
-        text = data.encode_text(captions, config.text_length).to(device)
-        text *= torch.rand(len(text), 1, generator=generator, device=device) >= args.drop_caption
+        text = encoders.encode_text(captions).to(device)
+        text[torch.rand(len(text), generator=generator, device=device) < args.drop_caption] = 0
 
         # Draw noise levels: each modality its own (Sec. 3.2). Corrupt, predict.
         present = {m: v.flatten(1).any(1) for m, v in valid.items() if m in x0 and v is not None}
@@ -300,7 +315,7 @@ def main():
             state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             data.save_checkpoint(out / "last.pt", state)
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            picture(ema, args, device, out / "samples" / f"{step:07}.png")
+            picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()
     if world > 1:

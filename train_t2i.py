@@ -45,7 +45,7 @@ def parse():
         p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
 
     setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
-    setting("--data", "synthetic", "source of samples")
+    data.source_settings(setting)
     setting("--size", 0, "side of the images in pixels; 0 is the preset's")
     setting("--steps", 650, "optimizer steps")
     setting("--batch-size", 32, "samples a step, over all ranks together")
@@ -70,15 +70,20 @@ def parse():
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
     data.at_least(
-        args, steps=1, batch_size=1, size=0, warmup=1, seed=0, checkpoint_every=1, log_every=1, sample_every=1
+        args,
+        steps=1,
+        batch_size=1,
+        size=0,
+        warmup=1,
+        seed=0,
+        workers=0,
+        checkpoint_every=1,
+        log_every=1,
+        sample_every=1,
     )
     if args.preset not in PRESETS:
         data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
-    config = PRESETS[args.preset].with_modalities(RGB)
-    args.size = args.size or config.size
-    if args.size % config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the patch of {args.preset}, {config.patch}")
-    return args, config
+    return args
 
 
 def dry_run(args, config):
@@ -92,33 +97,40 @@ def dry_run(args, config):
 
 
 @torch.no_grad()
-def picture(model, args, device, path, count=8):
-    """Real validation images above what the model makes of their captions."""
-    config = model.config
-    values, _, captions = data.open_source(args.data, "val", (args.size, args.size), device).samples(range(count))
-    text = data.encode_text(captions, config.text_length).to(device)
-    noise = torch.randn(values["rgb"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+def picture(model, encoders, args, device, path, count=8):
+    """Validation images (the first ones of files) above what the model makes of their captions."""
+    size = args.size, args.size
+    source = data.open_source(args, "val", size, device, with_depth=False)
+    values, _, captions, _ = next(data.in_order(source, count, count, device, strict=False))
+    text, shape = encoders.encode_text(captions).to(device), model.modalities[0].shape(size)
+    noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(0)).to(device)
     made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, {"rgb": 3.0})["rgb"]
-    rows = [[data.paint_rgb(x) for x in images] for images in (values["rgb"], made)]
+    rows = [[data.paint_rgb(x) for x in images] for images in (values["rgb"], encoders.decode_image(made))]
     data.save_grid(path, rows, ["real", "from its\ncaption"])
 
 
 def main():
-    args, config = parse()
-    if args.dry_run:
-        return dry_run(args, config)
+    args = parse()
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device(args.device)
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
+    config = PRESETS[args.preset].with_modalities(RGB)
+    encoders = data.open_encoders(args.encoders, device, config)
+    config = config.with_encoders(encoders)
+    args.size = args.size or config.size
+    if args.size % config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch of {args.preset}, {config.patch}")
+    if args.dry_run:
+        return dry_run(args, config)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     if args.batch_size % world:
         data.fail(f"--batch-size {args.batch_size}: must be a multiple of the number of ranks, {world}")
 
-    source = data.open_source(args.data, "train", (args.size, args.size), device)
+    source = data.open_source(args, "train", (args.size, args.size), device, with_depth=False)
 
     # Network, averaged copy, optimizers.
     torch.manual_seed(args.seed)
@@ -157,14 +169,16 @@ def main():
             f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True
         )
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
+    batches = data.training_batches(source, args, step, rank, world, device)
     clock, since = time.perf_counter(), step
     while step < args.steps:
         # Draw a batch, noise levels and noise: all of it follows from (seed, step, rank).
         generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        values, _, captions = source.samples(data.training_indices(args.seed, step, args.batch_size, rank, world))
+        values, _, captions = next(batches)
+        values["rgb"] = encoders.encode_image(values["rgb"])
         x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
-        text = data.encode_text(captions, config.text_length).to(device)
-        text *= torch.rand(len(text), 1, generator=generator, device=device) >= args.drop_caption
+        text = encoders.encode_text(captions).to(device)
+        text[torch.rand(len(text), generator=generator, device=device) < args.drop_caption] = 0
         t = draw_noise_levels(config.modalities, len(text), generator, device)
         noise = {m: torch.randn(x.shape, generator=generator, device=device) for m, x in x0.items()}
 
@@ -216,7 +230,7 @@ def main():
             state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             data.save_checkpoint(out / "last.pt", state)
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            picture(ema, args, device, out / "samples" / f"{step:07}.png")
+            picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()
     if world > 1:
