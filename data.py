@@ -26,7 +26,6 @@ import re
 import sys
 import tarfile
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -325,13 +324,13 @@ def png_depth(content, scale):
     if not image.mode.startswith("I"):
         few = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
         raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
-    codes, metres = np.asarray(image), np.arange(65536) * scale
-    if "near" in image.info:
-        near, far = float(image.info["near"]), float(image.info["far"])
-        metres = near * (far / near) ** ((np.arange(65536) - 1) / 65533)
-        metres *= float(image.info.get("unit", 1))  # in early files
-        metres[[0, 65535]] = 0, np.inf
-    return metres.astype(np.float32)[codes]
+    codes = np.asarray(image)
+    if "near" not in image.info:
+        return codes * np.float32(scale)
+    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # unit: in early files
+    metres = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
+    metres[[0, 65535]] = 0, np.inf
+    return metres[codes]
 
 
 def npy_depth(content, scale):
@@ -364,19 +363,20 @@ def read_map(name, content, scale=0.001):
 
 
 def read_depth(name, content, scale=0.001, mask=None, low=0.0, high=math.inf):
-    """read_map, and what is missing: (H, W) float32 in metres, 0 where it is not above low, not finite, above high or
-    masked out (0 in mask, bytes of an image). Raises BadSample.
+    """read_map, and what is known of it: (depth (H, W) float32 in metres, known (H, W) bool). Raises BadSample.
+
+    Missing is what is not above low, not finite, above high, or 0 in mask (bytes of an image).
     """
     depth = read_map(name, content, scale)
-    known = (depth > max(low, 0)) & (depth <= high) & (depth < math.inf)  # NaN is not
+    known = (depth > max(low, 0)) & (depth <= min(high, np.finfo(np.float32).max))  # NaN is neither
     if mask is not None:
         mask = parse(f"mask of {name}", lambda: np.asarray(Image.open(io.BytesIO(mask)).convert("L")) > 0)
         if mask.shape != depth.shape:
             raise BadSample(f"{name}: has shape {depth.shape}, its mask {mask.shape}")
         known &= mask
     if not known.any():
-        raise BadSample(f"{name}: no valid depth: nothing is above 0, finite, in range and unmasked")
-    return np.where(known, depth, 0)
+        raise BadSample(f"{name}: no valid pixel: none is above 0, finite, in range and unmasked")
+    return depth, known
 
 
 # ---- Geometry: one crop for the image and its depth ----
@@ -396,18 +396,20 @@ def nearest(values, known, size, box):
     Each pixel of the result takes, of the pixels that it covers, the known one nearest to its centre: sparse depth
     survives, and nothing is averaged across holes or edges. Where it covers none it is unknown.
     """
-    left, top, right, bottom = box
-    tall, wide = (bottom - top) / size[0], (right - left) / size[1]
-    y, x = top + (np.arange(size[0]) + 0.5) * tall, left + (np.arange(size[1]) + 0.5) * wide
-    out, found = values[y.astype(int)[:, None], x.astype(int)], known[y.astype(int)[:, None], x.astype(int)]
-    i, j = np.nonzero(~found)  # these look around
-    y, x, closest = y[i], x[j], np.full(len(i), np.inf)
-    for dy, dx in itertools.product(*(range(-math.ceil(side / 2), math.ceil(side / 2) + 1) for side in (tall, wide))):
-        r, c = np.clip(y.astype(int) + dy, 0, len(values) - 1), np.clip(x.astype(int) + dx, 0, values.shape[1] - 1)
-        away_y, away_x = np.abs(r + 0.5 - y), np.abs(c + 0.5 - x)
-        near = known[r, c] & (2 * away_y <= tall) & (2 * away_x <= wide) & (away_y**2 + away_x**2 < closest)
-        closest[near] = (away_y**2 + away_x**2)[near]
-        out[i[near], j[near]], found[i[near], j[near]] = values[r[near], c[near]], True
+    (left, top, right, bottom), (height, width) = box, size
+    tall, wide = (bottom - top) / height, (right - left) / width
+    y, x = (top + (np.arange(height) + 0.5) * tall).astype(int), (left + (np.arange(width) + 0.5) * wide).astype(int)
+    out, found = values[y[:, None], x], known[y[:, None], x]
+    # Known pixels in cells whose middle is not: the one nearest to the middle wins.
+    y, x = (np.arange(values.shape[0]) + 0.5 - top) / tall, (np.arange(values.shape[1]) + 0.5 - left) / wide  # in cells
+    rows, columns = (slice(*np.searchsorted(v, (0, n))) for v, n in ((y, height), (x, width)))
+    i, j = y[rows].astype(int), x[columns].astype(int)
+    r, c = np.divmod(np.flatnonzero(known[rows, columns] & ~found.take(i, 0).take(j, 1)), len(j))
+    away = (((y[rows] - i - 0.5) * tall) ** 2)[r] + (((x[columns] - j - 0.5) * wide) ** 2)[c]
+    cell, closest = i[r] * width + j[c], np.full(height * width, np.inf)
+    np.minimum.at(closest, cell, away)
+    best = away == closest[cell]
+    out.flat[cell[best]], found.flat[cell[best]] = values[rows, columns][r[best], c[best]], True
     return out, found
 
 
@@ -429,7 +431,7 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     elif image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if size:
         x, y = image.width / whole[1], image.height / whole[0]  # what draft left
         box = box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height)
@@ -540,7 +542,7 @@ class Files(IterableDataset):
         time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
         """
         text, where = files["text"], files["where"]
-        if not isinstance(text, str) or len(text.encode(errors="replace")) > MAX_CAPTION:
+        if not isinstance(text, str) or len(parse(where, text.encode)) > MAX_CAPTION:
             raise BadSample(f"{where}: its caption is not text, or longer than {MAX_CAPTION} bytes")
         place = (rng.random(), rng.random()) if self.training else (0.5, 0.5)
         rgb, whole = parse(where, load_rgb, files["image"], self.size, place)
@@ -548,11 +550,11 @@ class Files(IterableDataset):
         if self.with_depth and files.get("depth"):
             name, content = files["depth"]
             scale = files.get("depth_scale") or self.args.depth_scale
-            depth = read_depth(name, content, scale, files.get("mask"), self.args.depth_min, self.args.depth_max)
+            depth, known = read_depth(name, content, scale, files.get("mask"), self.args.depth_min, self.args.depth_max)
             (tall, wide), ratio = depth.shape, depth.shape[0] / whole[0]
             if abs(wide - whole[1] * ratio) > max(1, ratio):  # more than rounding
                 raise BadSample(f"{name}: of another shape than its image, {depth.shape} beside {whole}")
-            depth, known = nearest(depth, depth > 0, self.size, crop_box(tall, wide, self.size, place))
+            depth, known = nearest(depth, known, self.size, crop_box(tall, wide, self.size, place))
             depth = np.where(known, depth, 0)
         if self.training and rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE):
             rgb, depth = rgb[:, ::-1], depth[:, ::-1]
@@ -619,7 +621,7 @@ def read_shard(path):
 
     current, group = None, {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # it would keep every header
                 folder, _, base = member.name.rpartition("/")
@@ -630,11 +632,12 @@ def read_shard(path):
                 if group and name != current:
                     yield sample(current, group)
                     group = {}
+                if member.size > MAX_BYTES:
+                    raise EOFError(f"{member.name} declares {member.size} bytes")
                 current = name
                 checks = {
                     "is a link or a device": not member.isfile(),
                     "has a name that leads out": member.name.startswith("/") or ".." in member.name.split("/"),
-                    f"declares {member.size} bytes": member.size > MAX_BYTES,
                     "is empty": member.size == 0 and suffix.lower() != "txt",
                 }
                 if problem := next((p for p, bad in checks.items() if bad), None):
@@ -648,7 +651,7 @@ def read_shard(path):
                 raise EOFError("cut short")
             if current is None:
                 raise EOFError("holds no sample")
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         yield sample(path, {"problem": f"damaged ({error}); what follows in it is lost"})
 
 
@@ -670,7 +673,7 @@ def source_settings(setting):
     setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)")
     setting("--depth-min", 0.0, "depth up to this is missing, in metres")
     setting("--depth-max", math.inf, "depth beyond this is missing, in metres")
-    setting("--workers", 4, "processes that read files, of each rank; the order of shards' samples depends on it")
+    setting("--workers", 2, "processes that read files, of each rank; the order of samples depends on it")
     setting("--encoders", "", "FILE.py of frozen encoders, to train on latents and text embeddings (see README)")
 
 

@@ -124,10 +124,10 @@ def ensemble(maps):
 def estimate_depth(model, encoders, rgb, indices, args, steps):
     """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> relative depth (B, 1, H, W) on the CPU.
 
-    The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k of
-    image i follows from (seed, i, k), whatever the batch.
+    The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k
+    of image i follows from (seed, i, k), whatever the batch.
     """
-    size, grid, shape = fit_size(*rgb.shape[2:], model.config, args.size), sampling_grid(steps), rgb.shape[2:]
+    size, grid, shape = model.config.fit(*rgb.shape[2:], args.size), sampling_grid(steps), rgb.shape[2:]
     image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
     clean, (first, depth) = encoders.encode_image(image), model.modalities
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
@@ -137,12 +137,6 @@ def estimate_depth(model, encoders, rgb, indices, args, steps):
     made = model.sample({first.name: grid * 0, depth.name: grid}, start, text)[depth.name]
     maps = F.interpolate(depth.decode(made), shape, mode="bilinear").cpu()
     return torch.stack([ensemble(maps) for maps in maps.split(args.ensemble)])
-
-
-def fit_size(height, width, config, side):
-    """The size nearest to side x side pixels in area that keeps the aspect ratio and that the patch divides."""
-    scale = side / (height * width) ** 0.5 / config.patch
-    return tuple(max(1, round(n * scale)) * config.patch for n in (height, width))
 
 
 def saved_map(folder, name, size):
@@ -167,7 +161,7 @@ def save_map(folder, name, depth):
 def blind_map(source, count=2048):
     """The best guess without looking: mean normalised depth map of the first samples of a source, (1, H, W)."""
     total, seen = 0, 0
-    for values, valid, *_ in data.in_order(source, count, 256):
+    for values, valid, *_ in data.in_order(source, count, 16):
         total += normalize_depth(values["depth"], valid["depth"]).sum(0)
         seen += valid["depth"].sum(0)
     return uncontract(total / seen.clamp(min=1))
@@ -315,8 +309,8 @@ def evaluate_follow(args, model, encoders, device):
 def features(rgb):
     """(B, 3, H, W) in [-1, 1] -> (B, 80) float64, in place of a network: colours and edges on a coarse grid.
 
-    48 mean colours of a 4 x 4 grid of cells, and the 32 mean absolute horizontal and vertical differences of grey in the
-    cells.
+    48 mean colours of a 4 x 4 grid of cells, and the 32 mean absolute horizontal and vertical differences of grey in
+    the cells.
     """
     grey = rgb.mean(1, keepdim=True)
     edges = torch.cat([grey.diff(dim=3).abs()[:, :, 1:], grey.diff(dim=2).abs()[..., 1:]], 1)

@@ -222,6 +222,11 @@ class Config:
         fit = [replace(m, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
         return replace(self, modalities=tuple(fit))
 
+    def fit(self, height, width, side):
+        """The size (H, W) nearest to side x side pixels in area that keeps the aspect and that the patch divides."""
+        scale = side / (height * width) ** 0.5 / self.patch
+        return tuple(max(1, round(n * scale)) * self.patch for n in (height, width))
+
     def with_encoders(self, encoders):
         """This network with its first modality in the encoders' latents and their text embeddings (data.PixelsAndBytes
         lists the attributes). A token's side grows to a multiple of their stride, so that token grids coincide.

@@ -62,12 +62,6 @@ def write_ply(path, rgb, depth, valid, fov):
     Path(path).write_bytes(header.encode() + points.tobytes())
 
 
-def fit_size(height, width, config, side):
-    """The size nearest to side x side pixels in area that keeps the aspect ratio and that the patch divides."""
-    scale = side / (height * width) ** 0.5 / config.patch
-    return tuple(max(1, round(n * scale)) * config.patch for n in (height, width))
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -135,8 +129,9 @@ def main():
             rgb, _ = data.parse(args.image, data.load_rgb, data.read_file(args.image))
             given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, None
         if args.depth:
-            depth = torch.from_numpy(data.read_depth(args.depth, data.read_file(args.depth)))[None]
-            given["depth"] = depth, depth > 0
+            given["depth"] = tuple(
+                torch.from_numpy(x)[None] for x in data.read_depth(args.depth, data.read_file(args.depth))
+            )
     except data.BadSample as error:
         data.fail(f"{'--depth' if 'rgb' in given or not args.image else '--image'}: {error}")
     shapes = {tuple(values.shape[1:]) for values, _ in given.values()}
@@ -147,7 +142,7 @@ def main():
     if len(given) == len(names):
         data.fail("--image and --depth: with both given there is nothing to generate; leave one out")
     if shapes:
-        size = fit_size(*shapes.pop(), config, side)
+        size = config.fit(*shapes.pop(), side)
     start = {}
     for i, m in enumerate(model.modalities):
         start[m.name] = data.draw_noise(m.shape(size), args.seed, range(args.count), stream=i)

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,12 +11,11 @@ from data import (
     SHAPES,
     World,
     caption,
+    draw_noise,
     draw_scenes,
     encode_text,
     load_checkpoint,
-    noise_like,
     paint_depth,
-    read_depth,
     render,
     save_checkpoint,
     sparsify,
@@ -171,9 +169,8 @@ def test_ranks_share_a_step_without_overlap():
 
 
 def test_noise_does_not_depend_on_the_batch():
-    x = torch.empty(3, 1, 4, 4)
-    assert torch.equal(noise_like(x, 0, [4, 5, 6])[1:], noise_like(x[:2], 0, [5, 6]))
-    assert not torch.equal(noise_like(x, 0, [4]), noise_like(x, 0, [4], stream=1))
+    assert torch.equal(draw_noise((1, 4, 4), 0, [4, 5, 6])[1:], draw_noise((1, 4, 4), 0, [5, 6]))
+    assert not torch.equal(draw_noise((1, 4, 4), 0, [4]), draw_noise((1, 4, 4), 0, [4], stream=1))
 
 
 def test_near_is_bright_and_missing_is_black():
@@ -191,9 +188,3 @@ def test_checkpoints_survive_a_torn_write(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         load_checkpoint(path)
     assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_depth_files_mark_what_is_missing(tmp_path):
-    np.save(tmp_path / "d.npy", np.array([[1.0, 0.0], [np.nan, np.inf]]))
-    depth, valid = read_depth(tmp_path / "d.npy")
-    assert valid.tolist() == [[[True, False], [False, False]]] and depth.isfinite().all()

@@ -1,0 +1,524 @@
+"""Real data: depth formats, geometry, folders and shards, and what cannot be used."""
+
+import argparse
+import io
+import itertools
+import json
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from torch.utils.data import DataLoader
+
+import data
+
+NONE_MISSING = {"depth_scale": 0.001, "depth_min": 0.0, "depth_max": float("inf")}
+
+
+def settings(path, **changed):
+    return argparse.Namespace(**{**NONE_MISSING, "data": str(path), "workers": 0, "seed": 0, "batch_size": 8} | changed)
+
+
+def to_bytes(array, kind, **options):
+    return data.to_bytes(lambda file: Image.fromarray(array).save(file, kind, **options))
+
+
+def npy(array):
+    return data.to_bytes(lambda file: np.save(file, array))
+
+
+def tar(path, members):
+    """members: (name, bytes or TarInfo)."""
+    with tarfile.open(path, "w") as file:
+        for name, content in members:
+            if isinstance(content, tarfile.TarInfo):
+                file.addfile(content)
+            else:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+JPEG = to_bytes(PICTURE, "JPEG")
+DEPTH = np.linspace(1, 5, 256, dtype=np.float32).reshape(16, 16)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """30 scenes of the world in every layout: {layout: value of --data}."""
+    values, _, captions = data.World("val", (32, 32)).samples(range(30))
+    pictures, fov = [data.paint_rgb(x) for x in values["rgb"]], data.draw_scenes("val", range(30))["fov"].numpy()
+    for layout in ("folder", "shards", "moge"):
+        (tmp_path / layout).mkdir()
+        samples = zip(pictures, values["depth"][:, 0].numpy(), captions, fov, strict=True)
+        data.export(tmp_path / layout, layout, samples, per_shard=13)
+    return {"folder": tmp_path / "folder", "shards": f"{tmp_path}/shards/{{000..002}}.tar", "moge": tmp_path / "moge"}
+
+
+# ---- Depth formats ----
+
+
+def test_sixteen_bit_png_is_scaled_and_zero_is_missing():
+    codes = np.array([[0, 1, 256], [1000, 65535, 2560]], np.uint16)
+    depth, known = data.read_depth("a.png", to_bytes(codes, "PNG"), 1 / 256)
+    np.testing.assert_allclose(depth, codes / 256)
+    assert (known == (codes > 0)).all()
+    _, known = data.read_depth("a.png", to_bytes(codes, "PNG"), 1 / 256, low=0.5, high=10.0)
+    assert known.tolist() == [[False, False, True], [True, False, True]]  # a range keeps its upper end
+
+
+def test_log_coded_png():
+    """near at 1, far at 65534, geometric between; 0 unknown, 65535 infinite."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("near", "0.5"), text.add_text("far", "50")
+    codes = np.array([[1, 65534, 0, 65535, 32767, 12345]], np.uint16)
+    depth, known = data.read_depth("depth.png", to_bytes(codes, "PNG", pnginfo=text), scale=123.0)
+    k = (codes[0, [4, 5]] - 1.0) / 65533
+    np.testing.assert_allclose(depth[0, [0, 1, 4, 5]], [0.5, 50, *(0.5 ** (1 - k) * 50**k)], rtol=1e-5)
+    assert known.tolist() == [[True, True, False, False, True, True]]
+
+
+def test_log_coded_png_round_trip():
+    depth = np.where(DEPTH > 4.5, 0, DEPTH)
+    read, known = data.read_depth("depth.png", data.depth_png(depth))
+    assert (known == (depth > 0)).all()
+    np.testing.assert_allclose(read[known], depth[known], rtol=3e-5)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_pfm_of_both_byte_orders_is_bottom_up(order):
+    values = np.array([[1.5, 2, -1], [np.inf, np.nan, 4]], np.float32)
+    content = f"Pf\n3 2\n{'-' if order == '<' else ''}1.0\n".encode() + values[::-1].astype(order + "f4").tobytes()
+    depth, known = data.read_depth("a.pfm", content)
+    assert known.tolist() == [[True, True, False], [False, False, True]] and depth[known].tolist() == [1.5, 2, 4]
+
+
+def test_npy_and_mask():
+    values = np.array([[1.0, 0.0], [np.nan, 3.0]])
+    mask = to_bytes(np.array([[255, 255], [255, 0]], np.uint8), "PNG")
+    assert data.read_depth("a.npy", npy(values[None]))[1].tolist() == [[True, False], [False, True]]
+    assert data.read_depth("a.npy", npy(values), mask=mask)[1].tolist() == [[True, False], [False, False]]
+
+
+# ---- Geometry ----
+
+
+def brute_nearest(values, known, size, box):
+    left, top, right, bottom = box
+    tall, wide = (bottom - top) / size[0], (right - left) / size[1]
+    out, found = np.zeros(size), np.zeros(size, bool)
+    for i, j in itertools.product(range(size[0]), range(size[1])):
+        y, x = top + (i + 0.5) * tall, left + (j + 0.5) * wide
+        best = np.inf
+        own = int(y), int(x)
+        for r, c in itertools.product(range(values.shape[0]), range(values.shape[1])):
+            inside = (
+                top + i * tall <= r + 0.5 < top + (i + 1) * tall and left + j * wide <= c + 0.5 < left + (j + 1) * wide
+            )
+            away = (r + 0.5 - y) ** 2 + (c + 0.5 - x) ** 2
+            if known[r, c] and (inside or (r, c) == own) and away < best:
+                best, out[i, j], found[i, j] = away, values[r, c], True
+    return out, found
+
+
+@pytest.mark.parametrize("share", [0.03, 0.4, 0.95])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((23, 31), (5, 7)), ((16, 16), (16, 16)), ((9, 12), (16, 20)), ((30, 13), (4, 4))]
+)
+def test_nearest_known_pixel_by_brute_force(share, shape, size):
+    rng = np.random.default_rng(0)
+    values, known = rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32), rng.random(shape) < share
+    box = data.crop_box(*shape, size, (0.3, 0.8))
+    (out, found), (expected, expected_found) = (
+        data.nearest(values, known, size, box),
+        brute_nearest(values, known, size, box),
+    )
+    assert (found == expected_found).all()
+    tall, wide = (box[3] - box[1]) / size[0], (box[2] - box[0]) / size[1]
+    for i, j in np.argwhere(found & (out != expected)):  # ties: two known pixels, equally near
+        y, x = box[1] + (i + 0.5) * tall, box[0] + (j + 0.5) * wide
+        places = [np.argwhere(values == v)[0] + 0.5 for v in (out[i, j], expected[i, j])]
+        assert np.ptp([np.hypot(*(place - (y, x))) for place in places]) < 1e-9
+    full, all_found = data.nearest(values, known | True, size, box)
+    assert all_found.all() and set(full.ravel()) <= set(values.ravel())  # nothing is averaged
+
+
+def test_sparse_depth_survives_shrinking():
+    known = np.zeros((512, 512), bool)
+    known[np.random.default_rng(0).integers(0, 512, (2, 200))[0], np.random.default_rng(1).integers(0, 512, 200)] = True
+    _, found = data.nearest(np.ones((512, 512)), known, (64, 64), (0, 0, 512, 512))
+    cells = np.zeros((64, 64), bool)
+    cells[np.nonzero(known)[0] // 8, np.nonzero(known)[1] // 8] = True
+    assert (found == cells).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {"quality": 95, "subsampling": 0})])
+def test_image_and_depth_are_cropped_together(training, kind, options, tmp_path):
+    """A ramp across the image that is also its depth: whatever is cropped, shrunk or mirrored, they go on agreeing."""
+    x = np.broadcast_to(np.linspace(10, 240, 400), (200, 400))
+    picture = np.stack([x] * 3, -1).astype(np.uint8)
+    files = {
+        "where": "a",
+        "text": "",
+        "image": to_bytes(picture, kind, **options),
+        "depth": ("a.npy", npy(x[::2, ::2])),
+    }
+    source = data.Files([0], lambda unit: [("a", lambda: files)], settings("x"), training, (32, 32), True)
+    seen, load = set(), lambda: files
+    for epoch in range(20):
+        rgb, depth, _, _, problems = source.batch([("a", load, epoch)], 0)
+        assert not problems and (rgb[0, :, :, 0] - depth[0]).abs().max() < 5  # a cell is 3.6 grey levels wide
+        seen.add((float(depth[0, 0, 0].round()), bool(depth[0, 0, 0] > depth[0, 0, -1])))
+    assert len(seen) == 1 if not training else len(seen) > 10 and {mirrored for _, mirrored in seen} == {False, True}
+
+
+def test_captions_that_tell_left_from_right_are_never_mirrored():
+    x = np.broadcast_to(np.linspace(10, 240, 32), (32, 32)).astype(np.uint8)
+    for text, mirrored in (("a ball Left of a box", False), ("the right-hand door", False), ("a bright door", True)):
+        files = {"where": "a", "text": text, "image": to_bytes(x, "PNG")}
+        source = data.Files([0], None, settings("x"), True, (32, 32), True)
+        rgb = [source.batch([("a", lambda files=files: files, epoch)], 0)[0] for epoch in range(20)]
+        assert any((r[0, 0, 0] > r[0, 0, -1]).any() for r in rgb) == mirrored
+
+
+def test_antialiased():
+    """Stripes of one pixel become grey, from PNG and from JPEG's reduced scale, instead of a pattern."""
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for kind in ("PNG", "JPEG"):
+        rgb, _ = data.load_rgb(to_bytes(stripes, kind), (64, 64))
+        assert np.abs(rgb[4:-4, 4:-4].astype(int) - 127).max() <= 4
+
+
+def exif(picture, orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return data.to_bytes(lambda file: Image.fromarray(picture).save(file, "PNG", exif=tags))
+
+
+def convert(picture, mode, kind):
+    return data.to_bytes(lambda file: Image.fromarray(picture).convert(mode).save(file, kind))
+
+
+def test_every_kind_of_picture_is_rgb():
+    grey = PICTURE.mean(2).astype(np.uint8)
+    same = {
+        "CMYK": (convert(PICTURE, "CMYK", "TIFF"), PICTURE),
+        "palette": (convert(PICTURE // 64 * 64, "P", "PNG"), None),
+        "grey": (to_bytes(grey, "PNG"), np.stack([grey] * 3, -1)),
+        "16-bit grey": (to_bytes(grey.astype(np.uint16) * 257, "PNG"), np.stack([grey] * 3, -1)),
+        "exif": (exif(np.rot90(PICTURE, 1), 6), PICTURE),
+    }
+    for name, (content, expected) in same.items():
+        rgb, whole = data.load_rgb(content)
+        assert rgb.shape == (16, 16, 3) and whole == (16, 16), name
+        assert expected is None or np.abs(rgb.astype(int) - expected).max() <= 1, name
+    assert data.load_rgb(exif(PICTURE[:8], 6))[0].shape == (16, 8, 3)
+    clear = np.dstack([PICTURE, np.zeros((16, 16), np.uint8)])
+    assert (data.load_rgb(to_bytes(clear, "PNG"))[0] == 255).all()  # what is transparent is white
+    assert data.load_rgb(convert(PICTURE, "CMYK", "JPEG"), (8, 8))[0].shape == (8, 8, 3)
+
+
+# ---- Sources ----
+
+
+def everything(source, count=1000):
+    batches = list(data.in_order(source, count, 7))
+    values = {m: torch.cat([b[0][m] for b in batches]) for m in ("rgb", "depth")}
+    return values, [c for b in batches for c in b[2]], [n for b in batches for n in b[3]]
+
+
+def test_the_world_is_the_same_in_every_layout(world):
+    original, captions, names = everything(data.World("val", (32, 32)), 30)
+    for layout, path in world.items():
+        values, lines, found = everything(data.open_source(settings(path), "val", (32, 32)))
+        assert found == names and (list(lines) == captions or layout == "moge")
+        assert (values["rgb"] - original["rgb"]).abs().max() < 0.04  # JPEG
+        torch.testing.assert_close(values["depth"], original["depth"], rtol=3e-5, atol=0)
+
+
+def test_training_sees_the_same_samples_in_every_layout(world):
+    """One step over everything: the same crops, mirrored alike; without captions all may be mirrored."""
+    step = {}
+    for layout, path in world.items():
+        args = settings(path, batch_size=30)
+        values, _, captions = next(
+            data.training_batches(data.open_source(args, "train", (24, 24)), args, 0, 0, 1, "cpu")
+        )
+        step[layout] = {tuple(v.flatten()[:200].tolist()): c for v, c in zip(values["rgb"], captions, strict=True)}
+        assert len(step[layout]) == 30
+    assert step["folder"] == step["shards"]
+    free = {key for key, line in step["folder"].items() if "left" not in line and "right" not in line}
+    assert len(free) > 8 and free <= set(step["moge"])
+
+
+def uneven_shards(folder):
+    """Seven shards of 1, 4, 9, ... samples with names 0, 1, 2, ..."""
+    names = map(str, itertools.count())
+    for shard, count in enumerate((1, 4, 9, 2, 30, 3, 12)):
+        tar(folder / f"{shard}.tar", [(f"{next(names)}.jpg", JPEG) for _ in range(count)])
+    return f"{folder}/{{0..6}}.tar", 61
+
+
+@pytest.mark.parametrize("shards", ["{0..6}", "{4..5}", "4"])  # more than workers, fewer, one
+def test_two_ranks_of_two_workers_see_each_sample_once_an_epoch(shards, tmp_path):
+    path, count = uneven_shards(tmp_path)
+    count = {"{0..6}": 61, "{4..5}": 33, "4": 30}[shards]
+    source = data.open_source(settings(path.replace("{0..6}", shards)), "train", (16, 16))
+    for epoch in range(3):
+        parts = [[name for name, *_ in source.epoch(0, epoch, worker, 4)] for worker in range(4)]
+        seen = [name for part in parts for name in part]
+        assert len(set(seen)) == len(seen) == count
+    # The same with processes: worker w of rank r gives every second batch, first all of its first epoch.
+    epoch = [{name for name, *_ in source.epoch(0, 0, worker, 4)} for worker in range(4)]
+    for rank in range(2):
+        source.plan = 0, 0, 1, rank, 2
+        names = [batch[3][0] for batch, _ in zip(DataLoader(source, None, num_workers=2), range(140), strict=False)]
+        for worker in range(2):
+            own = epoch[rank * 2 + worker]
+            assert set(names[worker::2][: len(own)]) == own
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_order_follows_from_the_seed_and_resumes(layout, world):
+    def names(step, seed=0, workers=2):
+        args = settings(world[layout], workers=workers, seed=seed, batch_size=4)
+        stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, step, 0, 1, "cpu")
+        batches = [next(stream) for _ in range(12 - step)]
+        return [(values["rgb"].sum().item(), captions) for values, _, captions in batches]
+
+    whole = names(0)
+    assert whole == names(0) and whole != names(0, seed=1)
+    for step in (1, 2, 9):  # 30 samples: into the second epoch
+        assert names(step) == whole[step:]
+
+
+def test_few_samples_and_many_workers(tmp_path):
+    """One picture and four workers: everyone gets a turn."""
+    tar(tmp_path / "one.tar", [("a.jpg", JPEG)])
+    args = settings(tmp_path / "one.tar", workers=4, batch_size=2)
+    stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, 0, 0, 1, "cpu")
+    assert all(next(stream)[0]["rgb"].shape == (2, 3, 16, 16) for _ in range(6))
+
+
+def test_shuffled_through_the_buffer(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLE", 10)
+    tar(tmp_path / "a.tar", [(f"{i:03}.jpg", JPEG) for i in range(100)])
+    source = data.open_source(settings(tmp_path / "a.tar"), "train", (16, 16))
+    order = [int(name) for name, *_ in source.epoch(0, 0)]
+    assert sorted(order) == list(range(100)) and order != sorted(order)
+    assert max(place - i for place, i in enumerate(order)) > 15 and all(
+        i <= place + 10 for place, i in enumerate(order)
+    )
+
+
+def test_brace_ranges():
+    assert data.expand("a{08..10}.tar") == ["a08.tar", "a09.tar", "a10.tar"]
+    assert data.expand("{0..1}/{1..2}.tar") == ["0/1.tar", "0/2.tar", "1/1.tar", "1/2.tar"]
+
+
+def test_metadata_of_shards(tmp_path):
+    """img2dataset's .json caption, a .txt that goes before it, a scale and a mask; names up to the first dot."""
+    codes, mask = np.full((16, 16), 512, np.uint16), np.full((16, 16), 255, np.uint8)
+    mask[0] = 0
+    group = {
+        "json": json.dumps({"caption": "from json", "depth_scale": 1 / 256}).encode(),
+        "depth.png": to_bytes(codes, "PNG"),
+    }
+    group |= {"mask.png": to_bytes(mask, "PNG"), "JPG": JPEG}
+    members = [(f"v1.0/a.{suffix}", content) for suffix, content in group.items()]
+    members += [("v1.0/b.webp", to_bytes(PICTURE, "WEBP")), ("v1.0/b.txt", "überall".encode()), ("v1.0/b.json", b"{}")]
+    tar(
+        tmp_path / "a.tar",
+        [*members, ("v1.0/._a.jpg", b"mac"), ("v1.0/c.jpg", JPEG), ("v1.0/c.json", b'{"caption": null}')],
+    )
+    values, captions, names = everything(data.open_source(settings(tmp_path / "a.tar"), "val", (16, 16)))
+    assert names == ["v1.0/a", "v1.0/b", "v1.0/c"] and captions == ["from json", "überall", ""]
+    assert (
+        (values["depth"][0, 0, 1:] == 2).all()
+        and (values["depth"][0, 0, 0] == 0).all()
+        and not values["depth"][1:].any()
+    )
+
+
+def test_rows_without_depth_and_text(tmp_path):
+    (
+        (tmp_path / "a.jpg").write_bytes(JPEG),
+        (tmp_path / "b.jpg").write_bytes(JPEG),
+        (tmp_path / "b.npy").write_bytes(npy(DEPTH)),
+    )
+    rows = [{"file_name": "a.jpg", "text": "alone"}, {"file_name": "b.jpg", "text": None, "depth_file_name": "b.npy"}]
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    values, captions, _ = everything(data.open_source(settings(tmp_path), "val", (16, 16)))
+    assert captions == ["alone", ""] and not values["depth"][0].any()
+    np.testing.assert_array_equal(values["depth"][1, 0], DEPTH)
+
+
+# ---- What cannot be used: one line that names it ----
+
+
+def huge():
+    """A PNG that says it has 60,000 x 60,000 pixels."""
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    content = to_bytes(PICTURE, "PNG")
+    chunk = b"IHDR" + header
+    return content[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+
+
+def declared(name, **fields):
+    member = tarfile.TarInfo(name)
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member
+
+
+def zipped():
+    return data.to_bytes(lambda file: np.savez(file, a=DEPTH))
+
+
+GREY16 = to_bytes((DEPTH * 1000).astype(np.uint16), "PNG")
+IMAGE_FILES = {  # name of the image file: its content, what the line says
+    "cut.jpg": (JPEG[:-60], "cut.jpg: image file is truncated"),
+    "cut.png": (to_bytes(PICTURE, "PNG")[:300], "cut.png"),
+    "zip.png": (zipped(), "zip.png: not an image"),
+    "huge.png": (huge(), "huge.png: Image size (3600000000 pixels) exceeds"),
+    "empty.jpg": (b"", "empty.jpg: not an image"),
+}
+DEPTH_FILES = {
+    "cut16.png": (GREY16[: len(GREY16) // 2], "cut16.png"),
+    "eight.png": (to_bytes(PICTURE[..., 0], "PNG"), "holds 256 depths"),
+    "colour.png": (to_bytes(PICTURE, "PNG"), "is a picture of depth"),
+    "zeros.npy": (npy(DEPTH * 0), "no valid pixel"),
+    "nan.npy": (npy(DEPTH * np.nan), "no valid pixel"),
+    "missing.png": (to_bytes(np.zeros((16, 16), np.uint16), "PNG"), "no valid pixel"),
+    "wide.npy": (
+        npy(np.ones((16, 24), np.float32)),
+        "wide.npy: of another shape than its image, (16, 24) beside (16, 16)",
+    ),
+    "object.npy": (npy(np.array([{}], object)), "object.npy: Object arrays cannot be loaded"),
+    "three.npy": (npy(np.ones((16, 16, 3))), "three.npy: has shape (16, 16, 3)"),
+    "cut.npy": (npy(DEPTH)[:500], "cut.npy"),
+    "zip.npy": (zipped(), "zip.npy"),
+    "cut.pfm": (b"Pf\n16 16\n-1.0\n" + bytes(100), "cut.pfm"),
+    "colour.pfm": (b"PF\n16 16\n-1.0\n" + bytes(3072), "colour.pfm: not a one-channel PFM"),
+    "depth.exr": (b"v/1\x01", "depth is read from png, npy, pfm"),
+}
+ROWS = {  # lines of metadata.jsonl after a good one
+    '{"file_name": "a.jpg", ': "metadata.jsonl row 2 is not UTF-8 JSON",
+    '{"text": "no file"}': "metadata.jsonl row 2 is not UTF-8 JSON with a file_name",
+    '["a.jpg"]': "metadata.jsonl row 2",
+    '{"file_name": "nowhere.jpg"}': "nowhere.jpg: No such file",
+    '{"file_name": "../secret.jpg"}': "../secret.jpg: leads out",
+    '{"file_name": "/etc/passwd"}': "/etc/passwd: leads out",
+    '{"file_name": "a.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2 names a.jpg again",
+    '{"file_name": "b.jpg", "depth_file_name": "../secret.npy"}': "../secret.npy: leads out",
+    '{"file_name": "b.jpg", "text": 7}': "b.jpg: its caption is not text",
+    '{"file_name": "b.jpg", "text": "\\ud800"}': "b.jpg: 'utf-8' codec can't encode",
+    json.dumps({"file_name": "b.jpg", "text": "word " * 200_000}): "b.jpg: its caption is not text, or longer than",
+    b'{"file_name": "b.jpg", "text": "\xff"}': "metadata.jsonl row 2 is not UTF-8",
+}
+SHARDS = {
+    "link": ([("b.jpg", declared("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"))], "b.jpg is a link"),
+    "absolute": ([("/tmp/b.jpg", JPEG)], "/tmp/b.jpg has a name that leads out"),
+    "dots": ([("../b.jpg", JPEG)], "../b.jpg has a name that leads out"),
+    "empty member": ([("b.jpg", b"")], "b.jpg is empty"),
+    "many gigabytes": ([("b.jpg", declared("b.jpg", size=8 << 30))], "damaged (b.jpg declares 8589934592 bytes)"),
+    "no image": ([("b.txt", b"words alone")], "b: no image"),
+    "not UTF-8": ([("b.jpg", JPEG), ("b.txt", b"\xff\xfe")], "b.txt: 'utf-8' codec can't decode"),
+    "megabyte": ([("b.jpg", JPEG), ("b.txt", b"word " * 200_000)], "b: its caption is not text, or longer than"),
+    "json": ([("b.jpg", JPEG), ("b.json", b"[1")], "b.json"),
+}
+
+
+def folder(path, rows, files=()):
+    path.mkdir()
+    for name, content in (("a.jpg", JPEG), ("b.jpg", JPEG), ("d.npy", npy(DEPTH)), *files):
+        (path / name).write_bytes(content)
+    lines = [
+        b'{"file_name": "a.jpg", "depth_file_name": "d.npy"}',
+        *(r if isinstance(r, bytes) else r.encode() for r in rows),
+    ]
+    (path / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    return path
+
+
+def bad_sources(tmp_path):
+    """(name, value of --data, what the line says): each holds one good sample and a bad one."""
+    for i, (name, (content, says)) in enumerate(IMAGE_FILES.items()):
+        yield name, folder(tmp_path / f"i{i}", [json.dumps({"file_name": name})], [(name, content)]), says
+    for i, (name, (content, says)) in enumerate(DEPTH_FILES.items()):
+        row = json.dumps({"file_name": "b.jpg", "depth_file_name": name})
+        yield name, folder(tmp_path / f"d{i}", [row], [(name, content)]), says
+    for i, (row, says) in enumerate(ROWS.items()):
+        yield str(row)[:60], folder(tmp_path / f"r{i}", [row]), says
+    for i, (name, (members, says)) in enumerate(SHARDS.items()):
+        tar(tmp_path / f"s{i}.tar", [("a.jpg", JPEG), *members])
+        yield name, tmp_path / f"s{i}.tar", says
+    tar(tmp_path / "whole.tar", [("a.jpg", JPEG), ("b.jpg", JPEG)])
+    whole = (tmp_path / "whole.tar").read_bytes()
+    for name, cut in (("in a member", 1024 + 1000), ("between members", 1024 + 512), ("within a header", 1024 + 700)):
+        (tmp_path / f"cut {name}.tar").write_bytes(whole[:cut])
+        yield f"cut {name}", tmp_path / f"cut {name}.tar", f"cut {name}.tar: damaged"
+    (tmp_path / "text.tar").write_text("not a tar file, " * 100)
+    yield "text.tar", tmp_path / "text.tar", "text.tar: damaged"
+    (tmp_path / "zero.tar").write_bytes(b"")
+    yield "zero.tar", tmp_path / "zero.tar", "zero.tar: damaged"
+    tar(tmp_path / "hollow.tar", [])
+    yield "hollow.tar", tmp_path / "hollow.tar", "hollow.tar: damaged (holds no sample)"
+
+
+def test_bad_samples_end_an_evaluation_with_one_line(tmp_path, capsys):
+    for name, path, says in bad_sources(tmp_path):
+        with pytest.raises(SystemExit) as stopped:
+            everything(data.open_source(settings(path), "val", (16, 16)))
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(message.splitlines()) == 1 and says in message, (name, message)
+
+
+def test_bad_samples_are_skipped_in_training(tmp_path, capsys):
+    for name, path, says in bad_sources(tmp_path):
+        if "cut" in name or name.endswith(".tar"):
+            continue
+        args = settings(path, batch_size=2)
+        stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, 0, 0, 1, "cpu")
+        values, _, _ = next(stream)
+        message = capsys.readouterr().err
+        assert values["rgb"].shape == (2, 3, 16, 16), name  # the good one stands in
+        assert message.startswith("skipped: ") and says in message and len(message.splitlines()) == 1, (name, message)
+
+
+def test_more_than_one_percent_stops_training(tmp_path, capsys):
+    source = folder(tmp_path / "f", [json.dumps({"file_name": f"{i}.jpg"}) for i in range(20)])
+    args = settings(source, batch_size=7)
+    with pytest.raises(SystemExit) as stopped:
+        for _ in data.training_batches(data.open_source(args, "train", (16, 16)), args, 0, 0, 1, "cpu"):
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 11 and all(line.startswith("skipped: ") for line in lines[:10])
+    assert "more than 1%" in lines[-1] and ".jpg: No such file" in lines[-1]
+
+
+def test_one_bad_sample_in_many_is_tolerated(tmp_path, capsys):
+    """0.5% of the samples: named once or more, at most ten times, and training goes on for 4,000 samples."""
+    tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG if i else b"bad") for i in range(200)])
+    args = settings(tmp_path / "a.tar", batch_size=100)
+    stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, 0, 0, 1, "cpu")
+    for _ in range(40):
+        next(stream)
+    assert len(capsys.readouterr().err.splitlines()) == 10
+
+
+def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path):
+    tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG) for i in range(5)])
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024) + 600])
+    samples = list(data.read_shard(tmp_path / "a.tar"))
+    assert [name for name, _ in samples[:-1]] == ["0", "1", "2"]
+    with pytest.raises(data.BadSample, match="damaged"):
+        samples[-1][1]()
