@@ -300,6 +300,8 @@ def parse(name, reader, *args):
     """reader(*args); what it cannot read is told as a BadSample that names the file."""
     try:
         return reader(*args)
+    except BadSample:
+        raise
     except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise BadSample(f"{name}: {what or type(error).__name__}") from None
@@ -486,9 +488,9 @@ class Files(IterableDataset):
         Units are split over workers; where there are fewer, each worker reads all and keeps its share of the samples.
         Order: units shuffled, then samples drawn at random from a buffer of SHUFFLE.
         """
-        order, rng, buffer = list(range(len(self.units))), random.Random(f"{seed} {epoch}"), []
+        order, rng, buffer = range(len(self.units)), random.Random(f"{seed} {epoch}"), []
         if self.training:
-            rng.shuffle(order)
+            order = np.random.default_rng([seed, epoch]).permutation(order)
         turn = (worker - epoch) % workers  # whoever gets less of an epoch gets more of another
         mine = order[turn::workers] if len(order) >= workers else order
         samples = ((*sample, epoch) for i in mine for sample in self.read(self.units[i]))
@@ -526,7 +528,8 @@ class Files(IterableDataset):
         good, problems = [], []
         for name, load, epoch in samples:
             try:
-                good.append((*self.decode(load(), random.Random(f"{seed} {epoch} {name}")), name))
+                files, rng = parse(name, load), random.Random(f"{seed} {epoch} {name}")
+                good.append((*self.decode(files, rng), name))
             except BadSample as error:
                 problems.append(str(error))
         if self.training and good:
@@ -548,9 +551,10 @@ class Files(IterableDataset):
         rgb, whole = parse(where, load_rgb, files["image"], self.size, place)
         depth = np.zeros(self.size, np.float32)
         if self.with_depth and files.get("depth"):
-            name, content = files["depth"]
+            name, read = files["depth"]
             scale = files.get("depth_scale") or self.args.depth_scale
-            depth, known = read_depth(name, content, scale, files.get("mask"), self.args.depth_min, self.args.depth_max)
+            mask = files["mask"] and files["mask"]()
+            depth, known = read_depth(name, read(), scale, mask, self.args.depth_min, self.args.depth_max)
             (tall, wide), ratio = depth.shape, depth.shape[0] / whole[0]
             if abs(wide - whole[1] * ratio) > max(1, ratio):  # more than rounding
                 raise BadSample(f"{name}: of another shape than its image, {depth.shape} beside {whole}")
@@ -590,10 +594,10 @@ def read_row(folder, row):
     def load():
         if row.get("problem"):
             raise BadSample(row["problem"])
-        get = lambda key: read_file(row[key], folder) if row.get(key) else None
-        files = {"where": f"{folder}/{row['file_name']}", "text": row.get("text") or "", "image": get("file_name")}
-        depth = row.get("depth_file_name") and (f"{folder}/{row['depth_file_name']}", get("depth_file_name"))
-        return files | {"depth": depth, "mask": get("mask_file_name"), "depth_scale": row.get("depth_scale")}
+        name, depth, mask = (row.get(key) for key in ("file_name", "depth_file_name", "mask_file_name"))
+        files = {"where": f"{folder}/{name}", "text": row.get("text") or "", "image": read_file(name, folder)}
+        files["depth"] = depth and (f"{folder}/{depth}", lambda: read_file(depth, folder))
+        return files | {"mask": mask and (lambda: read_file(mask, folder)), "depth_scale": row.get("depth_scale")}
 
     yield row["name"], load
 
@@ -613,9 +617,10 @@ def read_shard(path):
             if not isinstance(fields, dict):
                 raise BadSample(f"{where}.json: not an object")
             text = parse(f"{where}.txt", group["txt"].decode) if "txt" in group else fields.get("caption") or ""
-            depth = next(((f"{where}.{k}", v) for k, v in group.items() if k[:6] == "depth." and k[6:] in MAPS), None)
-            files = {"where": where, "text": text, "image": image, "depth": depth, "mask": group.get("mask.png")}
-            return files | {"depth_scale": fields.get("depth_scale")}
+            files = {"where": where, "text": text, "image": image, "depth_scale": fields.get("depth_scale")}
+            suffix = next((f"depth.{s}" for s in MAPS if f"depth.{s}" in group), None)
+            files["depth"] = suffix and (f"{where}.{suffix}", lambda: group[suffix])
+            return files | {"mask": (lambda: group["mask.png"]) if "mask.png" in group else None}
 
         return name, load
 
@@ -709,20 +714,20 @@ def to_device(rgb, depth, device):
 def training_batches(source, args, step, rank, world, device):
     """Endless (values, valid, captions) of one rank as World.samples gives them, from a step on.
 
-    Samples of files that cannot be used are skipped and counted, the first ten are named, and more than 1% (of 1000 at
+    Samples of files that cannot be used are skipped and counted, ten of them are named, and more than 1% (of 1000 at
     least) ends the run.
     """
     if isinstance(source, World):
         steps = (training_indices(args.seed, s, args.batch_size, rank, world) for s in itertools.count(step))
         yield from map(source.samples, steps)
-    source.plan, tried, bad = (args.seed, step, args.batch_size // world, rank, world), 0, 0
+    source.plan, tried, bad, named = (args.seed, step, args.batch_size // world, rank, world), 0, 0, set()
     pin = torch.device(device).type == "cuda"
     for rgb, depth, captions, _, problems in DataLoader(source, None, num_workers=args.workers, pin_memory=pin):
-        tried += args.batch_size // world
+        tried, bad = tried + args.batch_size // world, bad + len(problems)
         for problem in problems:
-            bad += 1
-            if bad <= 10:
-                print(f"skipped: {problem}", file=sys.stderr)
+            if problem not in named and len(named) < 10:
+                named.add(problem)
+                print(f"skipped, {bad} of {tried} samples: {problem}", file=sys.stderr)
         if bad > max(tried, 1000) / 100:
             fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
         if rgb is not None:
@@ -757,24 +762,24 @@ def draw_noise(shape, seed, indices, stream=0):
 
 
 class PixelsAndBytes:
-    """What diffuses where no --encoders FILE.py is given, and the members that its load(device) must return."""
+    """No encoders. What --encoders FILE.py loads in their place has the same seven members:
 
-    image_channels, image_stride = 3, 1  # of the latents; image pixels to a latent, per side
-    text_dim = 0  # channels of a text embedding; 0 is bytes
+    encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
+    decode_image  the inverse
+    encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
+    """
+
+    image_channels, image_stride, text_dim = 3, 1, 0
 
     def __init__(self, text_length):
         self.text_length = text_length
 
     def encode_image(self, rgb):
-        """(B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), about unit variance."""
         return rgb
 
-    def decode_image(self, latents):
-        """The inverse of encode_image."""
-        return latents
+    decode_image = encode_image
 
     def encode_text(self, captions):
-        """List of str -> (B, text_length, text_dim) float32, or bytes; zeros where there is no text."""
         return encode_text(captions, self.text_length)
 
 

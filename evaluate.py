@@ -69,24 +69,27 @@ def align(prediction, target, mode="affine"):
     # Some minimiser passes through two of the points. The best line through one point is a weighted median of slopes,
     # and passes through a second point, about which one can turn next. The objective is convex and linear between the
     # lines of the (scale, shift) plane on which a residual is zero, so once no point on the current line offers a
-    # better one, it is the minimum.
-    weights = 1 / g
+    # better one, it is the minimum. Turning about a point pays only if the points off the line pull more than those on
+    # it hold.
+    weights, tried, rounding = 1 / g, set(), 1e-12 * g.max()
     scale, shift = 0.0, g[weighted_median(g, weights)]
-    best, queue, tried = np.abs(scale * p + shift - g) @ weights, [weighted_median(g, weights)], set()
+    residual = shift - g
+    queue = list(np.flatnonzero(np.abs(residual) <= rounding))
     while queue:
         i = queue.pop()
         tried.add(i)
-        others = np.flatnonzero(p != p[i])
-        if not len(others):
+        on_line, arm = np.abs(residual) <= rounding, p - p[i]
+        pull, hold = weights * ~on_line * np.sign(residual) @ arm, weights * on_line @ np.abs(arm)
+        others = np.flatnonzero(arm)
+        if not len(others) or (on_line[i] and abs(pull) < hold * (1 - 1e-9)):
             continue
-        slopes = (g[others] - g[i]) / (p[others] - p[i])
-        j = weighted_median(slopes, weights[others] * np.abs(p[others] - p[i]))
-        slope = slopes[j]
-        error = np.abs(slope * (p - p[i]) + g[i] - g) @ weights
-        if error < best * (1 - 1e-12):
-            best, scale, shift, tried = error, slope, g[i] - slope * p[i], {i}
-        on_line = np.flatnonzero(np.abs(scale * p + shift - g) <= 1e-12 * g.max())
-        queue = [k for k in {*on_line, others[j]} if k not in tried]
+        slopes = (g[others] - g[i]) / arm[others]
+        j = weighted_median(slopes, weights[others] * np.abs(arm[others]))
+        turned = slopes[j] * arm + g[i] - g
+        if np.abs(turned) @ weights < np.abs(residual) @ weights * (1 - 1e-12):
+            scale, shift, residual, tried = slopes[j], g[i] - slopes[j] * p[i], turned, {i}
+            on_line = np.abs(residual) <= rounding
+        queue = [k for k in {*np.flatnonzero(on_line), others[j]} if k not in tried]
     return float(scale), float(shift)
 
 

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: train, resume, sample, evaluate, and what they say to bad input."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -44,10 +45,14 @@ def trained(tmp_path_factory):
     return out / "t2i/last.pt", out / "forcing/last.pt"
 
 
-@pytest.mark.parametrize("stage", ["t2i", "forcing"])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "source"),
+    [("t2i", "synthetic"), ("forcing", "synthetic"), ("t2i", "shards/{000..001}.tar"), ("forcing", "folder")],
+)
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, source, trained, world, tmp_path, monkeypatch):
     script = {"t2i": train_t2i, "forcing": train_forcing}[stage]
     line = f"{QUICK} --steps 5 --checkpoint-every 2" + (f" --init {trained[0]}" if stage == "forcing" else "")
+    line += f" --data {source if source == 'synthetic' else world / source}"
     monkeypatch.setattr(script, "picture", lambda *args: None)
     run(script, f"{line} --out {tmp_path}/whole", monkeypatch)
     save = data.save_checkpoint
@@ -65,6 +70,22 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, trained, tmp_pa
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     whole, cut = (torch.load(tmp_path / run / "last.pt", weights_only=True)["ema"] for run in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Twelve validation scenes as folder/, as shards/ and as moge/."""
+    out = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        for layout in ("folder", "shards", "moge"):
+            run(data, f"--out {out}/{layout} --layout {layout} --count 12 --size 16", patch)
+    source = data.open_source(argparse.Namespace(data="synthetic"), "val", (16, 16))
+    values, _, captions = source.samples(range(12))
+    samples = list(
+        zip(map(data.paint_rgb, values["rgb"]), values["depth"][:, 0].numpy(), captions, [1.0] * 12, strict=True)
+    )
+    data.export(out / "shards", "shards", samples, per_shard=7)  # two shards
+    return out
 
 
 def test_run_directory_holds_what_is_promised(trained):
@@ -250,6 +271,63 @@ def test_align_is_the_exact_minimum():
         assert found <= best * (1 + 1e-9)
 
 
+def test_scale_is_the_exact_minimum():
+    """sum |s p - g| / g is convex and linear between the ratios g / p: its minimum is at one of them."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        g, p = rng.uniform(0.5, 10, 40), rng.normal(1, 1, 40)
+        objective = lambda s, g=g, p=p: (np.abs(s * p - g) / g).sum()
+        scale, shift = evaluate.align(torch.tensor(p), torch.tensor(g), "scale")
+        assert shift == 0 and objective(scale) <= min(objective(s) for s in g / p) * (1 + 1e-12)
+
+
+def test_least_squares_and_none():
+    g, p = torch.rand(50) + 1, torch.rand(50)
+    slope, intercept = np.polyfit(p.double().numpy(), g.double().numpy(), 1)
+    assert evaluate.align(p, g, "lstsq") == pytest.approx((slope, intercept)) and evaluate.align(p, g, "none") == (1, 0)
+
+
+def test_outliers_move_least_squares_alone():
+    """A tenth of the target a hundred times too far: the L1 modes keep the line, the square does not."""
+    g = torch.rand(1000) + 1
+    p, far = (g - 0.5) / 3, g.clone()
+    far[:100] *= 100
+    assert evaluate.align(p, far, "affine") == pytest.approx((3, 0.5), rel=1e-3)
+    assert evaluate.align(g / 3, far, "scale") == pytest.approx((3, 0), rel=1e-3)
+    assert evaluate.align(p, far, "lstsq")[1] > 2
+
+
+def test_large_maps_are_aligned_on_a_subsample_of_valid_pixels():
+    """64 x 64 cells, each its valid pixel nearest to the middle; the result is applied everywhere."""
+    target = torch.rand(1, 200, 300) + 1
+    valid = torch.rand(1, 200, 300) < 0.02
+    seen = []
+    align = evaluate.align
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "align", lambda p, g, mode: (seen.append((mode, len(g))), align(p, g, mode))[1])
+        for mode in ("affine", "lstsq"):
+            aligned = evaluate.align_map((target - 1) / 2, target, valid, mode)
+            torch.testing.assert_close(aligned, target, rtol=1e-4, atol=1e-4)
+    cells = {(int(y * 64 / 200), int(x * 64 / 300)) for _, y, x in valid.nonzero().tolist()}
+    assert seen == [("affine", len(cells)), ("lstsq", int(valid.sum()))]
+
+
+def test_ensemble_is_the_median_of_aligned_maps():
+    """Copies at other scales and shifts agree exactly; where one of five is wrong, the others outvote it."""
+    depth = torch.rand(1, 20, 20) + 0.5
+    maps = torch.stack([depth, depth * 2 + 1, depth * 0.1, depth * 3 - 0.2, depth + 5])
+    maps[3, 0, :5] += 9
+    torch.testing.assert_close(evaluate.ensemble(maps), depth, rtol=1e-4, atol=1e-4)
+
+
+def test_bootstrap_interval_of_a_mean():
+    values = np.random.default_rng(0).normal(3, 1, 400)
+    low, high = evaluate.interval(values)
+    assert low == pytest.approx(values.mean() - 1.96 / 20, abs=0.02) and high == pytest.approx(
+        values.mean() + 1.96 / 20, abs=0.02
+    )
+
+
 def test_align_recovers_an_affine_change_exactly():
     target = torch.rand(200) + 0.5
     scale, shift = evaluate.align((target - 3) / 7, target)
@@ -307,11 +385,150 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
     )
 
 
+# ---- Real data and benchmarks ----
+
+
+def results(line, out, monkeypatch):
+    run(evaluate, f"{line} --device cpu --out {out}", monkeypatch)
+    return json.loads((out / "results.json").read_text())
+
+
+def test_every_layout_gives_the_same_numbers(trained, world, tmp_path, monkeypatch):
+    found = {
+        path: results(f"depth --checkpoint {trained[1]} --size 16 --data {world / path}", tmp_path, monkeypatch)
+        for path in ("folder", "shards/{000..001}.tar", "moge")
+    }
+    for other in found.values():
+        for key in ("absrel", "delta1", "baseline_absrel"):
+            assert other["images"] == 12 and other[key] == pytest.approx(found["folder"][key], abs=1e-4)
+
+
+def test_saved_predictions_score_as_the_model_does(trained, world, tmp_path, monkeypatch):
+    """--save-predictions, then --predictions: the same table, over two datasets and their mean, with an ensemble."""
+    line = f"depth --size 16 --data {world}/folder,{world}/moge --align lstsq"
+    ours = results(
+        f"{line} --checkpoint {trained[1]} --ensemble 3 --save-predictions {tmp_path}/maps", tmp_path, monkeypatch
+    )
+    again = results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)
+    for key in (f"{world}/folder", f"{world}/moge", "mean"):
+        assert ours[key] == again[key]
+    assert ours["mean"]["absrel"] == pytest.approx(
+        np.mean([ours[f"{world}/{d}"]["absrel"] for d in ("folder", "moge")])
+    )
+
+
+def test_a_perfect_prediction_at_the_images_own_size_scores_zero(tmp_path, monkeypatch):
+    """Maps of the whole picture are cropped and resized as it is; a benchmark's name brings its size and range."""
+    folder = tmp_path / "NYUv2"
+    for i in range(2):
+        depth = np.linspace(1, 12, 700 * 600, dtype=np.float32).reshape(700, 600)
+        sample = (np.zeros((700, 600, 3), np.uint8), depth, "", 1.0)
+        folder.mkdir(exist_ok=True)
+        data.export(folder, "moge", [sample] * (i + 1))
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        np.save(tmp_path / f"maps/{i:06}.npy", depth * 3)
+    sizes = []
+    score = evaluate.depth_metrics
+    monkeypatch.setattr(
+        evaluate, "depth_metrics", lambda *a: (sizes.append((a[1].shape, a[1][a[2]].max().item())), score(*a))[1]
+    )
+    found = results(f"depth --data {folder} --predictions {tmp_path}/maps --align scale", tmp_path, monkeypatch)
+    assert found["absrel"] < 1e-4 and found["delta1"] == 1 and found["baseline_absrel"] > 0.1
+    assert sizes[0][0] == (1, 480, 640) and 9.9 < sizes[0][1] <= 10
+
+
+class Statistics(torch.nn.Module):
+    """A feature extractor as a TorchScript file: mean and spread of each channel of uint8 images."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        if images.dtype != torch.uint8 or not return_features:
+            return torch.zeros(len(images), 1)
+        x = images.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], 1)
+
+
+def test_frechet_distance_with_a_torchscript_file(trained, world, tmp_path, monkeypatch):
+    torch.jit.script(Statistics()).save(tmp_path / "features.pt")
+    extract = evaluate.load_features(tmp_path / "features.pt", "cpu")
+    grey = extract(torch.zeros(3, 3, 8, 8))
+    assert grey.dtype == torch.float64 and grey.tolist() == [[128, 128, 128, 0, 0, 0]] * 3
+    line = (
+        f"image --checkpoint {trained[0]} --size 16 --steps 2 --data {world}/folder --features {tmp_path}/features.pt"
+    )
+    found = [results(f"{line} --batch-size {n}", tmp_path, monkeypatch) for n in (5, 12)]
+    assert (
+        found[0]["images"] == 12
+        and found[0]["frechet"] == pytest.approx(found[1]["frechet"], rel=1e-3)
+        and found[0]["frechet"] > 0
+    )
+
+
+def test_depth_following(trained, world, tmp_path, monkeypatch):
+    """Ours, then another estimator's maps in the same places: the same map in both is followed perfectly."""
+    line = f"follow --size 16 --data {world}/folder"
+    ours = results(
+        f"{line} --checkpoint {trained[1]} --steps 2 --save-predictions {tmp_path}/maps", tmp_path, monkeypatch
+    )
+    assert ours["absrel"] > 0 and len(list((tmp_path / "maps/generated").glob("*.png"))) == 12
+    assert results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
+    for path in (tmp_path / "maps/real").glob("*.npy"):
+        np.save(tmp_path / "maps/generated" / path.name, np.load(path) * 2 + 1)
+    found = results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)
+    assert found["absrel"] < 1e-3 and found["delta1"] == 1
+
+
+# ---- Frozen encoders ----
+
+TOY = f"--encoders {ROOT}/tests/toy_encoders.py"
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory, world):
+    """Both stages on the latents and text vectors of the toy encoders, from files."""
+    out = tmp_path_factory.mktemp("encoded")
+    with pytest.MonkeyPatch.context() as patch:
+        run(train_t2i, f"{QUICK} {TOY} --steps 2 --data {world}/folder --out {out}/t2i", patch)
+        run(
+            train_forcing,
+            f"{QUICK} {TOY} --steps 2 --data {world}/moge --init {out}/t2i/last.pt --out {out}/forcing",
+            patch,
+        )
+    return out / "t2i/last.pt", out / "forcing/last.pt"
+
+
+def test_toy_encoders_train_sample_and_evaluate(encoded, world, tmp_path, monkeypatch):
+    assert all(np.isfinite(list(row.values())).all() for row in losses(encoded[1].parent).values())
+    config = Config(**torch.load(encoded[1], weights_only=True)["config"])
+    assert [m.shape((16, 16)) for m in config.modalities] == [(12, 8, 8), (1, 16, 16)]  # latents, pixels
+    assert config.patch == 4 and (config.text_dim, config.text_length) == (16, 20)
+    line = (
+        f"{TOY} --checkpoint {encoded[1]} --count 1 --steps 2 --size 16 --device cpu --image {world}/folder/000003.jpg"
+    )
+    run(sample, f"{line} --out {tmp_path}/s", monkeypatch)
+    made, given = (np.asarray(Image.open(path)) for path in (tmp_path / "s/000/rgb.png", world / "folder/000003.jpg"))
+    assert np.abs(made.astype(int) - given).max() <= 1  # encoded, held clean, decoded
+    for task in ("depth", "image", "follow"):
+        line = f"{task} {TOY} --checkpoint {encoded[1]} --images 4 --steps 1 --size 16 --data {world}/folder"
+        assert results(line, tmp_path, monkeypatch)["images"] == 4
+
+
+def test_a_stride_that_the_patch_does_not_divide_grows_it():
+    """Latents at 1/16: one latent a token; depth pixels follow with patches of 16."""
+    encoders = argparse.Namespace(image_channels=128, image_stride=16, text_dim=8, text_length=3)
+    config = Config(width=64, depth=1, head=16, patch=4, size=32).with_modalities(RGB, DEPTH).with_encoders(encoders)
+    assert config.patch == 16 and config.with_encoders(encoders) == config
+    model = DiT(config)
+    noisy = {m.name: torch.randn(2, *m.shape((32, 48))) for m in config.modalities}
+    assert {m: x.shape[1:] for m, x in noisy.items()} == {"rgb": (128, 2, 3), "depth": (1, 32, 48)}
+    made = model(noisy, {m: torch.rand(2) for m in noisy}, torch.randn(2, 3, 8))
+    assert {m: x.shape for m, x in made.items()} == {m: x.shape for m, x in noisy.items()}
+
+
 # ---- Bad input: one line, exit code 2, nothing lost ----
 
 
 @pytest.fixture
-def files(tmp_path, trained):
+def files(tmp_path, trained, encoded, world):
     """Names to fill into the command lines below."""
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("not an image")
@@ -321,7 +538,10 @@ def files(tmp_path, trained):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
     (tmp_path / "bad.pt").write_bytes(b"\x80garbage")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    return {"tmp": tmp_path, "t2i": trained[0], "forcing": trained[1], "run": trained[1].parent}
+    (tmp_path / "none.py").write_text("nothing = 1\n"), (tmp_path / "half.py").write_text("load = lambda device: 1\n")
+    (tmp_path / "maps").mkdir()
+    names = {"t2i": trained[0], "forcing": trained[1], "run": trained[1].parent}
+    return names | {"tmp": tmp_path, "encoded": encoded[1], "world": world, "toy": ROOT / "tests/toy_encoders.py"}
 
 
 BAD = [
@@ -343,7 +563,7 @@ BAD = [
     (sample, "--checkpoint {forcing} --device warp", "--device"),
     (sample, "--checkpoint {forcing} --device meta", "--device"),
     (evaluate, "depth --checkpoint {forcing} --steps -1", "--steps"),
-    (evaluate, "image --checkpoint {forcing} --images 1", "--images"),
+    (evaluate, "image --checkpoint {forcing} --images 1", "needs two"),
     (train_t2i, "--warmup 0 --out {tmp}/x", "--warmup"),
     (train_t2i, "--log-every 0 --out {tmp}/x", "--log-every"),
     (train_t2i, "--batch-size 0 --out {tmp}/x", "--batch-size"),
@@ -358,7 +578,23 @@ BAD = [
     (evaluate, "depth --checkpoint {forcing} --size 30", "--size 30"),
     (train_t2i, "--preset huge --out {tmp}/x", "--preset huge"),
     (train_t2i, "--size 30 --out {tmp}/x", "--size 30"),
-    (train_t2i, "--data nowhere --out {tmp}/x", "--data nowhere"),
+    (train_t2i, "--data nowhere --out {tmp}/x", "--data nowhere: unknown source"),
+    (train_t2i, "--data {tmp}/{{0..3}}.tar --out {tmp}/x", "no file {tmp}/0.tar"),
+    (train_t2i, "--workers -1 --out {tmp}/x", "--workers"),
+    (train_t2i, "--encoders {tmp}/missing.py --out {tmp}/x", "missing.py"),
+    (train_t2i, "--encoders {tmp}/none.py --out {tmp}/x", "none.py: AttributeError"),
+    (train_t2i, "--encoders {tmp}/half.py --out {tmp}/x", "half.py: AttributeError"),
+    (train_forcing, "--init {encoded} --out {tmp}/x", "toy_encoders.py: 12 channels at 1/2"),
+    (train_forcing, "--init {t2i} --encoders {toy} --out {tmp}/x", "was trained with no --encoders"),
+    (sample, "--checkpoint {encoded}", "toy_encoders.py: 12 channels at 1/2"),
+    (evaluate, "depth --checkpoint {encoded}", "toy_encoders.py: 12 channels at 1/2"),
+    (evaluate, "depth --checkpoint {forcing} --score-size wide", "--score-size wide"),
+    (evaluate, "depth --checkpoint {forcing} --ensemble 0", "--ensemble"),
+    (evaluate, "depth --predictions {tmp}/maps --data {world}/folder --size 16", "no map for 000000"),
+    (evaluate, "depth --predictions {tmp}/maps --data {world}/folder", "give --size"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/text.png", "--features"),
+    (evaluate, "follow --checkpoint {t2i}", "no depth"),
+    (evaluate, "depth --checkpoint {forcing} --data {tmp}/maps", "maps: unknown source"),
     (train_t2i, "--resume --out {tmp}/x", "--resume"),
     (train_forcing, "--init {tmp}/none.pt --out {tmp}/x", "--init"),
     (train_forcing, "--init {tmp}/bad.pt --out {tmp}/x", "--init"),
@@ -377,7 +613,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkey
     with pytest.raises(SystemExit) as stopped:
         run(script, line.format(**files), monkeypatch)
     message = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and len(message.splitlines()) == 1 and says in message
+    assert stopped.value.code == 2 and len(message.splitlines()) == 1 and says.format(**files) in message
     assert (files["run"] / "last.pt").read_bytes() == before
     assert not (tmp_path / "x/config.json").exists()
 
