@@ -309,15 +309,15 @@ def parse(name, reader, *args):
 
 def read_file(path, folder=None):
     """Bytes of a file, which must lie in the folder if one is given. Raises BadSample."""
-    name = os.path.normpath(os.path.join(folder or "", path))
+    name = os.path.normpath(os.path.join(folder or "", str(path)))
     if folder and not name.startswith(os.path.normpath(folder) + os.sep):
         raise BadSample(f"{path}: leads out of {folder}")
     try:
         if os.path.getsize(name) > MAX_BYTES:
-            raise BadSample(f"{name}: larger than {MAX_BYTES >> 20} MiB")
+            raise BadSample(f"{path}: larger than {MAX_BYTES >> 20} MiB")
         return Path(name).read_bytes()
     except OSError as error:
-        raise BadSample(f"{name}: {error.strerror}") from None
+        raise BadSample(f"{path}: {error.strerror}") from None
 
 
 def png_depth(content, scale):
@@ -475,7 +475,8 @@ class World:
 class Files(IterableDataset):
     """Samples of a folder or of tar files, streamed. In training: endless epochs, each in another order.
 
-    units are rows or shards; read(unit) yields (name, load) for each sample in one, load() -> its files' bytes.
+    units are rows or shards; read(unit) yields (name, where it is listed, load) for each sample in one, load() -> its
+    files: {"image": (name, bytes), "text": str, "depth", "mask": (name, read) or None, "depth_scale": float or None}.
     """
 
     def __init__(self, units, read, args, training, size, with_depth):
@@ -483,7 +484,7 @@ class Files(IterableDataset):
         self.size, self.with_depth, self.plan, self.batch_size = size, with_depth, None, 1
 
     def epoch(self, seed, epoch, worker=0, workers=1):
-        """(name, load, epoch) of the samples of one epoch that one worker, of all workers of all ranks, has to itself.
+        """The samples of one epoch that one worker, of all workers of all ranks, has to itself, as read gives them.
 
         Units are split over workers; where there are fewer, each worker reads all and keeps its share of the samples.
         Order: units shuffled, then samples drawn at random from a buffer of SHUFFLE.
@@ -493,7 +494,7 @@ class Files(IterableDataset):
             order = np.random.default_rng([seed, epoch]).permutation(order)
         turn = (worker - epoch) % workers  # whoever gets less of an epoch gets more of another
         mine = order[turn::workers] if len(order) >= workers else order
-        samples = ((*sample, epoch) for i in mine for sample in self.read(self.units[i]))
+        samples = (sample for i in mine for sample in self.read(self.units[i]))
         if len(order) < workers:
             samples = itertools.islice(samples, turn, None, workers)
         if not self.training:
@@ -515,7 +516,7 @@ class Files(IterableDataset):
         worker = (step + worker) % workers  # batch s is worker s % workers': go on as if from step 0
         epochs = itertools.count() if self.training else range(1)
         whose = rank * workers + worker, world * workers
-        samples = itertools.chain.from_iterable(self.epoch(seed, epoch, *whose) for epoch in epochs)
+        samples = ((*sample, epoch) for epoch in epochs for sample in self.epoch(seed, epoch, *whose))
         samples = itertools.islice(samples, len(range(worker, step, workers)) * share, None)
         while chosen := list(itertools.islice(samples, share)):
             yield self.batch(chosen, seed)
@@ -526,12 +527,11 @@ class Files(IterableDataset):
         In training the others of its batch stand in for such a sample, so that shapes are constant.
         """
         good, problems = [], []
-        for name, load, epoch in samples:
+        for name, where, load, epoch in samples:
             try:
-                files, rng = parse(name, load), random.Random(f"{seed} {epoch} {name}")
-                good.append((*self.decode(files, rng), name))
+                good.append((*self.decode(load(), random.Random(f"{seed} {epoch} {name}")), name))
             except BadSample as error:
-                problems.append(str(error))
+                problems.append(f"{where}: {error}")
         if self.training and good:
             good = list(itertools.islice(itertools.cycle(good), len(samples)))
         rgb, depth, captions, names = zip(*good, strict=True) if good else ((), (), (), ())
@@ -544,16 +544,15 @@ class Files(IterableDataset):
         Image and depth are cropped together: at the centre, or in training at a random place, and mirrored half of the
         time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        text, where = files["text"], files["where"]
-        if not isinstance(text, str) or len(parse(where, text.encode)) > MAX_CAPTION:
-            raise BadSample(f"{where}: its caption is not text, or longer than {MAX_CAPTION} bytes")
+        text, (name, content) = files["text"], files["image"]
+        if not isinstance(text, str) or len(parse(f"caption of {name}", text.encode)) > MAX_CAPTION:
+            raise BadSample(f"caption of {name}: not text, or longer than {MAX_CAPTION} bytes")
         place = (rng.random(), rng.random()) if self.training else (0.5, 0.5)
-        rgb, whole = parse(where, load_rgb, files["image"], self.size, place)
+        rgb, whole = parse(name, load_rgb, content, self.size, place)
         depth = np.zeros(self.size, np.float32)
-        if self.with_depth and files.get("depth"):
+        if self.with_depth and files["depth"]:
             name, read = files["depth"]
-            scale = files.get("depth_scale") or self.args.depth_scale
-            mask = files["mask"] and files["mask"]()
+            scale, mask = files["depth_scale"] or self.args.depth_scale, files["mask"] and files["mask"][1]()
             depth, known = read_depth(name, read(), scale, mask, self.args.depth_min, self.args.depth_max)
             (tall, wide), ratio = depth.shape, depth.shape[0] / whole[0]
             if abs(wide - whole[1] * ratio) > max(1, ratio):  # more than rounding
@@ -571,20 +570,21 @@ SHUFFLE = 1000  # samples that a worker holds and draws the next one from
 @functools.lru_cache(4)
 def read_index(folder):
     """Rows of a folder's .index.txt (MoGe) or metadata.jsonl; "problem" says why one cannot be used."""
-    if (folder / ".index.txt").exists():
-        lines = filter(None, (folder / ".index.txt").read_text().split())
-        return [{"name": n, "file_name": f"{n}/image.jpg", "depth_file_name": f"{n}/depth.png"} for n in lines]
-    rows = {}
-    for number, line in enumerate((folder / "metadata.jsonl").read_bytes().splitlines(), 1):
-        where = f"{folder / 'metadata.jsonl'} row {number}"
+    moge, rows = (folder / ".index.txt").exists(), {}
+    path = folder / (".index.txt" if moge else "metadata.jsonl")
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where, problem = f"{path} row {number}", None
         try:
-            row = json.loads(line)
-            name = os.path.splitext(row["file_name"])[0]
+            text = line.decode().strip()
+            row = (
+                {"file_name": f"{text}/image.jpg", "depth_file_name": f"{text}/depth.png"} if moge else json.loads(text)
+            )
+            name = text if moge else os.path.splitext(row["file_name"])[0]
             problem = f"names {row['file_name']} again" if name in rows else None
         except (ValueError, KeyError, TypeError):
-            row, name, problem = {}, where, "is not UTF-8 JSON with a file_name"
+            row, name, problem = {}, where, "not UTF-8 JSON with a file_name"
         if line.strip():
-            rows[where if problem else name] = row | {"name": name, "problem": problem and f"{where} {problem}"}
+            rows[where if problem else name] = row | {"name": name, "where": where, "problem": problem}
     return list(rows.values())
 
 
@@ -594,12 +594,13 @@ def read_row(folder, row):
     def load():
         if row.get("problem"):
             raise BadSample(row["problem"])
-        name, depth, mask = (row.get(key) for key in ("file_name", "depth_file_name", "mask_file_name"))
-        files = {"where": f"{folder}/{name}", "text": row.get("text") or "", "image": read_file(name, folder)}
-        files["depth"] = depth and (f"{folder}/{depth}", lambda: read_file(depth, folder))
-        return files | {"mask": mask and (lambda: read_file(mask, folder)), "depth_scale": row.get("depth_scale")}
+        name = row["file_name"]
+        later = lambda path: path and (str(path), functools.partial(read_file, path, folder))
+        files = {"image": (name, read_file(name, folder)), "text": row.get("text") or ""}
+        files |= {key: later(row.get(f"{key}_file_name")) for key in ("depth", "mask")}
+        return files | {"depth_scale": row.get("depth_scale")}
 
-    yield row["name"], load
+    yield row["name"], row["where"], load
 
 
 def read_shard(path):
@@ -607,22 +608,20 @@ def read_shard(path):
 
     def sample(name, group):
         def load():
-            where = f"{path}: {name}"
             if "problem" in group:
-                raise BadSample(f"{path}: {group['problem']}")
-            image = next((group[s] for s in IMAGES if s in group), None)
-            if image is None:
-                raise BadSample(f"{where}: no image ({', '.join(IMAGES)})")
-            fields = parse(f"{where}.json", json.loads, group.get("json", b"{}"))
+                raise BadSample(group["problem"])
+            first = lambda suffixes: next(((f"{name}.{s}", group[s]) for s in suffixes if s in group), None)
+            later = lambda found: found and (found[0], lambda: found[1])
+            if not first(IMAGES):
+                raise BadSample(f"{name}: no image ({', '.join(IMAGES)})")
+            fields = parse(f"{name}.json", json.loads, group.get("json", b"{}"))
             if not isinstance(fields, dict):
-                raise BadSample(f"{where}.json: not an object")
-            text = parse(f"{where}.txt", group["txt"].decode) if "txt" in group else fields.get("caption") or ""
-            files = {"where": where, "text": text, "image": image, "depth_scale": fields.get("depth_scale")}
-            suffix = next((f"depth.{s}" for s in MAPS if f"depth.{s}" in group), None)
-            files["depth"] = suffix and (f"{where}.{suffix}", lambda: group[suffix])
-            return files | {"mask": (lambda: group["mask.png"]) if "mask.png" in group else None}
+                raise BadSample(f"{name}.json: not an object")
+            text = parse(f"{name}.txt", group["txt"].decode) if "txt" in group else fields.get("caption") or ""
+            files = {"image": first(IMAGES), "text": text, "depth_scale": fields.get("depth_scale")}
+            return files | {"depth": later(first(f"depth.{s}" for s in MAPS)), "mask": later(first(["mask.png"]))}
 
-        return name, load
+        return name, path, load
 
     current, group = None, {}
     try:
@@ -657,7 +656,7 @@ def read_shard(path):
             if current is None:
                 raise EOFError("holds no sample")
     except (OSError, EOFError, tarfile.TarError) as error:
-        yield sample(path, {"problem": f"damaged ({error}); what follows in it is lost"})
+        yield sample(str(path), {"problem": f"damaged ({error}); what follows in it is lost"})
 
 
 def expand(pattern):
@@ -747,7 +746,7 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
     source.batch_size = batch_size
     for rgb, depth, captions, names, problems in DataLoader(source, None, num_workers=min(workers, 1)):
         if problems and strict:
-            fail(problems[0])
+            fail(f"--data {problems[0]}")
         if rgb is not None:
             yield *to_device(rgb[:count], depth[:count], device), captions[:count], names[:count]
         count -= len(names)

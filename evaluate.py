@@ -40,7 +40,15 @@ def benchmark(name):
     return BENCHMARKS.get(Path(name).name.lower())
 
 
+def how_many(args, name):
+    """How many images of a --data to evaluate."""
+    return args.images or (128 if name == "synthetic" else 1 << 60)
+
+
 # ---- Depth ----
+
+I2D, BLIND, OTHER = "image to depth", "mean depth map, input-blind", "given another scene's image"
+KEYS = {"": I2D, "baseline_": BLIND, "shuffled_": OTHER}
 
 
 def weighted_median(values, weights):
@@ -132,7 +140,7 @@ def estimate_depth(model, encoders, rgb, indices, args, steps):
     """
     size, grid, shape = model.config.fit(*rgb.shape[2:], args.size), sampling_grid(steps), rgb.shape[2:]
     image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    clean, (first, depth) = encoders.encode_image(image), model.modalities
+    clean, (first, depth, *_) = encoders.encode_image(image), model.modalities
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
     start = {depth.name: data.draw_noise(depth.shape(size), args.seed, members).to(rgb.device)}
     start[first.name] = clean.repeat_interleave(args.ensemble, 0)
@@ -177,8 +185,9 @@ def interval(values, draws=2000):
     return np.percentile(values[chosen].mean(1), (2.5, 97.5)).tolist()
 
 
-def print_row(label, absrel, delta1):
-    """One line of a table from per-image metrics; returns them as a dict."""
+def print_row(label, scores):
+    """One line of a table, from (AbsRel, delta1) of each image; returns its numbers."""
+    absrel, delta1 = np.array(list(scores)).reshape(-1, 2).T
     row = {"absrel": float(np.mean(absrel)), "delta1": float(np.mean(delta1)), "images": len(absrel)}
     row |= {"absrel_95": interval(absrel), "delta1_95": interval(delta1)}
     spans = [f"{row[key]:7.4f} [{row[f'{key}_95'][0]:.4f}, {row[f'{key}_95'][1]:.4f}]" for key in ("absrel", "delta1")]
@@ -187,79 +196,63 @@ def print_row(label, absrel, delta1):
 
 
 def score_depth(args, name, model, encoders, device):
-    """One dataset: -> ({"": (AbsRel, delta1) lists, and of "baseline_", "shuffled_"}, cases to draw)."""
-    many, folder, synthetic = "," in args.data, Path(name).name, name == "synthetic"
-    at = lambda path: f"{path}/{folder}" if many else path
+    """One dataset -> ({method: {image: (AbsRel, delta1)}}, the first six images to draw)."""
+    synthetic, folder = name == "synthetic", f"/{Path(name).name}" if "," in args.data else ""
     size, high = benchmark(name) or ((args.size, args.size), float("inf"))
     size = parse_size(args.score_size) if args.score_size else size
     options = argparse.Namespace(**vars(args) | {"data": name, "depth_max": min(args.depth_max, high)})
     blind = blind_map(data.open_source(options, "train" if synthetic else "val", size))
-    source, scores, cases, first, previous, seen = data.open_source(options, "val", size, device), {}, [], [], None, 0
-    count = args.images or (128 if synthetic else 1 << 60)
-    for values, valid, _, names in data.in_order(source, count, args.batch_size, device, args.workers):
-        rgb, indices = values["rgb"], range(seen, seen + len(names))
+    source, previous, drawn, scores = data.open_source(options, "val", size, device), None, [], {}
+    for values, valid, _, names in data.in_order(source, how_many(args, name), args.batch_size, device, args.workers):
+        rgb, seen = values["rgb"], len(scores.get(BLIND, ()))
+        maps, indices = {BLIND: [blind] * len(names)}, range(seen, seen + len(names))
         if args.predictions:
-            found = {"": torch.stack([saved_map(at(args.predictions), n, size) for n in names])}
+            maps[I2D] = [saved_map(args.predictions + folder, n, size) for n in names]
         else:
-            found = {"": estimate_depth(model, encoders, rgb, indices, args, args.steps)}
-        if synthetic and model:
-            shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
-            found["shuffled_"] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
-        previous, seen = rgb[-1:], seen + len(names)
+            maps[I2D] = estimate_depth(model, encoders, rgb, indices, args, args.steps)
+            if synthetic:
+                shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
+                maps[OTHER] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
+                previous = rgb[-1:]
         for i, n in enumerate(names):
-            target, mask = values["depth"][i].cpu(), valid["depth"][i].cpu()
+            target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
             if not mask.any():
-                data.fail(f"--data {name}: {n} has no valid depth at {size[0]}x{size[1]}, so nothing to be scored on")
-            if not found[""][i][mask].isfinite().all():
+                data.fail(f"--data {name}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
+            if not prediction[mask].isfinite().all():
                 data.fail(f"--predictions {args.predictions}: the map of {n} is not finite where depth is known")
             if args.save_predictions:
-                save_map(at(args.save_predictions), n, found[""][i])
-            for key, prediction in {**{k: maps[i] for k, maps in found.items()}, "baseline_": blind}.items():
-                if key == "shuffled_" and indices[i] == 0:
-                    continue  # nothing came before the first image
-                absrel, delta1, aligned = depth_metrics(prediction, target, mask, args.align)
-                scores.setdefault(key, []).append((absrel, delta1))
-                if key == "":
-                    cases.append((absrel, rgb[i].cpu(), target, mask, aligned))
-        first = first or cases[:2]
-        cases = sorted(cases, key=lambda case: case[0])
-        cases = cases[:2] + cases[2:][-2:]
-    if not scores:
-        data.fail(f"--data {name}: no samples")
-    drawn = [("best", case) for case in cases[:2]] + [("first", case) for case in first]
-    return {key: np.array(values).T for key, values in scores.items()}, drawn + [("worst", c) for c in cases[2:]]
+                save_map(args.save_predictions + folder, n, prediction)
+            for method in maps:
+                if method != OTHER or seen + i > 0:  # nothing comes before the first image
+                    *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
+                    scores.setdefault(method, {})[n] = score
+                    if method == I2D and seen + i < 6:
+                        drawn.append((score[0], rgb[i].cpu(), target, mask, aligned))
+    return scores if scores else data.fail(f"--data {name}: no samples"), drawn
 
 
 def evaluate_depth(args, model, encoders, device):
     """-> (results, rows of pictures, labels). Columns: image, depth, aligned prediction, error from 0 to 50%."""
-    what = (
-        f"maps of {args.predictions}" if args.predictions else f"{args.steps} steps, {args.ensemble} sample(s) an image"
-    )
-    print(f"{what}, alignment: {args.align}\n{'':34}AbsRel  95% interval      delta1  95% interval")
-    results, pictures, labels, rows = {}, [], [], []
-    names = {
-        "": "image to depth",
-        "baseline_": "mean depth map, input-blind",
-        "shuffled_": "given another scene's image",
-    }
+    how = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
+    print(f"{how}; alignment: {args.align}\n{'':34}AbsRel  95% interval      delta1  95% interval")
+    results, pictures, labels, ours = {}, [], [], []
     for name in args.data.split(","):
-        scores, cases = score_depth(args, name, model, encoders, device)
-        print(f"{name}: {len(scores[''][0])} images")
-        found = {key: print_row(f"  {names[key]}", *scores[key]) for key in names if key in scores}
+        scores, drawn = score_depth(args, name, model, encoders, device)
+        print(f"{name}: {len(scores[I2D])} images")
+        found = {key: print_row(f"  {m}", scores[m].values()) for key, m in KEYS.items() if m in scores}
         print(f"{'  ratio to the baseline':34}{found['']['absrel'] / found['baseline_']['absrel']:7.3f}")
         results[name] = {f"{key}{k}": v for key, row in found.items() for k, v in row.items()}
-        rows.append(found[""])
-        for label, (absrel, rgb, target, mask, aligned) in cases:
+        results[name]["per_image"] = scores[I2D]
+        ours.append(found[""])
+        for absrel, rgb, target, mask, aligned in drawn:
             error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)[0].numpy() * mask[0].numpy()
             heat = (np.stack([error, error * 0.6, error * 0.3], -1) * 255).astype(np.uint8)
-            depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
-            pictures.append([data.paint_rgb(rgb), *depths, heat])
-            labels.append(f"{label}\nAbsRel {absrel:.3f}")
-    if len(rows) > 1:
-        results["mean"] = {key: float(np.mean([row[key] for row in rows])) for key in ("absrel", "delta1")}
-        print(f"{'mean of the datasets':34}{results['mean']['absrel']:7.4f}{'':19}{results['mean']['delta1']:7.4f}")
-    else:
-        results = results[name]
+            pictures.append([data.paint_rgb(rgb), *(data.paint_depth(d, mask) for d in (target, aligned)), heat])
+            labels.append(f"{Path(name).name}\nAbsRel {absrel:.3f}")
+    if len(ours) == 1:
+        return results[name], pictures, labels
+    results["mean"] = {key: float(np.mean([row[key] for row in ours])) for key in ("absrel", "delta1")}
+    print(f"{'mean of the datasets':34}{results['mean']['absrel']:7.4f}{'':19}{results['mean']['delta1']:7.4f}")
     return results, pictures, labels
 
 
@@ -271,29 +264,32 @@ def evaluate_follow(args, model, encoders, device):
     """
     size, grid, scores, rows = (args.size, args.size), sampling_grid(args.steps), {"": [], "other": []}, []
     source, previous, seen = data.open_source(args, "val", size, device), None, 0
-    count = args.images or (128 if args.data == "synthetic" else 1 << 60)
-    for values, valid, captions, names in data.in_order(source, count, args.batch_size, device, args.workers):
+    for values, valid, captions, names in data.in_order(
+        source, how_many(args, args.data), args.batch_size, device, args.workers
+    ):
         indices, maps = range(seen, seen + len(names)), {}
         if args.predictions:
             for kind in ("real", "generated"):
                 maps[kind] = torch.stack([saved_map(f"{args.predictions}/{kind}", n, size) for n in names])
         else:
-            first, depth = model.modalities
+            first, depth, *_ = model.modalities
+            if not all(mask.any() for mask in valid[depth.name]):
+                data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
             noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, 1).to(device) for m in model.modalities}
             clean = depth.encode(values[depth.name], valid[depth.name])
             clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
             levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)
             made = model.sample(levels, noise | {depth.name: clean}, text, {first.name: args.cfg})[first.name]
-            images = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
-            maps = {k: estimate_depth(model, encoders, x, indices, args, I2D_STEPS) for k, x in images.items()}
+            pictures = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
+            maps = {k: estimate_depth(model, encoders, x, indices, args, I2D_STEPS) for k, x in pictures.items()}
             for i in range(min(len(names), 8 - len(rows))):
                 depths = [data.paint_depth(d[i]) for d in maps.values()]
                 given = data.paint_depth(values["depth"][i], valid["depth"][i])
-                rows.append([*(data.paint_rgb(x[i]) for x in images.values()), given, *depths])
+                rows.append([*(data.paint_rgb(x[i]) for x in pictures.values()), given, *depths])
         for i, n in enumerate(names):
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
-                Image.fromarray(data.paint_rgb(images[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
+                Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
             for key, target in (("", maps["real"][i]), ("other", previous)):
                 if target is not None:  # relative depth has mean one: nearer than a hundredth is no surface
                     scores[key].append(depth_metrics(maps["generated"][i], target, target > 0.01, args.align)[:2])
@@ -301,9 +297,11 @@ def evaluate_follow(args, model, encoders, device):
         seen += len(names)
     print(f"{seen} images at {size[0]}x{size[1]}, alignment: {args.align}")
     print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
-    results = print_row("found in generated and real image", *np.array(scores[""]).T)
-    others = print_row("the same with another real image", *np.array(scores["other"]).T)
-    return results | {f"other_{k}": v for k, v in others.items()}, rows, [f"{i + 1}" for i in range(len(rows))]
+    results = print_row("found in generated and real image", scores[""])
+    if scores["other"]:
+        others = print_row("the same with another real image", scores["other"])
+        results |= {f"other_{key}": value for key, value in others.items()}
+    return results, rows, [str(i + 1) for i in range(len(rows))]
 
 
 # ---- Images ----
@@ -391,18 +389,18 @@ def evaluate_image(args, model, encoders, device):
     levels = {m.name: grid if m.name == first else warp(grid, JOINT) for m in model.modalities}  # the released one
     made, real, other = Moments(), Moments(), Moments()
     colors, real_colors, asked, rows = [], [], [], [[], []]
-    count = args.images or (128 if synthetic else 1 << 60)
+    count = how_many(args, args.data)
     for values, _, captions, _ in data.in_order(source, count, args.batch_size, device, args.workers):
         indices, text = range(len(asked), len(asked) + len(captions)), encoders.encode_text(captions).to(device)
         modalities = enumerate(model.modalities)
         noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device) for i, m in modalities}
-        images = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
-        made.add(extract(images)), real.add(extract(values["rgb"]))
+        created = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
+        made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:
             other.add(extract(source.samples([i + count for i in indices])[0]["rgb"]))
-            colors += [colors_in(x) for x in images]
+            colors += [colors_in(x) for x in created]
             real_colors += [colors_in(x) for x in values["rgb"]]
-        for row, pictures in zip(rows, (values["rgb"], images), strict=True):
+        for row, pictures in zip(rows, (values["rgb"], created), strict=True):
             row += [data.paint_rgb(x) for x in pictures[: 8 - len(row)]]
         asked += captions
     results = {"images": len(asked), "cfg": args.cfg, "features": args.features or "built in"}
@@ -466,6 +464,8 @@ def main():
     data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
     out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
     model = encoders = None
+    if args.predictions and (args.save_predictions or args.task == "image"):
+        data.fail("--predictions: there is nothing to save or to generate beside them")
     if not args.predictions:
         state = data.load_checkpoint(args.checkpoint)
         model = DiT(Config(**state["config"])).requires_grad_(False)

@@ -164,16 +164,16 @@ def test_image_and_depth_are_cropped_together(training, kind, options, tmp_path)
     x = np.broadcast_to(np.linspace(10, 240, 400), (200, 400))
     picture = np.stack([x] * 3, -1).astype(np.uint8)
     files = {
-        "where": "a",
         "text": "",
-        "image": to_bytes(picture, kind, **options),
+        "image": ("a", to_bytes(picture, kind, **options)),
         "depth": ("a.npy", lambda: npy(x[::2, ::2])),
         "mask": None,
+        "depth_scale": None,
     }
-    source = data.Files([0], lambda unit: [("a", lambda: files)], settings("x"), training, (32, 32), True)
+    source = data.Files([0], None, settings("x"), training, (32, 32), True)
     seen, load = set(), lambda: files
     for epoch in range(20):
-        rgb, depth, _, _, problems = source.batch([("a", load, epoch)], 0)
+        rgb, depth, _, _, problems = source.batch([("a", "row", load, epoch)], 0)
         assert not problems and (rgb[0, :, :, 0] - depth[0]).abs().max() < 5  # a cell is 3.6 grey levels wide
         seen.add((float(depth[0, 0, 0].round()), bool(depth[0, 0, 0] > depth[0, 0, -1])))
     assert len(seen) == 1 if not training else len(seen) > 10 and {mirrored for _, mirrored in seen} == {False, True}
@@ -182,9 +182,9 @@ def test_image_and_depth_are_cropped_together(training, kind, options, tmp_path)
 def test_captions_that_tell_left_from_right_are_never_mirrored():
     x = np.broadcast_to(np.linspace(10, 240, 32), (32, 32)).astype(np.uint8)
     for text, mirrored in (("a ball Left of a box", False), ("the right-hand door", False), ("a bright door", True)):
-        files = {"where": "a", "text": text, "image": to_bytes(x, "PNG")}
+        files = {"text": text, "image": ("a", to_bytes(x, "PNG")), "depth": None}
         source = data.Files([0], None, settings("x"), True, (32, 32), True)
-        rgb = [source.batch([("a", lambda files=files: files, epoch)], 0)[0] for epoch in range(20)]
+        rgb = [source.batch([("a", "row", lambda files=files: files, epoch)], 0)[0] for epoch in range(20)]
         assert any((r[0, 0, 0] > r[0, 0, -1]).any() for r in rgb) == mirrored
 
 
@@ -300,6 +300,7 @@ def test_order_follows_from_the_seed_and_resumes(layout, world):
         assert names(step) == whole[step:]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_few_samples_and_many_workers(tmp_path):
     """One picture and four workers: everyone gets a turn."""
     tar(tmp_path / "one.tar", [("a.jpg", JPEG)])
@@ -411,19 +412,19 @@ DEPTH_FILES = {
     "depth.exr": (b"v/1\x01", "depth is read from png, npy, pfm"),
 }
 ROWS = {  # lines of metadata.jsonl after a good one
-    '{"file_name": "a.jpg", ': "metadata.jsonl row 2 is not UTF-8 JSON",
-    '{"text": "no file"}': "metadata.jsonl row 2 is not UTF-8 JSON with a file_name",
+    '{"file_name": "a.jpg", ': "metadata.jsonl row 2: not UTF-8 JSON",
+    '{"text": "no file"}': "metadata.jsonl row 2: not UTF-8 JSON with a file_name",
     '["a.jpg"]': "metadata.jsonl row 2",
-    '{"file_name": "nowhere.jpg"}': "nowhere.jpg: No such file",
-    '{"file_name": "../secret.jpg"}': "../secret.jpg: leads out",
-    '{"file_name": "/etc/passwd"}': "/etc/passwd: leads out",
-    '{"file_name": "a.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2 names a.jpg again",
-    '{"file_name": "b.jpg", "depth_file_name": "../secret.npy"}': "../secret.npy: leads out",
-    '{"file_name": "b.jpg", "text": 7}': "b.jpg: its caption is not text",
-    '{"file_name": "b.jpg", "depth_file_name": 7}': "b: join() argument must be str",
-    '{"file_name": "b.jpg", "text": "\\ud800"}': "b.jpg: 'utf-8' codec can't encode",
-    json.dumps({"file_name": "b.jpg", "text": "word " * 200_000}): "b.jpg: its caption is not text, or longer than",
-    b'{"file_name": "b.jpg", "text": "\xff"}': "metadata.jsonl row 2 is not UTF-8",
+    '{"file_name": "nowhere.jpg"}': "metadata.jsonl row 2: nowhere.jpg: No such file",
+    '{"file_name": "../secret.jpg"}': "metadata.jsonl row 2: ../secret.jpg: leads out",
+    '{"file_name": "/etc/passwd"}': "metadata.jsonl row 2: /etc/passwd: leads out",
+    '{"file_name": "a.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2: names a.jpg again",
+    '{"file_name": "b.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2: ../secret.npy: leads out",
+    '{"file_name": "b.jpg", "text": 7}': "row 2: caption of b.jpg: not text",
+    '{"file_name": "b.jpg", "depth_file_name": 7}': "metadata.jsonl row 2: 7: No such file",
+    '{"file_name": "b.jpg", "text": "\\ud800"}': "row 2: caption of b.jpg: 'utf-8' codec can't encode",
+    json.dumps({"file_name": "b.jpg", "text": "word " * 200_000}): "row 2: caption of b.jpg: not text, or longer than",
+    b'{"file_name": "b.jpg", "text": "\xff"}': "metadata.jsonl row 2: not UTF-8",
 }
 SHARDS = {
     "link": ([("b.jpg", declared("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"))], "b.jpg is a link"),
@@ -433,7 +434,7 @@ SHARDS = {
     "many gigabytes": ([("b.jpg", declared("b.jpg", size=8 << 30))], "damaged (b.jpg declares 8589934592 bytes)"),
     "no image": ([("b.txt", b"words alone")], "b: no image"),
     "not UTF-8": ([("b.jpg", JPEG), ("b.txt", b"\xff\xfe")], "b.txt: 'utf-8' codec can't decode"),
-    "megabyte": ([("b.jpg", JPEG), ("b.txt", b"word " * 200_000)], "b: its caption is not text, or longer than"),
+    "megabyte": ([("b.jpg", JPEG), ("b.txt", b"word " * 200_000)], "caption of b.jpg: not text, or longer than"),
     "json": ([("b.jpg", JPEG), ("b.json", b"[1")], "b.json"),
 }
 
@@ -521,6 +522,6 @@ def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path):
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024) + 600])
     samples = list(data.read_shard(tmp_path / "a.tar"))
-    assert [name for name, _ in samples[:-1]] == ["0", "1", "2"]
+    assert [name for name, *_ in samples[:-1]] == ["0", "1", "2"]
     with pytest.raises(data.BadSample, match="damaged"):
-        samples[-1][1]()
+        samples[-1][2]()
