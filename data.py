@@ -290,39 +290,45 @@ def sparsify(valid, rgb, pattern="mixed", generator=None):
 MAX_BYTES = 1 << 28  # of a file: what a damaged header declares is not read into memory
 MAX_CAPTION = 1 << 16
 IMAGES = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
 
 
 class BadSample(ValueError):
-    """What cannot be used as a sample: the message names the file and says what is wrong."""
+    """What cannot be used as a sample; the message says where it is and what is wrong."""
+
+
+def refuse(message):
+    raise BadSample(message)
 
 
 def parse(name, reader, *args):
-    """reader(*args); what it cannot read is told as a BadSample that names the file."""
+    """reader(*args); whatever it cannot read is told as a BadSample that begins with name."""
     try:
         return reader(*args)
-    except BadSample:
-        raise
-    except (OSError, ValueError, TypeError, EOFError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a file's contents anything may be wrong
         what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise BadSample(f"{name}: {what or type(error).__name__}") from None
 
 
 def read_file(path, folder=None):
     """Bytes of a file, which must lie in the folder if one is given. Raises BadSample."""
-    name = os.path.normpath(os.path.join(folder or "", str(path)))
-    if folder and not name.startswith(os.path.normpath(folder) + os.sep):
-        raise BadSample(f"{path}: leads out of {folder}")
+    name = os.path.abspath(os.path.join(folder or "", str(path)))
+    if folder and not name.startswith(os.path.join(os.path.abspath(folder), "")):
+        refuse(f"leads out of {folder}")
     try:
         if os.path.getsize(name) > MAX_BYTES:
-            raise BadSample(f"{path}: larger than {MAX_BYTES >> 20} MiB")
+            refuse(f"larger than {MAX_BYTES >> 20} MiB")
         return Path(name).read_bytes()
     except OSError as error:
-        raise BadSample(f"{path}: {error.strerror}") from None
+        refuse(error.strerror)
 
 
 def png_depth(content, scale):
-    """16-bit PNG -> metres: value * scale; log-coded as MoGe's if its text fields near and far say so (METHOD 9)."""
-    image = Image.open(io.BytesIO(content))
+    """16-bit PNG -> metres: value * scale; log-coded if its text fields near and far say so, as MoGe's evaluation sets.
+
+    Those: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
+    """
+    image = Image.open(io.BytesIO(content), formats=("PNG",))
     if not image.mode.startswith("I"):
         few = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
         raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
@@ -336,60 +342,68 @@ def png_depth(content, scale):
 
 
 def npy_depth(content, scale):
-    """.npy array of numbers (H, W), or with axes of length one, never unpickled; as it is, whatever scale."""
+    """.npy array of numbers (H, W), or with axes of length one, times scale. Never unpickled."""
     depth = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu" or depth.squeeze().ndim != 2:
         raise ValueError(f"has shape {getattr(depth, 'shape', '?')}; one map (height, width) of numbers is needed")
-    return depth.squeeze().astype(np.float32)
+    return depth.squeeze() * np.float32(scale)
 
 
 def pfm_depth(content, scale):
-    """One-channel PFM of either byte order, rows from the bottom up; as it is, whatever scale."""
+    """One-channel PFM of either byte order, rows from the bottom up, times scale."""
     header = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", content)
     if not header:
         raise ValueError("not a one-channel PFM")
     width, height, order = int(header[1]), int(header[2]), "<" if header[3] else ">"
     rows = np.frombuffer(content, order + "f4", width * height, header.end()).reshape(height, width)
-    return rows[::-1].astype(np.float32)
+    return rows[::-1].astype(np.float32) * np.float32(scale)
 
 
 MAPS = {"png": png_depth, "npy": npy_depth, "pfm": pfm_depth}
 
 
-def read_map(name, content, scale=0.001):
-    """Bytes of a .png, .npy or .pfm map, told by name's suffix -> (H, W) float32, as stored. Raises BadSample."""
+def read_map(name, content, scale=1.0):
+    """Bytes of a .png, .npy or .pfm map, told by name's suffix -> (H, W) float32, times scale."""
     suffix = name.rpartition(".")[2].lower()
     if suffix not in MAPS:
-        raise BadSample(f"{name}: depth is read from {', '.join(MAPS)}")
-    return parse(name, MAPS[suffix], content, scale)
+        refuse(f"depth is read from {', '.join(MAPS)}")
+    return MAPS[suffix](content, scale).astype(np.float32, copy=False)
 
 
-def read_depth(name, content, scale=0.001, mask=None, low=0.0, high=math.inf):
+def read_depth(name, content, scale=1.0, mask=None, low=0.0, high=0.0):
     """read_map, and what is known of it: (depth (H, W) float32 in metres, known (H, W) bool). Raises BadSample.
 
-    Missing is what is not above low, not finite, above high, or 0 in mask (bytes of an image).
+    Missing is what is not above low, not finite, above high (0: no limit), or 0 in mask (bytes of an image).
     """
     depth = read_map(name, content, scale)
-    known = (depth > max(low, 0)) & (depth <= min(high, np.finfo(np.float32).max))  # NaN is neither
+    known = (depth > max(low, 0)) & (depth <= (high or np.finfo(np.float32).max))  # NaN is neither
     if mask is not None:
-        mask = parse(f"mask of {name}", lambda: np.asarray(Image.open(io.BytesIO(mask)).convert("L")) > 0)
+        mask = np.asarray(Image.open(io.BytesIO(mask), formats=FORMATS)) > 0
+        mask = mask.any(-1) if mask.ndim == 3 else mask
         if mask.shape != depth.shape:
-            raise BadSample(f"{name}: has shape {depth.shape}, its mask {mask.shape}")
+            refuse(f"has shape {depth.shape}, its mask {mask.shape}")
         known &= mask
     if not known.any():
-        raise BadSample(f"{name}: no valid pixel: none is above 0, finite, in range and unmasked")
+        refuse("no valid pixel: none is above 0, finite, in range and unmasked")
     return depth, known
 
 
 # ---- Geometry: one crop for the image and its depth ----
 
 
-def crop_box(height, width, size, place=(0.5, 0.5)):
-    """The largest (left, top, right, bottom) with the aspect of size (H, W); place in 0..1 of the room that is left."""
-    scale = min(height / size[0], width / size[1])
+def crop_box(shape, whole, size, place=(0.5, 0.5)):
+    """(left, top, right, bottom) of the largest crop with the aspect of size (H, W), place in 0..1 of the room left.
+
+    In pixels of a map of shape (h, w), which may have another resolution than the whole picture (h, w) that it is of,
+    but not another aspect, or BadSample is raised.
+    """
+    y, x = shape[0] / whole[0], shape[1] / whole[1]
+    if abs(x - y) > 1 / whole[0] + 1 / whole[1]:  # more than rounding
+        refuse(f"of another shape than its image, {tuple(shape)} beside {tuple(whole)}")
+    scale = min(whole[0] / size[0], whole[1] / size[1])
     tall, wide = size[0] * scale, size[1] * scale
-    top, left = int((height - tall) * place[0]), int((width - wide) * place[1])
-    return left, top, left + wide, top + tall
+    top, left = (whole[0] - tall) * place[0], (whole[1] - wide) * place[1]
+    return left * x, top * y, min((left + wide) * x, shape[1]), min((top + tall) * y, shape[0])
 
 
 def nearest(values, known, size, box):
@@ -420,12 +434,11 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
 
     Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
     """
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     turned = image.getexif().get(0x0112, 1)  # orientation
     whole = image.size if turned >= 5 else image.size[::-1]
-    box = crop_box(*whole, size or whole, place)
     if size:
-        shrink = 2 * size[1] / (box[2] - box[0])
+        shrink = 2 * max(size[0] / whole[0], size[1] / whole[1])
         image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
     if turned != 1:
         image = ImageOps.exif_transpose(image)
@@ -435,13 +448,11 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
     image = image if image.mode == "RGB" else image.convert("RGB")
     if size:
-        x, y = image.width / whole[1], image.height / whole[0]  # what draft left
-        box = box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height)
-        image = image.resize(size[::-1], Image.BICUBIC, box)
+        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], whole, size, place))
     return np.asarray(image), whole
 
 
-# ---- Sources of samples: World, Folder, Shards ----
+# ---- Sources of samples: World, Files ----
 
 
 def encode_text(captions, length):
@@ -472,21 +483,24 @@ class World:
         return values, {"rgb": None, "depth": seen, "normal": seen}, [caption(scenes, i) for i in range(len(indices))]
 
 
+SHUFFLE = 1000  # samples that a worker holds and draws the next one from
+
+
 class Files(IterableDataset):
     """Samples of a folder or of tar files, streamed. In training: endless epochs, each in another order.
 
-    units are rows or shards; read(unit) yields (name, where it is listed, load) for each sample in one, load() -> its
-    files: {"image": (name, bytes), "text": str, "depth", "mask": (name, read) or None, "depth_scale": float or None}.
+    units are rows or shards; read(unit) yields (name, where it is listed, load) for each sample in one. load() -> a
+    dict: "text", "depth_scale" or None, the names of "image", "depth", "mask" (or None), and "read": a name -> bytes.
     """
 
     def __init__(self, units, read, args, training, size, with_depth):
         self.units, self.read, self.args, self.training = units, read, args, training
-        self.size, self.with_depth, self.plan, self.batch_size = size, with_depth, None, 1
+        self.size, self.with_depth, self.plan, self.count = size, with_depth, (0, 0, 1, 0, 1), None
 
     def epoch(self, seed, epoch, worker=0, workers=1):
         """The samples of one epoch that one worker, of all workers of all ranks, has to itself, as read gives them.
 
-        Units are split over workers; where there are fewer, each worker reads all and keeps its share of the samples.
+        Units are split over workers; where there are fewer, each worker goes through all and keeps its share.
         Order: units shuffled, then samples drawn at random from a buffer of SHUFFLE.
         """
         order, rng, buffer = range(len(self.units)), random.Random(f"{seed} {epoch}"), []
@@ -509,62 +523,63 @@ class Files(IterableDataset):
         yield from buffer
 
     def __iter__(self):
-        """Batches (rgb (B, H, W, 3), depth (B, H, W), captions, names, problems), see batch."""
+        """Batches (rgb (B, H, W, 3), depth (B, H, W), captions, names, shapes, problems), see batch."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        seed, step, share, rank, world = self.plan or (0, 0, self.batch_size, 0, 1)
+        seed, step, share, rank, world = self.plan
         worker = (step + worker) % workers  # batch s is worker s % workers': go on as if from step 0
         epochs = itertools.count() if self.training else range(1)
         whose = rank * workers + worker, world * workers
         samples = ((*sample, epoch) for epoch in epochs for sample in self.epoch(seed, epoch, *whose))
-        samples = itertools.islice(samples, len(range(worker, step, workers)) * share, None)
+        samples = itertools.islice(samples, len(range(worker, step, workers)) * share, self.count)
         while chosen := list(itertools.islice(samples, share)):
             yield self.batch(chosen, seed)
 
     def batch(self, samples, seed):
-        """Decode samples; problems tells what was wrong with those that cannot be used.
+        """Decode samples; shapes are of the whole pictures, problems tells what was wrong with those left out.
 
-        In training the others of its batch stand in for such a sample, so that shapes are constant.
+        In training the others of its batch, or a grey image, stand in for such a sample: a batch stays a batch.
         """
         good, problems = [], []
         for name, where, load, epoch in samples:
             try:
-                good.append((*self.decode(load(), random.Random(f"{seed} {epoch} {name}")), name))
+                rng = random.Random(f"{seed} {epoch} {name}")
+                good.append((*parse(where, self.decode, load, rng), name))
             except BadSample as error:
-                problems.append(f"{where}: {error}")
-        if self.training and good:
-            good = list(itertools.islice(itertools.cycle(good), len(samples)))
-        rgb, depth, captions, names = zip(*good, strict=True) if good else ((), (), (), ())
-        stack = lambda arrays: torch.from_numpy(np.stack(arrays)) if arrays else None
-        return stack(rgb), stack(depth), captions, names, problems
+                problems.append(str(error))
+        if self.training:
+            grey = np.full((*self.size, 3), 128, np.uint8), np.zeros(self.size, np.float32), "", self.size, ""
+            good = list(itertools.islice(itertools.cycle(good or [grey]), len(samples)))
+        rgb, depth, captions, shapes, names = zip(*good, strict=True) if good else ((), (), (), (), ())
+        stack = lambda arrays: torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0)
+        return stack(rgb), stack(depth), captions, names, shapes, problems
 
-    def decode(self, files, rng):
-        """-> rgb (H, W, 3) uint8; depth (H, W) float32 in metres, 0 where missing; caption. Raises BadSample.
+    def decode(self, load, rng):
+        """-> rgb (H, W, 3) uint8; depth (H, W) float32 in metres, 0 where missing; caption; shape of the whole picture.
 
         Image and depth are cropped together: at the centre, or in training at a random place, and mirrored half of the
         time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        text, (name, content) = files["text"], files["image"]
-        if not isinstance(text, str) or len(parse(f"caption of {name}", text.encode)) > MAX_CAPTION:
-            raise BadSample(f"caption of {name}: not text, or longer than {MAX_CAPTION} bytes")
+        files, args, size = load(), self.args, self.size
+        text, read, image, name = (files[key] for key in ("text", "read", "image", "depth"))
+        if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
+            refuse(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
         place = (rng.random(), rng.random()) if self.training else (0.5, 0.5)
-        rgb, whole = parse(name, load_rgb, content, self.size, place)
-        depth = np.zeros(self.size, np.float32)
-        if self.with_depth and files["depth"]:
-            name, read = files["depth"]
-            scale, mask = files["depth_scale"] or self.args.depth_scale, files["mask"] and files["mask"][1]()
-            depth, known = read_depth(name, read(), scale, mask, self.args.depth_min, self.args.depth_max)
-            (tall, wide), ratio = depth.shape, depth.shape[0] / whole[0]
-            if abs(wide - whole[1] * ratio) > max(1, ratio):  # more than rounding
-                raise BadSample(f"{name}: of another shape than its image, {depth.shape} beside {whole}")
-            depth, known = nearest(depth, known, self.size, crop_box(tall, wide, self.size, place))
-            depth = np.where(known, depth, 0)
+        rgb, whole = parse(image, lambda: load_rgb(read(image), size, place))
+        depth = np.zeros(size, np.float32)
+
+        def load_depth():
+            scale = files["depth_scale"] or (args.depth_scale if name.lower().endswith("png") else 1.0)
+            mask = read(files["mask"]) if files["mask"] else None
+            values, known = read_depth(name, read(name), scale, mask, args.depth_min, args.depth_max)
+            values, known = nearest(values, known, size, crop_box(values.shape, whole, size, place))
+            return np.where(known, values, 0)
+
+        if name and self.with_depth:
+            depth = parse(name, load_depth)
         if self.training and rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE):
             rgb, depth = rgb[:, ::-1], depth[:, ::-1]
-        return rgb, depth, text
-
-
-SHUFFLE = 1000  # samples that a worker holds and draws the next one from
+        return rgb, depth, text, whole
 
 
 @functools.lru_cache(4)
@@ -573,15 +588,15 @@ def read_index(folder):
     moge, rows = (folder / ".index.txt").exists(), {}
     path = folder / (".index.txt" if moge else "metadata.jsonl")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where, problem = f"{path} row {number}", None
+        where = f"{path} row {number}"
         try:
-            text = line.decode().strip()
-            row = (
-                {"file_name": f"{text}/image.jpg", "depth_file_name": f"{text}/depth.png"} if moge else json.loads(text)
-            )
-            name = text if moge else os.path.splitext(row["file_name"])[0]
+            name = line.decode().strip()
+            row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
+            if not moge:
+                row = json.loads(line)
+                name = os.path.splitext(row["file_name"])[0]
             problem = f"names {row['file_name']} again" if name in rows else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             row, name, problem = {}, where, "not UTF-8 JSON with a file_name"
         if line.strip():
             rows[where if problem else name] = row | {"name": name, "where": where, "problem": problem}
@@ -592,71 +607,64 @@ def read_row(folder, row):
     """A row of read_index as the one sample that it is."""
 
     def load():
-        if row.get("problem"):
-            raise BadSample(row["problem"])
-        name = row["file_name"]
-        later = lambda path: path and (str(path), functools.partial(read_file, path, folder))
-        files = {"image": (name, read_file(name, folder)), "text": row.get("text") or ""}
-        files |= {key: later(row.get(f"{key}_file_name")) for key in ("depth", "mask")}
-        return files | {"depth_scale": row.get("depth_scale")}
+        if row["problem"]:
+            refuse(row["problem"])
+        names = {key: str(row.get(f"{key}_file_name") or "") for key in ("depth", "mask")}
+        read = functools.partial(read_file, folder=folder)
+        text, scale = row.get("text") or "", row.get("depth_scale")
+        return {"image": str(row["file_name"]), "text": text, "depth_scale": scale, "read": read, **names}
 
     yield row["name"], row["where"], load
 
 
 def read_shard(path):
-    """The samples of a tar file, in order: consecutive members that share a name up to its first dot."""
+    """The samples of a tar file, in order: consecutive members that share a name up to its first dot.
 
-    def sample(name, group):
-        def load():
-            if "problem" in group:
-                raise BadSample(group["problem"])
-            first = lambda suffixes: next(((f"{name}.{s}", group[s]) for s in suffixes if s in group), None)
-            later = lambda found: found and (found[0], lambda: found[1])
-            if not first(IMAGES):
-                raise BadSample(f"{name}: no image ({', '.join(IMAGES)})")
-            fields = parse(f"{name}.json", json.loads, group.get("json", b"{}"))
-            if not isinstance(fields, dict):
-                raise BadSample(f"{name}.json: not an object")
-            text = parse(f"{name}.txt", group["txt"].decode) if "txt" in group else fields.get("caption") or ""
-            files = {"image": first(IMAGES), "text": text, "depth_scale": fields.get("depth_scale")}
-            return files | {"depth": later(first(f"depth.{s}" for s in MAPS)), "mask": later(first(["mask.png"]))}
+    Headers alone are read, and go by fast; contents are read by load().
+    """
 
-        return name, path, load
-
-    current, group = None, {}
-    try:
+    def members():
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # it would keep every header
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                if member.isdir() or not stem or not suffix:
-                    continue
-                name = f"{folder}/{stem}" if folder else stem
-                if group and name != current:
-                    yield sample(current, group)
-                    group = {}
-                if member.size > MAX_BYTES:
-                    raise EOFError(f"{member.name} declares {member.size} bytes")
-                current = name
-                checks = {
-                    "is a link or a device": not member.isfile(),
-                    "has a name that leads out": member.name.startswith("/") or ".." in member.name.split("/"),
-                    "is empty": member.size == 0 and suffix.lower() != "txt",
-                }
-                if problem := next((p for p, bad in checks.items() if bad), None):
-                    group["problem"] = f"{member.name} {problem}"
-                else:
-                    group[suffix.lower()] = tar.extractfile(member).read()
-            if group:
-                yield sample(current, group)
+                if stem and suffix and not member.isdir():
+                    yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise EOFError("cut short")
-            if current is None:
-                raise EOFError("holds no sample")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        yield sample(str(path), {"problem": f"damaged ({error}); what follows in it is lost"})
+
+    def load(group):
+        def read(suffix):
+            member = group[suffix]
+            if not member.isfile():
+                refuse(f"{member.name} is a link or a device")
+            if member.name.startswith("/") or ".." in member.name.split("/"):
+                refuse(f"{member.name} is a name that leads out")
+            if member.size > MAX_BYTES:
+                refuse(f"declares {member.size} bytes")
+            with open(path, "rb") as file:
+                file.seek(member.offset_data)
+                return file.read(member.size)
+
+        first = lambda suffixes: next((s for s in suffixes if s in group), None)
+        if not first(IMAGES):
+            refuse(f"no image ({', '.join(IMAGES)})")
+        fields = parse("json", lambda: dict(json.loads(read("json")))) if "json" in group else {}
+        text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption") or ""
+        names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
+        return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
+
+    name = None
+    try:
+        for name, group in itertools.groupby(members(), lambda member: member[0]):
+            group = {suffix: member for _, suffix, member in group}
+            yield name, f"{path}: {name}", functools.partial(load, group)
+        if name is None:
+            raise EOFError("holds no sample")
+    except Exception as error:
+        yield str(path), path, functools.partial(refuse, f"damaged ({error}); what follows in it is lost")
 
 
 def expand(pattern):
@@ -676,8 +684,10 @@ def source_settings(setting):
     )
     setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)")
     setting("--depth-min", 0.0, "depth up to this is missing, in metres")
-    setting("--depth-max", math.inf, "depth beyond this is missing, in metres")
-    setting("--workers", 2, "processes that read files, of each rank; the order of samples depends on it")
+    setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit")
+    setting(
+        "--workers", 2, "processes that read files, of each rank (evaluation: one at most); the order depends on it"
+    )
     setting("--encoders", "", "FILE.py of frozen encoders, to train on latents and text embeddings (see README)")
 
 
@@ -691,7 +701,7 @@ def open_source(args, split, size, device="cpu", with_depth=True):
             fail(f"--data {args.data}: lists no samples")
         return Files(read_index(folder), functools.partial(read_row, folder), *settings)
     shards = expand(args.data)
-    if missing := [path for path in shards if not Path(path).is_file()]:
+    if missing := [path for path in shards or [args.data] if not Path(path).is_file()]:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
         fail(f"--data {args.data}: unknown source, no file {missing[0]}; give {known}")
     return Files(shards, read_shard, *settings)
@@ -721,37 +731,33 @@ def training_batches(source, args, step, rank, world, device):
         yield from map(source.samples, steps)
     source.plan, tried, bad, named = (args.seed, step, args.batch_size // world, rank, world), 0, 0, set()
     pin = torch.device(device).type == "cuda"
-    for rgb, depth, captions, _, problems in DataLoader(source, None, num_workers=args.workers, pin_memory=pin):
-        tried, bad = tried + args.batch_size // world, bad + len(problems)
+    for rgb, depth, captions, *_, problems in DataLoader(source, None, num_workers=args.workers, pin_memory=pin):
+        tried, bad = tried + len(rgb), bad + len(problems)
         for problem in problems:
             if problem not in named and len(named) < 10:
                 named.add(problem)
                 print(f"skipped, {bad} of {tried} samples: {problem}", file=sys.stderr)
         if bad > max(tried, 1000) / 100:
             fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
-        if rgb is not None:
-            yield *to_device(rgb, depth, device), captions
+        yield *to_device(rgb, depth, device), captions
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
-    """(values, valid, captions, names) of the first count samples, or of all if there are fewer, batch_size at a time.
+    """(values, valid, captions, names, shapes of the whole pictures) of the first count samples, batch_size at a time.
 
     strict: a sample of files that cannot be used ends the program with one line; otherwise it is left out.
     """
     if isinstance(source, World):
         for start in range(0, count, batch_size):
             indices = range(start, min(start + batch_size, count))
-            yield *source.samples(indices), [f"{i:06}" for i in indices]
+            yield *source.samples(indices), [f"{i:06}" for i in indices], [source.size] * len(indices)
         return
-    source.batch_size = batch_size
-    for rgb, depth, captions, names, problems in DataLoader(source, None, num_workers=min(workers, 1)):
+    source.plan, source.count = (0, 0, batch_size, 0, 1), count
+    for rgb, depth, captions, names, shapes, problems in DataLoader(source, None, num_workers=min(workers, 1)):
         if problems and strict:
             fail(f"--data {problems[0]}")
-        if rgb is not None:
-            yield *to_device(rgb[:count], depth[:count], device), captions[:count], names[:count]
-        count -= len(names)
-        if count <= 0:
-            return
+        if names:
+            yield *to_device(rgb, depth, device), captions, names, shapes
 
 
 def draw_noise(shape, seed, indices, stream=0):
@@ -798,6 +804,8 @@ def open_encoders(path, device, config, trained_with=None):
         except Exception as error:
             detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
             fail(f"--encoders {path}: {detail}; README shows a file that works")
+    if trained_with and path and Path(trained_with).name != Path(path).name:
+        print(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?", file=sys.stderr)
     if trained_with is not None and config.with_encoders(encoders) != config:
         first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
         fail(
@@ -916,16 +924,21 @@ def paint_depth(depth, valid=None):
 
 
 def save_grid(path, rows, labels=(), cell=128):
-    """Picture of rows of (H, W, 3) uint8 images, enlarged to whole multiples near cell pixels, labels on the left."""
+    """Picture of rows of (H, W, 3) uint8 images, labels on the left.
+
+    Small ones are enlarged to whole multiples near cell pixels, large ones shrunk.
+    """
     height, width = rows[0][0].shape[:2]
     scale = max(1, round(cell / max(height, width)))
+    if max(height, width) > 3 * cell:
+        height, width = (round(n * 3 * cell / max(height, width)) for n in (height, width))
     margin = 110 if labels else 0
     canvas = Image.new("RGB", (margin + len(rows[0]) * (width * scale + 4), len(rows) * (height * scale + 4)), "white")
     for r, row in enumerate(rows):
         top = r * (height * scale + 4)
         for c, picture in enumerate(row):
-            enlarged = Image.fromarray(picture).resize((width * scale, height * scale), Image.NEAREST)
-            canvas.paste(enlarged, (margin + c * (width * scale + 4), top))
+            picture = Image.fromarray(picture).resize((width * scale, height * scale), Image.NEAREST)
+            canvas.paste(picture, (margin + c * (width * scale + 4), top))
         if labels:
             ImageDraw.Draw(canvas).multiline_text((4, top + 6), labels[r], fill="black", font_size=15)
     canvas.save(path)
@@ -945,6 +958,7 @@ def depth_png(depth):
 
 
 def to_bytes(write):
+    """What write(file) writes."""
     buffer = io.BytesIO()
     write(buffer)
     return buffer.getvalue()
@@ -995,13 +1009,11 @@ def main():
     values, valid, captions = World(args.split, size).samples(range(args.count))
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
-    shown = slice(8)
-    mask, rgb = valid["depth"][shown], values["rgb"][shown]
-    thinned = sparsify(mask, rgb, "mixed", torch.Generator().manual_seed(0))
+    mask = valid["depth"][:8]
+    thinned = sparsify(mask, values["rgb"][:8], "mixed", torch.Generator().manual_seed(0))
     paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
-    save_grid(
-        out / "grid.png", [pictures[shown], paint(mask), paint(thinned)], ["image", "depth", "depth as\ntrained on"]
-    )
+    rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
+    save_grid(out / "grid.png", list(rows.values()), list(rows))
     print(f"{args.count} samples in {out}, for --data; see {out}/grid.png")
 
 

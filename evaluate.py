@@ -26,10 +26,10 @@ import data
 from model import JOINT, Config, DiT, corrupt, normalize_depth, sampling_grid, uncontract, warp
 
 I2D_STEPS = 2
-BENCHMARKS = {  # last part of --data: (size at which depth is scored, as in MoGe's evaluation; sensor's range, metres)
+BENCHMARKS = {  # last part of --data: (size at which depth is scored, MoGe's but for ScanNet; depth kept up to, metres)
     "nyuv2": ((480, 640), 10.0),
     "kitti": ((375, 750), 80.0),
-    "eth3d": ((1365, 2048), float("inf")),
+    "eth3d": ((1365, 2048), 0.0),
     "scannet": ((480, 640), 10.0),
     "diode": ((768, 1024), 350.0),
 }
@@ -40,9 +40,19 @@ def benchmark(name):
     return BENCHMARKS.get(Path(name).name.lower())
 
 
-def how_many(args, name):
-    """How many images of a --data to evaluate."""
-    return args.images or (128 if name == "synthetic" else 1 << 60)
+def samples_of(args, size, device, with_depth=True):
+    """(values, valid, captions, names, shapes, indices) of the samples to evaluate; no name may come twice."""
+    source, seen = data.open_source(args, "val", size, device, with_depth), {}
+    count = args.images or (128 if args.data == "synthetic" else None)
+    for values, valid, captions, names, shapes in data.in_order(source, count, args.batch_size, device, args.workers):
+        indices = range(len(seen), len(seen) + len(names))
+        for name in names:
+            if name in seen and args.task != "image":
+                data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
+            seen[name if args.task != "image" else len(seen)] = True
+        yield values, valid, captions, names, shapes, indices
+    if not seen:
+        data.fail(f"--data {args.data}: no samples")
 
 
 # ---- Depth ----
@@ -127,16 +137,16 @@ def depth_metrics(prediction, target, valid, mode="affine"):
 
 def ensemble(maps):
     """N maps (N, 1, H, W), each up to scale and shift -> (1, H, W): pixelwise median, all aligned to the first."""
-    known, target = torch.ones_like(maps[0]) > 0, maps[0].clamp(min=1e-3)
+    known, target = torch.ones_like(maps[0]) > 0, maps[0].clamp(min=0.1 * maps[0].mean().item())  # 1/g weighs pixels
     aligned = [maps[0], *(align_map(other, target, known) for other in maps[1:])]
     return torch.from_numpy(np.median(torch.stack(aligned).numpy(), 0))
 
 
 def estimate_depth(model, encoders, rgb, indices, args, steps):
-    """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> relative depth (B, 1, H, W) on the CPU.
+    """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> list of relative depth (1, H, W) on the CPU.
 
     The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k
-    of image i follows from (seed, i, k), whatever the batch.
+    of image i follows from (seed, indices[i], k), whatever the batch.
     """
     size, grid, shape = model.config.fit(*rgb.shape[2:], args.size), sampling_grid(steps), rgb.shape[2:]
     image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -146,20 +156,29 @@ def estimate_depth(model, encoders, rgb, indices, args, steps):
     start[first.name] = clean.repeat_interleave(args.ensemble, 0)
     text = encoders.encode_text([""] * len(members)).to(rgb.device)
     made = model.sample({first.name: grid * 0, depth.name: grid}, start, text)[depth.name]
-    maps = F.interpolate(depth.decode(made), shape, mode="bilinear").cpu()
-    return torch.stack([ensemble(maps) for maps in maps.split(args.ensemble)])
+    resize = lambda maps: F.interpolate(depth.decode(maps), shape, mode="bilinear").cpu()
+    return [ensemble(resize(maps)) for maps in made.split(args.ensemble)]
 
 
-def saved_map(folder, name, size):
-    """Map NAME.npy, .pfm or .png of a folder -> (1, H, W) at size, cropped and resized as its image was."""
+def saved_map(args, folder, name, size, whole):
+    """Map NAME.npy, .pfm or .png of a folder -> (1, H, W). Of another size it is of the whole picture (h, w): it is
+    cropped as that is, and resized bilinearly, as our own maps are.
+    """
     found = [path for s in ("npy", "pfm", "png") if (path := Path(f"{folder}/{name}.{s}")).is_file()]
+    if not found:
+        data.fail(f"--predictions {folder}: no map for {name} (.npy, .pfm or .png)")
     try:
-        values = data.read_map(str(found[0]), data.read_file(found[0]))
-    except (IndexError, data.BadSample) as error:
-        data.fail(f"--predictions {folder}: {error if found else f'no map for {name} (.npy, .pfm or .png)'}")
-    if values.shape != size:
-        values, _ = data.nearest(values, np.isfinite(values), size, data.crop_box(*values.shape, size))
-    return torch.from_numpy(values)[None]
+        scale = args.depth_scale if found[0].suffix == ".png" else 1.0
+        values = data.parse(found[0], lambda: data.read_map(str(found[0]), data.read_file(found[0]), scale))
+        if values.shape == tuple(size):
+            return torch.from_numpy(values)[None]
+        left, top, right, bottom = data.parse(found[0], data.crop_box, values.shape, whole, size)
+    except data.BadSample as error:
+        data.fail(f"--predictions {error}")
+    axis = lambda low, high, n, length: (2 * (low + (torch.arange(n) + 0.5) * (high - low) / n) / length - 1).float()
+    y, x = axis(top, bottom, size[0], values.shape[0]), axis(left, right, size[1], values.shape[1])
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
+    return F.grid_sample(torch.from_numpy(values)[None, None], grid, padding_mode="border", align_corners=False)[0]
 
 
 def save_map(folder, name, depth):
@@ -169,8 +188,8 @@ def save_map(folder, name, depth):
     np.save(path, depth[0].numpy())
 
 
-def blind_map(source, count=2048):
-    """The best guess without looking: mean normalised depth map of the first samples of a source, (1, H, W)."""
+def blind_map(source, count):
+    """The best guess without looking: mean normalised depth map of the first count samples of a source, (1, H, W)."""
     total, seen = 0, 0
     for values, valid, *_ in data.in_order(source, count, 16):
         total += normalize_depth(values["depth"], valid["depth"]).sum(0)
@@ -195,93 +214,103 @@ def print_row(label, scores):
     return row
 
 
-def score_depth(args, name, model, encoders, device):
-    """One dataset -> ({method: {image: (AbsRel, delta1)}}, the first six images to draw)."""
-    synthetic, folder = name == "synthetic", f"/{Path(name).name}" if "," in args.data else ""
-    size, high = benchmark(name) or ((args.size, args.size), float("inf"))
+def score_depth(args, model, encoders, device):
+    """One dataset -> ({method: {image: (AbsRel, delta1)}}, pictures of the first six images, their labels, size)."""
+    synthetic, (size, high) = args.data == "synthetic", benchmark(args.data) or ((args.size, args.size), 0.0)
     size = parse_size(args.score_size) if args.score_size else size
-    options = argparse.Namespace(**vars(args) | {"data": name, "depth_max": min(args.depth_max, high)})
-    blind = blind_map(data.open_source(options, "train" if synthetic else "val", size))
-    source, previous, drawn, scores = data.open_source(options, "val", size, device), None, [], {}
-    for values, valid, _, names in data.in_order(source, how_many(args, name), args.batch_size, device, args.workers):
-        rgb, seen = values["rgb"], len(scores.get(BLIND, ()))
-        maps, indices = {BLIND: [blind] * len(names)}, range(seen, seen + len(names))
+    args.depth_max = args.depth_max or high
+    source = data.open_source(args, "train" if synthetic else "val", size)
+    blind = blind_map(source, 2048 if synthetic else args.images or 2048)
+    scores, previous, pictures, labels = {}, None, [], []
+    for values, valid, _, names, shapes, indices in samples_of(args, size, device):
+        rgb, maps = values["rgb"], {BLIND: [blind] * len(names)}
         if args.predictions:
-            maps[I2D] = [saved_map(args.predictions + folder, n, size) for n in names]
+            maps[I2D] = [saved_map(args, args.predictions, n, size, s) for n, s in zip(names, shapes, strict=True)]
         else:
             maps[I2D] = estimate_depth(model, encoders, rgb, indices, args, args.steps)
             if synthetic:
                 shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
                 maps[OTHER] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
                 previous = rgb[-1:]
-        for i, n in enumerate(names):
+        for i, (index, n) in enumerate(zip(indices, names, strict=True)):
             target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
             if not mask.any():
-                data.fail(f"--data {name}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
+                data.fail(f"--data {args.data}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
             if not prediction[mask].isfinite().all():
-                data.fail(f"--predictions {args.predictions}: the map of {n} is not finite where depth is known")
+                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite where it is known")
             if args.save_predictions:
-                save_map(args.save_predictions + folder, n, prediction)
+                save_map(args.save_predictions, n, prediction)
             for method in maps:
-                if method != OTHER or seen + i > 0:  # nothing comes before the first image
+                if method != OTHER or index > 0:  # nothing comes before the first image
                     *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
                     scores.setdefault(method, {})[n] = score
-                    if method == I2D and seen + i < 6:
-                        drawn.append((score[0], rgb[i].cpu(), target, mask, aligned))
-    return scores if scores else data.fail(f"--data {name}: no samples"), drawn
+                    if method == I2D and index < 6:
+                        error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1) * mask
+                        heat = (error[0, :, :, None].numpy() * (255, 153, 77)).astype(np.uint8)
+                        depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
+                        pictures.append([data.paint_rgb(rgb[i]), *depths, heat])
+                        labels.append(f"AbsRel {score[0]:.3f}")
+    return scores, pictures, labels, size
 
 
 def evaluate_depth(args, model, encoders, device):
-    """-> (results, rows of pictures, labels). Columns: image, depth, aligned prediction, error from 0 to 50%."""
+    """-> (results, {dataset: (rows, labels)}). Columns: image, depth, aligned prediction, error from 0 to 50%."""
     how = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
     print(f"{how}; alignment: {args.align}\n{'':34}AbsRel  95% interval      delta1  95% interval")
-    results, pictures, labels, ours = {}, [], [], []
-    for name in args.data.split(","):
-        scores, drawn = score_depth(args, name, model, encoders, device)
-        print(f"{name}: {len(scores[I2D])} images")
+    results, grids, ours = {}, {}, []
+    datasets = args.data.split(",")
+    for name in datasets:
+        folder = f"/{Path(name).name}" if len(datasets) > 1 else ""
+        if folder in grids:
+            data.fail(f"--data {args.data}: two folders are called {Path(name).name}; score them one by one")
+        own = {
+            key: (getattr(args, key) or "") and getattr(args, key) + folder
+            for key in ("predictions", "save_predictions")
+        }
+        options = argparse.Namespace(**vars(args) | own | {"data": name})
+        scores, pictures, grid_labels, size = score_depth(options, model, encoders, device)
+        limit = f", depth up to {options.depth_max:g} m" if options.depth_max else ""
+        print(f"{name}: {len(scores[I2D])} images scored at {size[0]}x{size[1]}{limit}")
         found = {key: print_row(f"  {m}", scores[m].values()) for key, m in KEYS.items() if m in scores}
         print(f"{'  ratio to the baseline':34}{found['']['absrel'] / found['baseline_']['absrel']:7.3f}")
         results[name] = {f"{key}{k}": v for key, row in found.items() for k, v in row.items()}
-        results[name]["per_image"] = scores[I2D]
+        results[name] |= {"scored_at": size, "depth_max": options.depth_max, "per_image": scores[I2D]}
         ours.append(found[""])
-        for absrel, rgb, target, mask, aligned in drawn:
-            error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)[0].numpy() * mask[0].numpy()
-            heat = (np.stack([error, error * 0.6, error * 0.3], -1) * 255).astype(np.uint8)
-            pictures.append([data.paint_rgb(rgb), *(data.paint_depth(d, mask) for d in (target, aligned)), heat])
-            labels.append(f"{Path(name).name}\nAbsRel {absrel:.3f}")
+        grids[folder] = pictures, grid_labels
     if len(ours) == 1:
-        return results[name], pictures, labels
+        return results[name], grids
     results["mean"] = {key: float(np.mean([row[key] for row in ours])) for key in ("absrel", "delta1")}
     print(f"{'mean of the datasets':34}{results['mean']['absrel']:7.4f}{'':19}{results['mean']['delta1']:7.4f}")
-    return results, pictures, labels
+    return results, grids
 
 
 def evaluate_follow(args, model, encoders, device):
-    """Image from depth, then AbsRel of the depth found in it to the depth found in the real image (METHOD 8).
+    """Image from depth, then AbsRel of the depth found in it to the depth found in the real image (Sec. 4.3).
 
     --save-predictions DIR: DIR/generated and DIR/real get NAME.png, and NAME.npy, the depth that this network finds in
-    it. --predictions DIR: the maps in these places, by whatever estimator, are compared instead.
+    it. --predictions DIR: the depth maps in these places, by whatever estimator, are compared instead.
     """
     size, grid, scores, rows = (args.size, args.size), sampling_grid(args.steps), {"": [], "other": []}, []
-    source, previous, seen = data.open_source(args, "val", size, device), None, 0
-    for values, valid, captions, names in data.in_order(
-        source, how_many(args, args.data), args.batch_size, device, args.workers
-    ):
-        indices, maps = range(seen, seen + len(names)), {}
+    previous = None
+    for values, valid, captions, names, _, indices in samples_of(args, size, device):
         if args.predictions:
-            for kind in ("real", "generated"):
-                maps[kind] = torch.stack([saved_map(f"{args.predictions}/{kind}", n, size) for n in names])
+            load = lambda kind: [saved_map(args, f"{args.predictions}/{kind}", n, size, size) for n in names]  # noqa: B023
+            maps = {kind: load(kind) for kind in ("real", "generated")}
         else:
             first, depth, *_ = model.modalities
-            if not all(mask.any() for mask in valid[depth.name]):
+            if not valid[depth.name].flatten(1).any(1).all():
                 data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
-            noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, 1).to(device) for m in model.modalities}
+            noise = {
+                m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device)
+                for i, m in enumerate((first, depth))
+            }
             clean = depth.encode(values[depth.name], valid[depth.name])
             clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
             levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)
             made = model.sample(levels, noise | {depth.name: clean}, text, {first.name: args.cfg})[first.name]
             pictures = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
-            maps = {k: estimate_depth(model, encoders, x, indices, args, I2D_STEPS) for k, x in pictures.items()}
+            one = [0] * len(names)  # one noise for all estimates: what they share tells the images' difference alone
+            maps = {k: estimate_depth(model, encoders, x, one, args, I2D_STEPS) for k, x in pictures.items()}
             for i in range(min(len(names), 8 - len(rows))):
                 depths = [data.paint_depth(d[i]) for d in maps.values()]
                 given = data.paint_depth(values["depth"][i], valid["depth"][i])
@@ -291,17 +320,17 @@ def evaluate_follow(args, model, encoders, device):
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
                 Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
             for key, target in (("", maps["real"][i]), ("other", previous)):
-                if target is not None:  # relative depth has mean one: nearer than a hundredth is no surface
-                    scores[key].append(depth_metrics(maps["generated"][i], target, target > 0.01, args.align)[:2])
+                if target is not None:  # nearer than a hundredth of the mean is no surface
+                    known = target > 0.01 * target.mean()
+                    scores[key].append(depth_metrics(maps["generated"][i], target, known, args.align)[:2])
             previous = maps["real"][i]
-        seen += len(names)
-    print(f"{seen} images at {size[0]}x{size[1]}, alignment: {args.align}")
+    print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}")
     print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
     results = print_row("found in generated and real image", scores[""])
     if scores["other"]:
         others = print_row("the same with another real image", scores["other"])
         results |= {f"other_{key}": value for key, value in others.items()}
-    return results, rows, [str(i + 1) for i in range(len(rows))]
+    return results, {"": (rows, [str(i + 1) for i in range(len(rows))])}
 
 
 # ---- Images ----
@@ -382,22 +411,21 @@ def following(seen, captions):
 
 
 def evaluate_image(args, model, encoders, device):
-    """-> (results, rows of pictures, labels): images from the captions of samples, beside their own images."""
+    """Images from the captions of samples, beside their own images."""
     size, grid, synthetic = (args.size, args.size), sampling_grid(args.steps), args.data == "synthetic"
     extract = load_features(args.features, device) if args.features else features
-    source, first = data.open_source(args, "val", size, device, with_depth=False), model.modalities[0].name
+    first, world = model.modalities[0].name, data.World("val", size, device)
     levels = {m.name: grid if m.name == first else warp(grid, JOINT) for m in model.modalities}  # the released one
     made, real, other = Moments(), Moments(), Moments()
     colors, real_colors, asked, rows = [], [], [], [[], []]
-    count = how_many(args, args.data)
-    for values, _, captions, _ in data.in_order(source, count, args.batch_size, device, args.workers):
-        indices, text = range(len(asked), len(asked) + len(captions)), encoders.encode_text(captions).to(device)
+    for values, _, captions, _, _, indices in samples_of(args, size, device, with_depth=False):
+        text = encoders.encode_text(captions).to(device)
         modalities = enumerate(model.modalities)
         noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device) for i, m in modalities}
         created = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
         made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:
-            other.add(extract(source.samples([i + count for i in indices])[0]["rgb"]))
+            other.add(extract(world.samples([i + (args.images or 128) for i in indices])[0]["rgb"]))
             colors += [colors_in(x) for x in created]
             real_colors += [colors_in(x) for x in values["rgb"]]
         for row, pictures in zip(rows, (values["rgb"], created), strict=True):
@@ -418,7 +446,7 @@ def evaluate_image(args, model, encoders, device):
             f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})"
         )
         print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
-    return results, rows, ["real", "from its\ncaption"]
+    return results, {"": (rows, ["real", "from its\ncaption"])}
 
 
 def parse_size(text):
@@ -453,7 +481,7 @@ def main():
     )
     setting("--cfg", 3.0, "guidance of generated images")
     setting("--features", "", "TorchScript feature extractor of the Frechet distance, such as Inception's for FID")
-    setting("--batch-size", 64, "images at a time; changes no result")
+    setting("--batch-size", 16, "images at a time; changes no result")
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
     setting(
@@ -478,13 +506,16 @@ def main():
         if args.task != "image" and "depth" not in [m.name for m in model.modalities]:
             known = "a text-to-image checkpoint knows no depth; give one of train_forcing.py"
             data.fail(f"--checkpoint {args.checkpoint}: {known}")
-    elif not args.size and not args.score_size and not all(benchmark(d) for d in args.data.split(",")):
+    elif not args.size and (
+        args.task == "follow" or not (args.score_size or all(map(benchmark, args.data.split(","))))
+    ):
         data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
     tasks = {"depth": evaluate_depth, "image": evaluate_image, "follow": evaluate_follow}
-    results, rows, labels = tasks[args.task](args, model, encoders, device)
+    results, grids = tasks[args.task](args, model, encoders, device)
     (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
-    if rows:
-        data.save_grid(out / "grid.png", rows, labels)
+    for name, (rows, labels) in grids.items():
+        if rows:
+            data.save_grid(out / f"grid{name.replace('/', '-')}.png", rows, labels)
     print(f"wrote {out / 'results.json'}")
 
 

@@ -126,12 +126,11 @@ def main():
     given, size = {}, (side, side)
     try:
         if args.image:
-            rgb, _ = data.parse(args.image, data.load_rgb, data.read_file(args.image))
+            rgb, _ = data.parse(args.image, lambda: data.load_rgb(data.read_file(args.image)))
             given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, None
         if args.depth:
-            given["depth"] = tuple(
-                torch.from_numpy(x)[None] for x in data.read_depth(args.depth, data.read_file(args.depth))
-            )
+            depth = data.parse(args.depth, lambda: data.read_depth(args.depth, data.read_file(args.depth)))
+            given["depth"] = tuple(torch.from_numpy(x)[None] for x in depth)
     except data.BadSample as error:
         data.fail(f"{'--depth' if 'rgb' in given or not args.image else '--image'}: {error}")
     shapes = {tuple(values.shape[1:]) for values, _ in given.values()}

@@ -137,7 +137,7 @@ def picture(model, encoders, args, device, path, count=8):
     """Validation samples (the first ones of files), then what the model makes of them in each direction."""
     size = args.size, args.size
     source = data.open_source(args, "val", size, device)
-    values, valid, captions, _ = next(data.in_order(source, count, count, device, strict=False))
+    values, valid, captions, *_ = next(data.in_order(source, count, count, device, strict=False))
     text, real = encoders.encode_text(captions).to(device), values["rgb"]
     generator = torch.Generator().manual_seed(0)
     noise = {m.name: torch.randn(len(text), *m.shape(size), generator=generator).to(device) for m in model.modalities}

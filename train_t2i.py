@@ -101,7 +101,7 @@ def picture(model, encoders, args, device, path, count=8):
     """Validation images (the first ones of files) above what the model makes of their captions."""
     size = args.size, args.size
     source = data.open_source(args, "val", size, device, with_depth=False)
-    values, _, captions, _ = next(data.in_order(source, count, count, device, strict=False))
+    values, _, captions, *_ = next(data.in_order(source, count, count, device, strict=False))
     text, shape = encoders.encode_text(captions).to(device), model.modalities[0].shape(size)
     noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(0)).to(device)
     made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, {"rgb": 3.0})["rgb"]

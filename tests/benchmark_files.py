@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 
 SIZE, COUNT = 256, 24
-ARGS = argparse.Namespace(depth_scale=0.001, depth_min=0.0, depth_max=float("inf"))
+ARGS = argparse.Namespace(depth_scale=0.001, depth_min=0.0, depth_max=0.0)
 
 
 def write(folder):
