@@ -623,17 +623,22 @@ def read_shard(path):
     Headers alone are read, and go by fast; contents are read by load().
     """
 
+    damage = []
+
     def members():
-        with tarfile.open(path, "r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # it would keep every header
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if stem and suffix and not member.isdir():
-                    yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):
-                raise EOFError("cut short")
+        try:
+            with tarfile.open(path, "r:") as tar:
+                while member := tar.next():
+                    tar.members.clear()  # it would keep every header
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    if stem and suffix and not member.isdir():
+                        yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(512) != bytes(512):
+                    damage.append("cut short")
+        except Exception as error:
+            damage.append(error)
 
     def load(group):
         def read(suffix):
@@ -646,7 +651,8 @@ def read_shard(path):
                 refuse(f"declares {member.size} bytes")
             with open(path, "rb") as file:
                 file.seek(member.offset_data)
-                return file.read(member.size)
+                content = file.read(member.size)
+            return content if len(content) == member.size else refuse("cut short")
 
         first = lambda suffixes: next((s for s in suffixes if s in group), None)
         if not first(IMAGES):
@@ -657,14 +663,11 @@ def read_shard(path):
         return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
 
     name = None
-    try:
-        for name, group in itertools.groupby(members(), lambda member: member[0]):
-            group = {suffix: member for _, suffix, member in group}
-            yield name, f"{path}: {name}", functools.partial(load, group)
-        if name is None:
-            raise EOFError("holds no sample")
-    except Exception as error:
-        yield str(path), path, functools.partial(refuse, f"damaged ({error}); what follows in it is lost")
+    for name, group in itertools.groupby(members(), lambda member: member[0]):
+        yield name, f"{path}: {name}", functools.partial(load, {suffix: member for _, suffix, member in group})
+    if damage or name is None:
+        problem = f"damaged ({damage[0]}), what follows is lost" if damage else "holds no sample"
+        yield str(path), path, functools.partial(refuse, problem)
 
 
 def expand(pattern):

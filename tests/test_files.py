@@ -515,13 +515,13 @@ def bad_sources(tmp_path):
     whole = (tmp_path / "whole.tar").read_bytes()
     for name, cut in (("in a member", 1024 + 1000), ("between members", 1024 + 512), ("within a header", 1024 + 700)):
         (tmp_path / f"cut {name}.tar").write_bytes(whole[:cut])
-        yield f"cut {name}", tmp_path / f"cut {name}.tar", f"cut {name}.tar: damaged"
+        yield f"cut {name}", tmp_path / f"cut {name}.tar", f"cut {name}.tar: "
     (tmp_path / "text.tar").write_text("not a tar file, " * 100)
     yield "text.tar", tmp_path / "text.tar", "text.tar: damaged"
     (tmp_path / "zero.tar").write_bytes(b"")
     yield "zero.tar", tmp_path / "zero.tar", "zero.tar: damaged"
     tar(tmp_path / "hollow.tar", [])
-    yield "hollow.tar", tmp_path / "hollow.tar", "hollow.tar: damaged (holds no sample)"
+    yield "hollow.tar", tmp_path / "hollow.tar", "hollow.tar: holds no sample"
 
 
 def test_bad_samples_end_an_evaluation_with_one_line(tmp_path, capsys):
@@ -570,6 +570,12 @@ def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path):
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024) + 600])
     samples = list(data.read_shard(tmp_path / "a.tar"))
-    assert [name for name, *_ in samples[:-1]] == ["0", "1", "2"]
+    *whole, cut, damage = samples
+    assert [name for name, *_ in whole] == ["0", "1", "2"]
+    assert all(files["read"](files["image"]) == JPEG for files in (load() for *_, load in whole))
+    with pytest.raises(data.BadSample, match="cut short"):
+        cut[2]()["read"]("jpg")
     with pytest.raises(data.BadSample, match="damaged"):
-        samples[-1][2]()
+        damage[2]()
+    (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024)] + b"x" * 2048)  # no header where one should be
+    assert [name for name, *_ in data.read_shard(tmp_path / "a.tar")][:-1] == ["0", "1", "2"]
