@@ -902,7 +902,7 @@ def load_checkpoint(path, flag="--checkpoint"):
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
 
 
-# ---- Images and depth on disk, and as pictures ----
+# ---- Pictures ----
 
 
 ANCHORS = np.array(
@@ -951,7 +951,7 @@ def save_grid(path, rows, labels=(), cell=128):
 
 
 def depth_png(depth):
-    """Depth (H, W) in metres, 0 where infinite -> bytes of MoGe's log-coded PNG (METHOD 9)."""
+    """Depth (H, W) in metres, 0 where infinite -> bytes of MoGe's log-coded PNG."""
     near, far = depth[depth > 0].min(), depth.max() * 1.001
     codes = 1 + np.round(65533 * np.log(np.maximum(depth, near) / near) / np.log(far / near))
     text = PngImagePlugin.PngInfo()

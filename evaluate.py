@@ -42,15 +42,14 @@ def benchmark(name):
 
 def samples_of(args, size, device, with_depth=True):
     """(values, valid, captions, names, shapes, indices) of the samples to evaluate; no name may come twice."""
-    source, seen = data.open_source(args, "val", size, device, with_depth), {}
+    source, seen = data.open_source(args, "val", size, device, with_depth), []
     count = args.images or (128 if args.data == "synthetic" else None)
     for values, valid, captions, names, shapes in data.in_order(source, count, args.batch_size, device, args.workers):
-        indices = range(len(seen), len(seen) + len(names))
-        for name in names:
-            if name in seen and args.task != "image":
-                data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
-            seen[name if args.task != "image" else len(seen)] = True
-        yield values, valid, captions, names, shapes, indices
+        seen += names
+        repeated = [name for name in names if seen.count(name) > 1]
+        if repeated and args.task != "image":
+            data.fail(f"--data {args.data}: two samples are called {repeated[0]}, so their maps cannot be told apart")
+        yield values, valid, captions, names, shapes, range(len(seen) - len(names), len(seen))
     if not seen:
         data.fail(f"--data {args.data}: no samples")
 
@@ -263,11 +262,9 @@ def evaluate_depth(args, model, encoders, device):
         folder = f"/{Path(name).name}" if len(datasets) > 1 else ""
         if folder in grids:
             data.fail(f"--data {args.data}: two folders are called {Path(name).name}; score them one by one")
-        own = {
-            key: (getattr(args, key) or "") and getattr(args, key) + folder
-            for key in ("predictions", "save_predictions")
-        }
-        options = argparse.Namespace(**vars(args) | own | {"data": name})
+        options = argparse.Namespace(**vars(args) | {"data": name})
+        for key in ("predictions", "save_predictions"):
+            setattr(options, key, getattr(args, key) and getattr(args, key) + folder)
         scores, pictures, grid_labels, size = score_depth(options, model, encoders, device)
         limit = f", depth up to {options.depth_max:g} m" if options.depth_max else ""
         print(f"{name}: {len(scores[I2D])} images scored at {size[0]}x{size[1]}{limit}")
@@ -300,10 +297,8 @@ def evaluate_follow(args, model, encoders, device):
             first, depth, *_ = model.modalities
             if not valid[depth.name].flatten(1).any(1).all():
                 data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
-            noise = {
-                m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device)
-                for i, m in enumerate((first, depth))
-            }
+            draw = lambda m, stream: data.draw_noise(m.shape(size), args.seed, indices, stream).to(device)  # noqa: B023
+            noise = {m.name: draw(m, stream) for stream, m in ((1, first), (2, depth))}  # 0 is of the estimates
             clean = depth.encode(values[depth.name], valid[depth.name])
             clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
             levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)

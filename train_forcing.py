@@ -2,6 +2,7 @@
 
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
+    python train_forcing.py --data DIR      your own images and depth, as sparse as it is; data.py tells the layouts
     python train_forcing.py --resume        go on after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
         --batch-size 1024 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
@@ -89,18 +90,8 @@ def parse():
     if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
-    data.at_least(
-        args,
-        steps=1,
-        batch_size=1,
-        size=0,
-        warmup=1,
-        seed=0,
-        workers=0,
-        checkpoint_every=1,
-        log_every=1,
-        sample_every=1,
-    )
+    data.at_least(args, size=0, seed=0, workers=0)
+    data.at_least(args, steps=1, batch_size=1, warmup=1, checkpoint_every=1, log_every=1, sample_every=1)
     try:
         known = args.sparsity in ("mixed", *data.PATTERNS) or 0 < float(args.sparsity) <= 1
     except ValueError:
@@ -252,7 +243,8 @@ def main():
         values["rgb"] = encoders.encode_image(values["rgb"])
         x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in config.modalities}
         text = encoders.encode_text(captions).to(device)
-        text[torch.rand(len(text), generator=generator, device=device) < args.drop_caption] = 0
+        keep = torch.rand(len(text), generator=generator, device=device) >= args.drop_caption
+        text = text * keep.view(-1, *[1] * (text.ndim - 1))
 
         # Draw noise levels: each modality its own (Sec. 3.2). Corrupt, predict.
         present = {m: v.flatten(1).any(1) for m, v in valid.items() if m in x0 and v is not None}

@@ -2,6 +2,7 @@
 
     python train_t2i.py                          the built-in world on what this machine has; minutes on two CPU cores
     python train_t2i.py --resume                 go on after an interruption
+    python train_t2i.py --data 'shards/{000..999}.tar'    your own images; data.py tells the layouts
     python train_t2i.py --preset 3b --dry-run    parameters, FLOPs and memory, without training
     torchrun --nproc-per-node 8 train_t2i.py --preset 370m \
         --batch-size 1024 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
@@ -69,18 +70,8 @@ def parse():
     if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
-    data.at_least(
-        args,
-        steps=1,
-        batch_size=1,
-        size=0,
-        warmup=1,
-        seed=0,
-        workers=0,
-        checkpoint_every=1,
-        log_every=1,
-        sample_every=1,
-    )
+    data.at_least(args, size=0, seed=0, workers=0)
+    data.at_least(args, steps=1, batch_size=1, warmup=1, checkpoint_every=1, log_every=1, sample_every=1)
     if args.preset not in PRESETS:
         data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
     return args
@@ -178,7 +169,8 @@ def main():
         values["rgb"] = encoders.encode_image(values["rgb"])
         x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
         text = encoders.encode_text(captions).to(device)
-        text[torch.rand(len(text), generator=generator, device=device) < args.drop_caption] = 0
+        keep = torch.rand(len(text), generator=generator, device=device) >= args.drop_caption
+        text = text * keep.view(-1, *[1] * (text.ndim - 1))
         t = draw_noise_levels(config.modalities, len(text), generator, device)
         noise = {m: torch.randn(x.shape, generator=generator, device=device) for m, x in x0.items()}
 
