@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from model import TEXT_PATCH
+from model import TEXT_PATCH, Config
 
 # ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
 
@@ -307,7 +307,8 @@ def parse(name, reader, *args):
         return reader(*args)
     except Exception as error:  # of a file's contents anything may be wrong
         what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise BadSample(f"{name}: {what or type(error).__name__}") from None
+        message = f"{name}: {what or type(error).__name__}"
+        raise BadSample(message.encode(errors="backslashreplace").decode()) from None
 
 
 def read_file(path, folder=None):
@@ -378,7 +379,8 @@ def read_depth(name, content, scale=1.0, mask=None, low=0.0, high=0.0):
     depth = read_map(name, content, scale)
     known = (depth > max(low, 0)) & (depth <= (high or np.finfo(np.float32).max))  # NaN is neither
     if mask is not None:
-        mask = np.asarray(Image.open(io.BytesIO(mask), formats=FORMATS)) > 0
+        mask = Image.open(io.BytesIO(mask), formats=FORMATS)
+        mask = np.asarray(mask.convert("RGB") if mask.mode in ("LA", "RGBA") else mask) > 0
         mask = mask.any(-1) if mask.ndim == 3 else mask
         if mask.shape != depth.shape:
             refuse(f"has shape {depth.shape}, its mask {mask.shape}")
@@ -398,11 +400,11 @@ def crop_box(shape, whole, size, place=(0.5, 0.5)):
     but not another aspect, or BadSample is raised.
     """
     y, x = shape[0] / whole[0], shape[1] / whole[1]
-    if abs(x - y) > 1 / whole[0] + 1 / whole[1]:  # more than rounding
+    if abs(x - y) > max(1, x, y) * (1 / whole[0] + 1 / whole[1]):  # more than rounding
         refuse(f"of another shape than its image, {tuple(shape)} beside {tuple(whole)}")
     scale = min(whole[0] / size[0], whole[1] / size[1])
     tall, wide = size[0] * scale, size[1] * scale
-    top, left = (whole[0] - tall) * place[0], (whole[1] - wide) * place[1]
+    top, left = max(whole[0] - tall, 0) * place[0], max(whole[1] - wide, 0) * place[1]
     return left * x, top * y, min((left + wide) * x, shape[1]), min((top + tall) * y, shape[0])
 
 
@@ -436,7 +438,7 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
     """
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     turned = image.getexif().get(0x0112, 1)  # orientation
-    whole = image.size if turned >= 5 else image.size[::-1]
+    whole = image.size if turned in (5, 6, 7, 8) else image.size[::-1]
     if size:
         shrink = 2 * max(size[0] / whole[0], size[1] / whole[1])
         image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
@@ -543,7 +545,7 @@ class Files(IterableDataset):
         good, problems = [], []
         for name, where, load, epoch in samples:
             try:
-                rng = random.Random(f"{seed} {epoch} {name}")
+                rng = random.Random(f"{seed} {epoch} {name}".encode(errors="surrogatepass"))
                 good.append((*parse(where, self.decode, load, rng), name))
             except BadSample as error:
                 problems.append(str(error))
@@ -895,7 +897,7 @@ def load_checkpoint(path, flag="--checkpoint"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if not (state["config"]["modalities"] and state["ema"]):
+        if not (Config(**state["config"]).modalities and state["ema"] and "settings" in state):
             raise ValueError
         return state
     except Exception:
@@ -1008,6 +1010,8 @@ def main():
     args = parser.parse_args()
     at_least(args, size=1, count=1)
     out, size = make_folder(args.out), (args.size, args.size)
+    for index in (".index.txt", "metadata.jsonl"):  # of another layout
+        (out / index).unlink(missing_ok=True)
     scenes = draw_scenes(args.split, range(args.count))
     values, valid, captions = World(args.split, size).samples(range(args.count))
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]

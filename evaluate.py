@@ -311,6 +311,8 @@ def evaluate_follow(args, model, encoders, device):
                 given = data.paint_depth(values["depth"][i], valid["depth"][i])
                 rows.append([*(data.paint_rgb(x[i]) for x in pictures.values()), given, *depths])
         for i, n in enumerate(names):
+            if not all(m[i].isfinite().all() for m in maps.values()) or not (maps["real"][i] > 0).any():
+                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite, or nowhere above 0")
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
                 Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")

@@ -229,7 +229,7 @@ class Config:
 
     def with_encoders(self, encoders):
         """This network with its first modality in the encoders' latents and their text embeddings (data.PixelsAndBytes
-        lists the attributes). A token's side grows to a multiple of their stride, so that token grids coincide.
+        lists the attributes). A token's side becomes a multiple of their stride, so that token grids coincide.
         """
         stride, (first, *others) = encoders.image_stride, self.modalities
         latents = replace(first, channels=encoders.image_channels, stride=stride)

@@ -128,7 +128,10 @@ def picture(model, encoders, args, device, path, count=8):
     """Validation samples (the first ones of files), then what the model makes of them in each direction."""
     size = args.size, args.size
     source = data.open_source(args, "val", size, device)
-    values, valid, captions, *_ = next(data.in_order(source, count, count, device, strict=False))
+    batch = next(data.in_order(source, count, count, device, strict=False), None)
+    if batch is None:
+        return  # the first samples cannot be read
+    values, valid, captions, *_ = batch
     text, real = encoders.encode_text(captions).to(device), values["rgb"]
     generator = torch.Generator().manual_seed(0)
     noise = {m.name: torch.randn(len(text), *m.shape(size), generator=generator).to(device) for m in model.modalities}
@@ -168,7 +171,7 @@ def main():
     if len(taught.modalities) == len(config.modalities):
         taught = None  # nothing before to go back to: trained from scratch, or on from a checkpoint of this stage
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = data.pick_device(args.device)
+    device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", local if world > 1 else device.index or 0)
@@ -179,6 +182,7 @@ def main():
     args.size = args.size or config.size
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
+    config = replace(config, size=args.size)
     if args.dry_run:
         return dry_run(args, config, taught)
     if world > 1:

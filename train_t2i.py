@@ -18,7 +18,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -92,7 +92,10 @@ def picture(model, encoders, args, device, path, count=8):
     """Validation images (the first ones of files) above what the model makes of their captions."""
     size = args.size, args.size
     source = data.open_source(args, "val", size, device, with_depth=False)
-    values, _, captions, *_ = next(data.in_order(source, count, count, device, strict=False))
+    batch = next(data.in_order(source, count, count, device, strict=False), None)
+    if batch is None:
+        return  # the first samples cannot be read
+    values, _, captions, *_ = batch
     text, shape = encoders.encode_text(captions).to(device), model.modalities[0].shape(size)
     noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(0)).to(device)
     made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, {"rgb": 3.0})["rgb"]
@@ -103,7 +106,7 @@ def picture(model, encoders, args, device, path, count=8):
 def main():
     args = parse()
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = data.pick_device(args.device)
+    device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
     if cuda:
         device = torch.device("cuda", local if world > 1 else device.index or 0)
@@ -114,6 +117,7 @@ def main():
     args.size = args.size or config.size
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch of {args.preset}, {config.patch}")
+    config = replace(config, size=args.size)
     if args.dry_run:
         return dry_run(args, config)
     if world > 1:

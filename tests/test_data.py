@@ -1,6 +1,7 @@
 """The built-in world: exact geometry, determinism, honest captions; sparse patterns; files."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_near_is_bright_and_missing_is_black():
 
 def test_checkpoints_survive_a_torn_write(tmp_path, capsys):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"config": {"modalities": [1]}, "ema": {"a": 1}, "step": 1})
+    save_checkpoint(path, {"config": asdict(PRESETS["nano"]), "settings": {}, "ema": {"a": 1}, "step": 1})
     (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
     assert load_checkpoint(path)["step"] == 1
     path.write_bytes(path.read_bytes()[:100])

@@ -103,6 +103,11 @@ def test_npy_and_mask():
     mask = to_bytes(np.array([[255, 255], [255, 0]], np.uint8), "PNG")
     assert data.read_depth("a.npy", npy(values[None]))[1].tolist() == [[True, False], [False, True]]
     assert data.read_depth("a.npy", npy(values), mask=mask)[1].tolist() == [[True, False], [False, False]]
+    opaque = np.array([[[9, 9, 9, 255], [0, 0, 0, 255]]] * 2, np.uint8)  # what is black is masked out, alpha or not
+    assert data.read_depth("a.npy", npy(values), mask=to_bytes(opaque, "PNG"))[1].tolist() == [
+        [True, False],
+        [False, False],
+    ]
 
 
 # ---- Geometry ----
@@ -191,6 +196,10 @@ def test_image_and_depth_are_cropped_together(training, down, kind, options):
 def test_rounded_shapes_are_the_same_aspect():
     """KITTI at half its resolution has 187.5 rows; a square map of a wide picture is another thing."""
     assert data.crop_box((188, 621), (375, 1242), (375, 1242)) == (0, 0, 621, 188)
+    assert data.crop_box((4000, 6000), (341, 512), (341, 512)) == (0, 0, 6000, 4000)
+    assert all(
+        min(data.crop_box((n, 741), (n, 741), (480, 640))) >= 0 for n in range(300, 741)
+    )  # whatever the rounding
     with pytest.raises(data.BadSample, match="another shape"):
         data.crop_box((518, 518), (480, 640), (32, 32))
 
@@ -237,6 +246,7 @@ def test_every_kind_of_picture_is_rgb():
         assert rgb.shape == (16, 16, 3) and whole == (16, 16), name
         assert expected is None or np.abs(rgb.astype(int) - expected).max() <= 1, name
     assert data.load_rgb(exif(PICTURE[:8], 6))[0].shape == (16, 8, 3)
+    assert data.load_rgb(exif(PICTURE[:8], 9))[1] == (8, 16)  # no such orientation
     clear = np.dstack([PICTURE, np.zeros((16, 16), np.uint8)])
     assert (data.load_rgb(to_bytes(clear, "PNG"))[0] == 255).all()  # what is transparent is white
     assert data.load_rgb(convert(PICTURE, "CMYK", "JPEG"), (8, 8))[0].shape == (8, 8, 3)
@@ -470,6 +480,7 @@ ROWS = {  # lines of metadata.jsonl after a good one
     '{"file_name": "b.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2: ../secret.npy: leads out",
     '{"file_name": "b.jpg", "text": 7}': "row 2: its caption is not text",
     '{"file_name": "b.jpg", "depth_file_name": 7}': "metadata.jsonl row 2: 7: No such file",
+    '{"file_name": "\\ud800.jpg"}': "metadata.jsonl row 2: ",
     '{"file_name": "b.jpg", "text": "\\ud800"}': "row 2: 'utf-8' codec can't encode",
     json.dumps({"file_name": "b.jpg", "text": "word " * 200_000}): "row 2: its caption is not text, or longer than",
     b'{"file_name": "b.jpg", "text": "\xff"}': "metadata.jsonl row 2: not UTF-8",

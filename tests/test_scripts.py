@@ -164,6 +164,10 @@ def test_resume_keeps_the_settings_of_the_run(trained, tmp_path, monkeypatch):
     assert (settings["lr"], settings["seed"], settings["size"], settings["steps"]) == (1e-3, 3, 16, 3)
 
 
+def test_the_trained_size_is_the_networks(trained):
+    assert Config(**torch.load(trained[1], weights_only=True)["config"]).size == 16
+
+
 def test_going_on_from_a_checkpoint_of_this_stage_has_no_teacher(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train_forcing, "picture", lambda *args: None)
     run(train_forcing, f"{QUICK} --steps 1 --init {trained[1]} --out {tmp_path}/run", monkeypatch)
