@@ -422,7 +422,7 @@ def nearest(values, known, size, box):
     y, x = (np.arange(values.shape[0]) + 0.5 - top) / tall, (np.arange(values.shape[1]) + 0.5 - left) / wide  # in cells
     rows, columns = (slice(*np.searchsorted(v, (0, n))) for v, n in ((y, height), (x, width)))
     i, j = y[rows].astype(int), x[columns].astype(int)
-    r, c = np.divmod(np.flatnonzero(known[rows, columns] & ~found.take(i, 0).take(j, 1)), len(j))
+    r, c = np.divmod(np.flatnonzero(known[rows, columns] & (~found).take(j, 1).take(i, 0)), len(j))
     away = (((y[rows] - i - 0.5) * tall) ** 2)[r] + (((x[columns] - j - 0.5) * wide) ** 2)[c]
     cell, closest = i[r] * width + j[c], np.full(height * width, np.inf)
     np.minimum.at(closest, cell, away)
