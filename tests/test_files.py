@@ -245,7 +245,8 @@ def test_every_kind_of_picture_is_rgb():
         rgb, whole = data.load_rgb(content)
         assert rgb.shape == (16, 16, 3) and whole == (16, 16), name
         assert expected is None or np.abs(rgb.astype(int) - expected).max() <= 1, name
-    assert data.load_rgb(exif(PICTURE[:8], 6))[0].shape == (16, 8, 3)
+    turned, whole = data.load_rgb(exif(np.rot90(PICTURE[:8], 1), 6), (4, 6))
+    assert whole == (8, 16) and (turned == data.load_rgb(to_bytes(PICTURE[:8], "PNG"), (4, 6))[0]).all()
     assert data.load_rgb(exif(PICTURE[:8], 9))[1] == (8, 16)  # no such orientation
     clear = np.dstack([PICTURE, np.zeros((16, 16), np.uint8)])
     assert (data.load_rgb(to_bytes(clear, "PNG"))[0] == 255).all()  # what is transparent is white
