@@ -488,7 +488,7 @@ ROWS = {  # lines of metadata.jsonl after a good one
 }
 SHARDS = {
     "link": ([("b.jpg", declared("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"))], "b.jpg is a link"),
-    "absolute": ([("/tmp/b.jpg", JPEG)], "/tmp/b.jpg is a name that leads out"),
+    "absolute": ([("/outside/b.jpg", JPEG)], "/outside/b.jpg is a name that leads out"),
     "dots": ([("../b.jpg", JPEG)], "../b.jpg is a name that leads out"),
     "empty member": ([("b.jpg", b"")], "b: jpg: not an image"),
     "many gigabytes": ([("b.jpg", declared("b.jpg", size=8 << 30))], "b: jpg: declares 8589934592 bytes"),
