@@ -13,6 +13,7 @@ Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-co
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -21,11 +22,16 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -253,16 +259,15 @@ def render(s, height, width=None, device="cpu"):
 PATTERNS = ("dense", "uniform", "lidar", "sfm", "holes")
 
 
-def sparsify(valid, rgb, pattern="mixed", generator=None):
+def sparsify(valid, rgb, pattern, rand):
     """Thin a mask of known depth (B, 1, H, W) to what a sensor would have seen; returns a mask of the same shape.
 
     pattern: "dense" keeps all; "uniform" a random 0.5-50% of the pixels; "lidar" scan lines with dropouts; "sfm" points
     where the image rgb (B, 3, H, W) has texture; "holes" loses up to four rectangles; "mixed" chooses one of these for
-    each sample; a number in (0, 1] keeps that share of the pixels at random. Randomness from generator, on valid's
-    device.
+    each sample; a number in (0, 1] keeps that share of the pixels at random. rand(*shape) draws (B, *shape) from
+    U(0, 1) on valid's device (Draws.rand).
     """
     batch, _, height, width = valid.shape
-    rand = lambda *shape: torch.rand(batch, *shape, generator=generator, device=valid.device)
     noise = rand(1, height, width)
     if pattern not in ("mixed", *PATTERNS):
         return valid & (noise < float(pattern))
@@ -713,10 +718,32 @@ def open_source(args, split, size, device="cpu", with_depth=True):
 
 
 def training_indices(seed, step, batch_size, rank=0, world=1):
-    """The samples of one step that one rank trains on. Another seed sees other scenes."""
+    """Global indices of the samples of one step that one rank trains on. Another seed sees other scenes."""
     share = batch_size // world
     start = (seed << 32) + step * batch_size + rank * share
     return range(start, start + share)
+
+
+class Draws:
+    """Random numbers that belong to samples: row i of every draw follows from (key, indices[i]) and the device alone.
+
+    So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps.
+    """
+
+    def __init__(self, key, indices, device="cpu"):
+        seeds = (random.Random(f"{key} {i}").getrandbits(63) for i in indices)
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(self, kind, shape):
+        return torch.stack([kind(shape, generator=g, device=g.device) for g in self.generators])
+
+    def rand(self, *shape):
+        """(B, *shape) from U[0, 1)."""
+        return self.draw(torch.rand, shape)
+
+    def randn(self, *shape):
+        """(B, *shape) from N(0, 1)."""
+        return self.draw(torch.randn, shape)
 
 
 def to_device(rgb, depth, device):
@@ -726,17 +753,22 @@ def to_device(rgb, depth, device):
 
 
 def training_batches(source, args, step, rank, world, device):
-    """Endless (values, valid, captions) of one rank as World.samples gives them, from a step on.
+    """Endless (values, valid, captions) as World.samples gives them, and their global indices: of one rank from a step
+    on, each step in args.grad_accum parts.
 
     Samples of files that cannot be used are skipped and counted, ten of them are named, and more than 1% (of 1000 at
     least) ends the run.
     """
+    steps = (training_indices(args.seed, s, args.batch_size, rank, world) for s in itertools.count(step))
+    part = args.batch_size // world // args.grad_accum
     if isinstance(source, World):
-        steps = (training_indices(args.seed, s, args.batch_size, rank, world) for s in itertools.count(step))
-        yield from map(source.samples, steps)
+        for indices in steps:
+            for i in range(0, len(indices), part):
+                yield *source.samples(indices[i : i + part]), indices[i : i + part]
     source.plan, tried, bad, named = (args.seed, step, args.batch_size // world, rank, world), 0, 0, set()
-    pin = torch.device(device).type == "cuda"
-    for rgb, depth, captions, *_, problems in DataLoader(source, None, num_workers=args.workers, pin_memory=pin):
+    options = {"num_workers": args.workers, "pin_memory": torch.device(device).type == "cuda"}
+    loader = DataLoader(source, None, **options, worker_init_fn=leave_signals)
+    for indices, (rgb, depth, captions, *_, problems) in zip(steps, loader, strict=False):
         tried, bad = tried + len(rgb), bad + len(problems)
         for problem in problems:
             if problem not in named and len(named) < 10:
@@ -744,7 +776,9 @@ def training_batches(source, args, step, rank, world, device):
                 print(f"skipped, {bad} of {tried} samples: {problem}", file=sys.stderr)
         if bad > max(tried, 1000) / 100:
             fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
-        yield *to_device(rgb, depth, device), captions
+        for i in range(0, len(indices), part):
+            cut = slice(i, i + part)
+            yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
@@ -763,12 +797,6 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
             fail(f"--data {problems[0]}")
         if names:
             yield *to_device(rgb, depth, device), captions, names, shapes
-
-
-def draw_noise(shape, seed, indices, stream=0):
-    """Gaussian noise (B, *shape) on the CPU, each row from (seed, stream, its index), whatever the batch."""
-    generators = (torch.Generator().manual_seed((seed * 1_000_003 + i) * 16 + stream) for i in indices)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 class PixelsAndBytes:
@@ -865,43 +893,159 @@ def make_folder(path):
     return Path(path)
 
 
-def open_run(out, settings, resumed=None):
-    """Make the run directory and write config.json. Refuses one that holds a run, unless resumed is given, the step to
-    go on from: rows of metrics.jsonl past it are dropped, since the run will write them again.
-    """
-    out = Path(out)
-    if (out / "last.pt").exists() and resumed is None:
-        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    make_folder(out / "samples")
-    (out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():
-        rows = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text(
-            "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= (resumed or 0))
-        )
-    return out
+@contextlib.contextmanager
+def tolerate(path):
+    """A full or failing disk is told, and is no reason to stop training."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path}: not written ({error.strerror or error}); training goes on", file=sys.stderr)
 
 
-def save_checkpoint(path, state):
-    """Write beside the old file, then rename, so that a crash leaves one whole checkpoint."""
-    torch.save(state, f"{path}.tmp")
+def append_row(path, row):
+    """Add a row to a file of JSON lines, if the disk lets it."""
+    with tolerate(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path):
+    """The rows of a file of JSON lines, in order; what a crash or a full disk has cut is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_whole(path, content):
+    """Write bytes beside a file, then rename: the file is the old one or the new one, never a part."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
     os.replace(f"{path}.tmp", path)
 
 
+def git_commit():
+    """The commit of this code, with -dirty if its files differ from it; "" where git knows none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def open_run(out, settings, device, ranks, resumed=None):
+    """Make the run directory, or go on in it from step resumed: rows of metrics.jsonl past it will be written again.
+
+    config.json gets the settings, starts.jsonl a row of what ran where. A directory that holds a run is refused unless
+    resumed is given.
+    """
+    out = Path(out)
+    if list_checkpoints(out) and resumed is None:
+        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
+    make_folder(out / "samples")
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
+    row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "host": platform.node(), "ranks": ranks}
+    try:
+        write_whole(out / "config.json", json.dumps(settings, indent=1).encode() + b"\n")
+        rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= (resumed or 0)]
+        write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    except OSError as error:
+        fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+    append_row(out / "starts.jsonl", row)
+    return out
+
+
+def catch_signals():
+    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. A second one is deadly."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return caught
+
+
+def leave_signals(worker):
+    """In a process that loads data: the one that trains is signalled too, and ends this one when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def list_checkpoints(out):
+    """Paths of a run directory's checkpoints, oldest first."""
+    return sorted(Path(out).glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
+
+
+def save_checkpoint(out, state, keep):
+    """Write step-<step>.pt, let last.pt point to it, and remove all but the newest keep. Returns whether that worked.
+
+    It is written under another name, flushed to the disk and renamed: whatever dies meanwhile, a file of that name is
+    whole. If it cannot be written (a full disk, say), that is told, and the older ones stay.
+    """
+    path, part, link = out / f"step-{state['step']:07}.pt", out / "step.tmp", out / "last.tmp"
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, out / "last.pt")
+        for old in list_checkpoints(out)[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        older = [old.name for old in list_checkpoints(out)] or ["none"]
+        print(f"{path}: not written ({reason}); whole are: {', '.join(older)}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict, its tensors read from the file when used. Raises if it is damaged (checksums) or no such."""
+    with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
+        if archive.testzip():
+            raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not (Config(**state["config"]).modalities and state["ema"] and "settings" in state):
+        raise ValueError
+    return state
+
+
 def load_checkpoint(path, flag="--checkpoint"):
-    """A checkpoint's dict, on the CPU, with weights_only=True; one line and exit code 2 if it is missing or corrupt."""
+    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged."""
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not (Config(**state["config"]).modalities and state["ema"] and "settings" in state):
-            raise ValueError
-        return state
+        return read_checkpoint(path)
     except Exception:
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
+
+
+def resume(out, rank):
+    """The newest whole checkpoint of a run directory, or None if there is none yet. Exit code 2 if all are damaged.
+
+    What is damaged is told, and renamed by rank 0.
+    """
+    paths = list_checkpoints(out)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except Exception:
+            if rank == 0:
+                print(f"--resume: {path} is damaged, now {path.name}.damaged; trying the one before", file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    path.rename(f"{path}.damaged")
+    if paths:
+        fail(f"--resume: no checkpoint in {out} is whole; start anew with another --out")
 
 
 # ---- Pictures ----
@@ -1017,7 +1161,7 @@ def main():
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
     mask = valid["depth"][:8]
-    thinned = sparsify(mask, values["rgb"][:8], "mixed", torch.Generator().manual_seed(0))
+    thinned = sparsify(mask, values["rgb"][:8], "mixed", Draws(0, range(len(mask))).rand)
     paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
     rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
     save_grid(out / "grid.png", list(rows.values()), list(rows))

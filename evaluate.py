@@ -151,7 +151,7 @@ def estimate_depth(model, encoders, rgb, indices, args, steps):
     image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
     clean, (first, depth, *_) = encoders.encode_image(image), model.modalities
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
-    start = {depth.name: data.draw_noise(depth.shape(size), args.seed, members).to(rgb.device)}
+    start = {depth.name: data.Draws(args.seed, members).randn(*depth.shape(size)).to(rgb.device)}
     start[first.name] = clean.repeat_interleave(args.ensemble, 0)
     text = encoders.encode_text([""] * len(members)).to(rgb.device)
     made = model.sample({first.name: grid * 0, depth.name: grid}, start, text)[depth.name]
@@ -297,8 +297,8 @@ def evaluate_follow(args, model, encoders, device):
             first, depth, *_ = model.modalities
             if not valid[depth.name].flatten(1).any(1).all():
                 data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
-            draw = lambda m, stream: data.draw_noise(m.shape(size), args.seed, indices, stream).to(device)  # noqa: B023
-            noise = {m.name: draw(m, stream) for stream, m in ((1, first), (2, depth))}  # 0 is of the estimates
+            draws = data.Draws((args.seed, "follow"), indices)  # other noise than the estimates'
+            noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in (first, depth)}
             clean = depth.encode(values[depth.name], valid[depth.name])
             clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
             levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)
@@ -417,8 +417,8 @@ def evaluate_image(args, model, encoders, device):
     colors, real_colors, asked, rows = [], [], [], [[], []]
     for values, _, captions, _, _, indices in samples_of(args, size, device, with_depth=False):
         text = encoders.encode_text(captions).to(device)
-        modalities = enumerate(model.modalities)
-        noise = {m.name: data.draw_noise(m.shape(size), args.seed, indices, i).to(device) for i, m in modalities}
+        draws = data.Draws(args.seed, indices)
+        noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in model.modalities}
         created = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
         made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:

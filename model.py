@@ -13,6 +13,8 @@ References:
 Shapes: B batch, C channels, H W image, N tokens, D width, L bytes of text. Dictionaries are keyed by modality name.
 """
 
+import functools
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -20,7 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 # ---- Flow matching (Sec. 3.1, Eq. 5-7): t = 0 is clean, t = 1 is noise ----
@@ -44,24 +49,42 @@ def corrupt(x0, noise, t, valid=None):
     return x_t if valid is None else torch.where(valid, x_t, noise)
 
 
+def scored(x0, t, valid=None):
+    """Which values the loss is taken on, (B, C, H, W) bool: none of a sample held clean (t = 0) or a missing pixel."""
+    known = per_sample(t > 0) if valid is None else valid & per_sample(t > 0)
+    return known.expand_as(x0)
+
+
 def velocity_loss(x0_hat, x0, t, valid=None, weight=None):
     """Eq. 7: || (x0_hat - x_t) / t - (x0 - noise) ||^2, which is || x0_hat - x0 ||^2 / t^2, with t clamped at T_MIN.
 
     x0_hat, x0 (B, C, H, W); t (B,); valid (B, 1, H, W) bool or None; weight (B,) or None scales each sample (Eq. 8).
-    Returns (total, count), each (B,): a sample's summed loss, and how many values it sums over. A sample held clean
-    (t = 0) and a missing pixel add to neither. The loss is the sum of totals over the sum of counts, global batch.
+    Returns (B,), each sample's sum over its scored values. A modality's loss is the sum of these over the number of
+    scored values, both over the whole batch: all ranks, all accumulation steps. A mean of means would be another loss
+    where sparse depth leaves one part of a batch with more pixels than another.
     """
-    scored = per_sample(t > 0) if valid is None else valid & per_sample(t > 0)
-    scored = scored.expand_as(x0)
-    error = torch.where(scored, x0_hat.float() - x0, 0.0).square() / per_sample(t.clamp(min=T_MIN)) ** 2
-    if weight is not None:
-        error = error * per_sample(weight)
-    return error.sum((1, 2, 3)), scored.sum((1, 2, 3))
+    error = torch.where(scored(x0, t, valid), x0_hat.float() - x0, 0.0).square() / per_sample(t.clamp(min=T_MIN)) ** 2
+    return (error if weight is None else error * per_sample(weight)).sum((1, 2, 3))
 
 
 def distillation_weight(t, low, high):
     """lambda_hi t + lambda_lo (1 - t) of Eq. 8, t (B,) the noise level of what the teacher does not see."""
     return low + (high - low) * t
+
+
+def breakdown(m, totals, counts, t):
+    """A loss by what it is debugged with: training mode, and quarter of t. Sums, which add up over batches and ranks.
+
+    totals, counts (B,) of modality m's loss and scored values; t {m: (B,)}. Returns {group: (2,) total and count}:
+    "" is all; with others in t, "_given_<other>" where that is held clean, "_joint" where none is; "_t0-0.25" ...
+    """
+    held = {other: t[other] == 0 for other in t if other != m}
+    groups = {"": torch.ones_like(t[m], dtype=torch.bool)} | {f"_given_{other}": is_ for other, is_ in held.items()}
+    if held:
+        groups["_joint"] = ~torch.stack([*held.values()]).any(0)
+    groups |= {f"_t{q / 4:g}-{(q + 1) / 4:g}": (t[m] > q / 4) & (t[m] <= (q + 1) / 4) for q in range(4)}
+    sums = torch.stack([totals, counts])[:, None].where(torch.stack([*groups.values()]), 0.0).sum(-1)
+    return dict(zip(groups, sums.T, strict=True))
 
 
 # ---- Noise levels (Sec. 3.2) ----
@@ -95,17 +118,18 @@ def plateau_logit_normal(u):
 TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}
 
 
-def draw_noise_levels(modalities, batch, generator=None, device="cpu", present=None):
+def draw_noise_levels(modalities, rand, present=None):
     """One noise level per sample and modality, {m: (B,)}: the training modes of Sec. 3.2.
 
     With probability m.p_clean modality m is held at t = 0 (it conditions); otherwise, and for every other modality, t
-    is drawn from m.timesteps, independently. present {m: (B,) bool} tells the samples in which a modality has any valid
-    pixel (default: all): where it has none it is pure noise, t = 1, and no sample holds clean all that it has.
+    is drawn from m.timesteps, independently. rand() draws (B,) from U(0, 1). present {m: (B,) bool} tells the samples
+    in which a modality has any valid pixel (default: all): where it has none it is pure noise, t = 1, and no sample
+    holds clean all that it has.
     """
-    rand = lambda: torch.rand(batch, generator=generator, device=device)
-    bounds = torch.tensor([m.p_clean for m in modalities], device=device).cumsum(0)
-    held = torch.searchsorted(bounds, rand(), right=True)  # an index, or past the last: none
-    everywhere = torch.ones(batch, dtype=torch.bool, device=device)
+    choice, held = rand(), 0  # an index, or past the last: none
+    for bound in itertools.accumulate(m.p_clean for m in modalities):
+        held = held + (choice >= bound)
+    everywhere = torch.ones_like(choice, dtype=torch.bool)
     present = {m.name: (present or {}).get(m.name, everywhere) for m in modalities}
     can_learn = torch.stack([present[m.name] & (held != i) for i, m in enumerate(modalities)]).any(0)
     t = {}
@@ -287,6 +311,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Its float32 gain is cast to the input's dtype, since torch's fused kernel takes no mixture."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside."""
 
@@ -294,11 +325,11 @@ class Block(nn.Module):
         super().__init__()
         self.head, self.heads = head, [width // head, width // head // 4]  # query heads, key/value heads
         self.split = [width + width // 4, width // 4, 3 * width, 3 * width]  # q and k, v, gate, up: FFN is three widths
-        self.pre_norm = nn.RMSNorm(width, eps=1e-6)
+        self.pre_norm = RMSNorm(width, eps=1e-6)
         self.fused_in = nn.Linear(width, sum(self.split), bias=False)
         self.qk_scale = nn.Parameter(torch.ones(sum(self.heads), head))
         self.fused_out = nn.Linear(4 * width, width, bias=False)
-        self.post_norm = nn.RMSNorm(width, eps=1e-6)
+        self.post_norm = RMSNorm(width, eps=1e-6)
 
     def forward(self, x, modulation, rope):
         """x (B, N, D); modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin). -> (B, N, D)."""
@@ -455,16 +486,41 @@ class DiT(nn.Module):
             if f"modulations.{name}.weight" not in state:
                 modulation.load_state_dict(self.modulations[first].state_dict())
 
-    def configure_optimizers(self, lr, optimizer="muon"):
-        """[Muon for the matrices of the blocks, AdamW for the rest], or [AdamW for all]. Neither decays weights."""
-        matrices = [p for name, p in self.named_parameters() if "fused" in name and optimizer == "muon"]
+    def checkpoint_activations(self):
+        """From now on keep of each block its input alone, and compute the rest again in the backward pass."""
+        for block in self.all_blocks():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def compile_blocks(self):
+        """torch.compile each block, for its shapes: one graph for all of the trunk, one for a detokenizer's."""
+        for block in self.all_blocks():
+            block.compile(dynamic=False, fullgraph=True)
+
+    def all_blocks(self):
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def matrices(self):
+        """What Muon updates: the blocks' matrices."""
+        return [p for block in self.all_blocks() for p in (block.fused_in.weight, block.fused_out.weight)]
+
+    def configure_optimizers(self, lr, optimizer="muon", shard=False):
+        """[AdamW for all but the blocks' matrices, Muon for these], or [AdamW for all]. Neither decays weights.
+
+        shard: every rank keeps the state of, and updates, its own share of the parameters, whole ones (ZeRO, stage 1).
+        """
+        matrices = self.matrices() if optimizer == "muon" else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters() if id(p) not in chosen]
-        optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        make = lambda kind, parameters, **settings: (
+            ZeroRedundancyOptimizer(parameters, kind, lr=lr, weight_decay=0.0, **settings)
+            if shard
+            else kind(parameters, lr=lr, weight_decay=0.0, **settings)
+        )
+        optimizers = [make(torch.optim.AdamW, rest, betas=(0.9, 0.95), fused=True)]
         if matrices:
             if matrices[0].device.type == "cpu":  # a private name: should torch change it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(make(torch.optim.Muon, matrices, adjust_lr_fn="match_rms_adamw"))
         return optimizers
 
 
@@ -502,28 +558,75 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
     return 2 * n**3 / best
 
 
-def training_cost(config, size):
-    """Counted, on the meta device, so nothing is computed: (parameters, FLOPs, activation bytes) of one training pass.
+def example(config, size, batch=1):
+    """(model, inputs of its forward): images of size (H, W) and zeros for all that is given."""
+    noisy = {m.name: torch.zeros(batch, *m.shape(size)) for m in config.modalities}
+    text = torch.zeros(batch, config.text_length, config.text_dim or 1)
+    text = text if config.text_dim else text[..., 0].byte()
+    return DiT(config), (noisy, {m: torch.zeros(batch) for m in noisy}, text)
 
-    FLOPs are matmuls and attention, forward and backward, per image. Activation bytes are what a float32 forward pass
-    keeps for its backward pass, per image, attention matrices included, which fused attention does not keep.
-    """
+
+def training_cost(config, size):
+    """(parameters, FLOPs per image) of training, counted on the meta device: matmuls and attention, both passes."""
     with torch.device("meta"):
-        model = DiT(config)
-        noisy = {m.name: torch.zeros(1, *m.shape(size)) for m in config.modalities}
-        t = {m.name: torch.zeros(1) for m in config.modalities}
-        text = torch.zeros(1, config.text_length, config.text_dim or 1)
-        text = text if config.text_dim else text[..., 0].byte()
+        model, inputs = example(config, size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not counted
+        sum(x.sum() for x in model(*inputs).values()).backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+
+
+def activation_bytes(config, size, batch, half, checkpointing=False):
+    """Bytes that a forward pass keeps for its backward pass, counted on fake tensors, uncompiled.
+
+    half: under bfloat16 autocast; its copies of the weights are among them. checkpointing: see checkpoint_activations.
+    """
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it, so that no other gets its address
         return tensor
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel is not counted
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model, inputs = example(config, size, batch)
+        if checkpointing:
+            model.checkpoint_activations()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            x0_hat = model(noisy, t, text)
-        sum(x.sum() for x in x0_hat.values()).backward()
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    activations = sum(size for storage, size in kept.items() if storage not in weights)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), activations
+            model(*inputs)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+
+
+def memory_plan(config, size, images, gpus, optimizer="muon", taught=None, half=True):
+    """Estimated peak bytes on each of the GPUs in training, {(shard, checkpointing): {part: bytes}}, for each choice.
+
+    images: that a GPU takes at a time. taught: Config of the frozen teacher, or None. Weights, gradients and EMA are
+    float32; with half, weights include autocast's bfloat16 copies, and the teacher is bfloat16. Not in it: CUDA's
+    context, NCCL's buffers, fragmentation, and what torch.compile saves by fusion.
+    """
+    with torch.device("meta"):
+        model, teacher = DiT(config), DiT(taught) if taught else None
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    parameters, frozen = count(model.parameters()), count(teacher.parameters()) if taught else 0
+    states = 2 * parameters - (count(model.matrices()) if optimizer == "muon" else 0)  # AdamW keeps two, Muon one
+    one, two, one_again, two_again = (
+        activation_bytes(config, size, batch, half, again) for again in (False, True) for batch in (1, 2)
+    )
+    copies, each, each_again = 2 * one - two, two - one, two_again - one_again
+    each_again += (each - each_again) / len(model.all_blocks())  # one block's, computed again
+    plans = {}
+    for shard, again in itertools.product((False, True), repeat=2):
+        parts = {"weights": 4 * parameters + copies, "gradients": 4 * parameters}
+        parts |= {"optimizer": 4 * states / (gpus if shard else 1), "EMA": 4 * parameters}
+        parts |= {"teacher": (2 if half else 4) * frozen, "activations": images * (each_again if again else each)}
+        plans[shard, again] = parts
+    return plans
+
+
+def format_plan(plans):
+    """memory_plan as a table in GiB, for --dry-run."""
+    lines = [["", *next(iter(plans.values())), "total"]]
+    for (shard, again), parts in plans.items():
+        flags = [flag for flag, on in (("--shard", shard), ("--checkpoint-activations", again)) if on]
+        sizes = [f"{n / 2**30:.2f}" for n in (*parts.values(), sum(parts.values()))]
+        lines.append([" ".join(flags) or "without either", *sizes])
+    return "\n".join(f"{first:34}" + "".join(f"{cell:>13}" for cell in cells) for first, *cells in lines)

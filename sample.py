@@ -142,9 +142,9 @@ def main():
         data.fail("--image and --depth: with both given there is nothing to generate; leave one out")
     if shapes:
         size = config.fit(*shapes.pop(), side)
-    start = {}
-    for i, m in enumerate(model.modalities):
-        start[m.name] = data.draw_noise(m.shape(size), args.seed, range(args.count), stream=i)
+    start, draws = {}, data.Draws(args.seed, range(args.count))
+    for m in model.modalities:
+        start[m.name] = draws.randn(*m.shape(size))
         if m.name in given:
             values, valid = given[m.name]
             if valid is None:

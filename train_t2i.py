@@ -13,16 +13,22 @@ train_forcing.py starts from. A step reads: draw a batch -> draw noise levels ->
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
+import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -30,10 +36,14 @@ from model import (
     PRESETS,
     RGB,
     DiT,
+    breakdown,
     corrupt,
     draw_noise_levels,
+    format_plan,
     matmul_peak,
+    memory_plan,
     sampling_grid,
+    scored,
     training_cost,
     velocity_loss,
 )
@@ -43,13 +53,15 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def setting(flag, default, help, **kwargs):
-        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
+        kwargs |= {"action": "store_true"} if default is False else {"type": type(default)}
+        p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
 
     setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
     data.source_settings(setting)
     setting("--size", 0, "side of the images in pixels; 0 is the preset's")
     setting("--steps", 650, "optimizer steps")
-    setting("--batch-size", 32, "samples a step, over all ranks together")
+    setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together")
+    setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory")
     setting("--lr", 6e-3, "peak learning rate")
     setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero")
@@ -60,31 +72,47 @@ def parse():
     setting("--device", "auto", "auto, cuda, mps or cpu")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     setting("--out", "runs/t2i", "run directory")
-    p.add_argument("--resume", action="store_true", help="go on from the run directory's last.pt")
+    setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
+    setting("--shard", False, "optimizer state split over the ranks (ZeRO, stage 1): less memory")
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the run directory's newest whole checkpoint, if any"
+    )
     setting("--checkpoint-every", 250, "steps between checkpoints")
+    setting("--keep", 2, "checkpoints that are kept, the newest ones")
     setting("--log-every", 10, "steps between rows of metrics.jsonl")
     setting("--sample-every", 500, "steps between picture grids")
-    p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, and stop")
+    setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
+    setting("--timeout", 600, "seconds after which ranks give up waiting for one that is silent")
+    p.add_argument(
+        "--dry-run", type=int, metavar="GPUS", help="print FLOPs, and bytes on each of so many GPUs, and stop"
+    )
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
+        p.set_defaults(resume=True)
     args = p.parse_args()
     config_file = Path(args.out) / "config.json"
     if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
     data.at_least(args, size=0, seed=0, workers=0)
-    data.at_least(args, steps=1, batch_size=1, warmup=1, checkpoint_every=1, log_every=1, sample_every=1)
+    data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
+    data.at_least(args, checkpoint_every=1, log_every=1, sample_every=1)
+    if args.dry_run is not None:
+        data.at_least(args, dry_run=1)
     if args.preset not in PRESETS:
         data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
     return args
 
 
 def dry_run(args, config):
-    parameters, flops, activations = training_cost(config, (args.size, args.size))
-    half = 0.5 if args.device != "cpu" else 1  # bfloat16 activations on GPUs
-    fixed = parameters * 4 * (1 + 1 + (1 if args.optimizer == "muon" else 2) + 1)
+    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device != "cpu"
+    size = args.size, args.size
+    parameters, flops = training_cost(config, size)
     print(f"{args.preset} at {args.size}x{args.size}, text-to-image: {parameters / 1e6:.1f}M parameters")
-    print(f"training FLOPs per image (matmuls and attention, forward and backward): {flops / 1e9:.2f} GFLOP")
-    print(f"estimated memory per GPU: {fixed / 2**30:.2f} GiB for weights, gradients, optimizer and EMA in float32")
-    print(f"    + {activations * half / 2**20:.1f} MiB of activations per image, before torch.compile saves some")
+    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
+    print(
+        f"estimated GiB on each of {args.dry_run} GPUs, {images:g} images at a time, before torch.compile saves some:"
+    )
+    print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, half=half)))
 
 
 @torch.no_grad()
@@ -120,10 +148,13 @@ def main():
     config = replace(config, size=args.size)
     if args.dry_run:
         return dry_run(args, config)
+    if args.batch_size % (world * args.grad_accum):
+        data.fail(
+            f"--batch-size {args.batch_size}: must be a multiple of ranks * --grad-accum, {world * args.grad_accum}"
+        )
+    stop_signals = data.catch_signals()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if args.batch_size % world:
-        data.fail(f"--batch-size {args.batch_size}: must be a multiple of the number of ranks, {world}")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=args.timeout))
 
     source = data.open_source(args, "train", (args.size, args.size), device, with_depth=False)
 
@@ -131,8 +162,10 @@ def main():
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = model.configure_optimizers(args.lr, args.optimizer)
-    state = data.load_checkpoint(f"{args.out}/last.pt", "--resume") if args.resume else None
+    sharded = args.shard and world > 1
+    optimizers = model.configure_optimizers(args.lr, args.optimizer, sharded)
+    state = data.resume(args.out, rank) if args.resume else None
+    step, skipped, in_a_row, sums = 0, 0, 0, {}  # sums: {name of a loss: total and count since the last row}
     if state:
         try:
             model.load_state_dict(state["model"])
@@ -140,98 +173,131 @@ def main():
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
         except (RuntimeError, ValueError):
-            data.fail(
-                f"--resume: {args.out}/last.pt is of another network or optimizer; resume with its first settings"
-            )
-    step = state["step"] if state else 0
-    out = data.open_run(args.out, vars(args), step if state else None) if rank == 0 else None
-    network = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+            data.fail(f"--resume: {args.out} holds another network or optimizer; resume with its first settings")
+        step, skipped = state["step"], state["skipped"]
+        sums = {name: total.to(device) * (rank == 0) for name, total in state["sums"].items()}
+    elif args.resume and rank == 0:
+        print(f"--resume: no checkpoint in {args.out} yet; from the beginning", file=sys.stderr)
+    out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
+    if args.checkpoint_activations:
+        model.checkpoint_activations()
     if args.compile or (args.compile is None and cuda):
-        network = torch.compile(network)
+        model.compile_blocks()
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    names = [m.name for m in config.modalities]
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
-    def global_mean(total, count):
-        """This rank's totals and counts -> a loss whose gradient, averaged over ranks, is the global mean's."""
-        count = count.sum()
-        if world > 1:
-            dist.all_reduce(count)
-        return total.sum() * world / count.clamp(min=1)
+    def over_ranks(sums):
+        """{name: (total, count)} of this rank -> of all ranks, as floats."""
+        table = torch.stack([*sums.values()]) if sums else torch.zeros(0, 2)
+        if world > 1 and sums:
+            dist.all_reduce(table)
+        return dict(zip(sums, table.tolist(), strict=True))
 
-    _, flops, _ = training_cost(config, (args.size, args.size))
+    flops = training_cost(config, (args.size, args.size))[1]
     peak = matmul_peak(device, torch.bfloat16 if cuda else torch.float32)
     if rank == 0:
-        print(
-            f"{args.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True
-        )
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
     batches = data.training_batches(source, args, step, rank, world, device)
-    clock, since = time.perf_counter(), step
-    while step < args.steps:
-        # Draw a batch, noise levels and noise: all of it follows from (seed, step, rank).
-        generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        values, _, captions = next(batches)
-        values["rgb"] = encoders.encode_image(values["rgb"])
-        x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
-        text = encoders.encode_text(captions).to(device)
-        keep = torch.rand(len(text), generator=generator, device=device) >= args.drop_caption
-        text = text * keep.view(-1, *[1] * (text.ndim - 1))
-        t = draw_noise_levels(config.modalities, len(text), generator, device)
-        noise = {m: torch.randn(x.shape, generator=generator, device=device) for m, x in x0.items()}
+    clock, since, stopping, saved = time.perf_counter(), step, False, True
+    while step < args.steps and not stopping:
+        # Draw the batch, noise levels and noise. All randomness follows from (seed, index of the sample): how a batch
+        # is split over ranks and parts is no matter.
+        parts, counts = [], torch.zeros(len(names) + 1, dtype=torch.long, device=device)
+        for values, _, captions, indices in itertools.islice(batches, args.grad_accum):
+            draws = data.Draws(args.seed, indices, device)
+            values["rgb"] = encoders.encode_image(values["rgb"])
+            x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
+            text = encoders.encode_text(captions).to(device)
+            text = text * (draws.rand() >= args.drop_caption).view(-1, *[1] * (text.ndim - 1))
+            t = draw_noise_levels(config.modalities, draws.rand)
+            noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m]) for m in x0}
+            count = {m: scored(x0[m], t[m]).sum((1, 2, 3)) for m in x0}
+            counts[:-1] += torch.stack([count[m].sum() for m in names])
+            parts.append((x0, noisy, t, text, count))
+        counts[-1] = len(stop_signals)  # on whichever rank: all stop after the same step
+        if world > 1:
+            dist.all_reduce(counts)
+        divisor = dict(zip(names, counts.clamp(min=1), strict=False))
 
-        # Predict, loss, step.
-        rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup))
-        with autocast:
-            x0_hat = network({m: corrupt(x0[m], noise[m], t[m]) for m in x0}, t, text)
-        losses = {m: global_mean(*velocity_loss(x0_hat[m], x0[m], t[m])) for m in x0}
-        loss = sum(losses.values())
-        loss.backward()
+        # Predict, loss.
+        step_sums = {}
+        for part in parts:
+            x0, noisy, t, text, count = part
+            network.require_backward_grad_sync = part is parts[-1]
+            with autocast:
+                x0_hat = network(noisy, t, text)
+            totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m]) for m in names}
+            loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
+            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN reaches the norm on every rank
+            for (m, kind), total in totals.items():
+                for group, pair in breakdown(m, total.detach(), count[m], t).items():
+                    step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
+
+        # Step, unless the gradient is not finite. Its norm is the same on all ranks; reading it is the loop's one wait.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        decay = min(args.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        norm, stopping = torch.stack([norm, counts[-1]]).tolist()
+        rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup))
         step += 1
+        if math.isfinite(norm):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+            decay = min(args.ema, step / (9 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            sums = {name: sums.get(name, 0) + pair for name, pair in step_sums.items()}
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            bad = [name for name, (total, _) in over_ranks(step_sums).items() if not math.isfinite(total)]
+            reason = f"step {step} skipped, not finite: {', '.join(bad) or 'the gradient alone'}"
+            if in_a_row == args.max_skipped:
+                data.fail(f"{reason}; {in_a_row} in a row, so this run stops: lower --lr (now {args.lr}), check --data")
+            if rank == 0:
+                print(reason, file=sys.stderr)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
 
         # Log, save, draw.
         bar.update()
-        if step % args.log_every == 0 or step == args.steps:
-            row = {
-                "step": step,
-                "loss": loss,
-                **{f"loss_{m}": v for m, v in losses.items()},
-                "grad_norm": norm,
-                "lr": rate,
-            }
-            logged = torch.stack([torch.as_tensor(v, device=device).float() for v in row.values()]).detach()
-            if world > 1:
-                dist.all_reduce(logged)
-                logged /= world
-            row = dict(zip(row, logged.tolist(), strict=True), step=step)
+        if sums and (step % args.log_every == 0 or step == args.steps):
+            losses = {name: total / count for name, (total, count) in over_ranks(sums).items() if count}
+            row = {"step": step, "loss": sum(losses.get(f"loss_{kind}{m}", 0) for m, kind in totals)} | losses
             speed = (step - since) * args.batch_size / (time.perf_counter() - clock)
-            row |= {"images_per_s": speed, "gflops": speed * flops / 1e9, "utilization": speed * flops / peak / world}
-            clock, since = time.perf_counter(), step
+            row |= {"grad_norm": norm, "lr": rate, "skipped": skipped, "images_per_s": speed}
+            row |= {"tflops": speed * flops / 1e12, "utilization": speed * flops / peak / world}
+            clock, since, sums = time.perf_counter(), step, {}
             if rank == 0:
-                with open(out / "metrics.jsonl", "a") as f:
-                    f.write(json.dumps(row) + "\n")
-                bar.set_postfix_str(
-                    f"loss {row['loss']:.3f}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak"
-                )
-            if not math.isfinite(row["loss"]):
-                data.fail(f"step {step}: the loss is not finite; lower --lr (now {args.lr})")
-        if rank == 0 and (step % args.checkpoint_every == 0 or step == args.steps):
-            state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
-            state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            data.save_checkpoint(out / "last.pt", state)
+                data.append_row(out / "metrics.jsonl", row)
+                shown = ", ".join(f"{kind}{m} {losses.get(f'loss_{kind}{m}', 0):.3f}" for m, kind in totals)
+                rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
+                bar.set_postfix_str(f"{shown}, {rates}")
+        if step % args.checkpoint_every == 0 or step == args.steps or stopping:
+            sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
+            for optimizer in optimizers if sharded else ():
+                optimizer.consolidate_state_dict(to=0)
+            if rank == 0:
+                state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
+                state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+                saved = data.save_checkpoint(out, state | {"sums": sums, "skipped": skipped}, args.keep)
+            clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
+            with data.tolerate(out / "samples"):
+                picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()
     if world > 1:
+        dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
+    if not saved:
+        data.fail(f"--out {args.out}: the last checkpoint could not be written; free some space and --resume")
+    if stopping and rank == 0:
+        print(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on", file=sys.stderr)
+    if signal.SIGINT in stop_signals:
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()

@@ -1,6 +1,8 @@
 """The built-in world: exact geometry, determinism, honest captions; sparse patterns; files."""
 
+import errno
 import math
+import os
 from dataclasses import asdict
 
 import pytest
@@ -10,14 +12,18 @@ from data import (
     COLORS,
     PATTERNS,
     SHAPES,
+    Draws,
     World,
+    append_row,
     caption,
-    draw_noise,
     draw_scenes,
     encode_text,
+    list_checkpoints,
     load_checkpoint,
     paint_depth,
+    read_rows,
     render,
+    resume,
     save_checkpoint,
     sparsify,
     training_indices,
@@ -122,7 +128,7 @@ def test_captions_say_what_is_there():
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_keep_only_known_pixels_in_their_own_way(pattern):
     values, valid, _ = World("train", (32, 32)).samples(range(200))
-    mask = sparsify(valid["depth"], values["rgb"], pattern, torch.Generator().manual_seed(0))
+    mask = sparsify(valid["depth"], values["rgb"], pattern, Draws(0, range(200)).rand)
     assert not (mask & ~valid["depth"]).any()
     share = mask.flatten(1).sum(1) / valid["depth"].flatten(1).sum(1)
     if pattern == "dense":
@@ -144,7 +150,7 @@ def test_patterns_keep_only_known_pixels_in_their_own_way(pattern):
 
 def test_mixed_gives_each_sample_one_of_the_patterns():
     values, valid, _ = World("train", (32, 32)).samples(range(100))
-    thin = lambda pattern: sparsify(valid["depth"], values["rgb"], pattern, torch.Generator().manual_seed(0))
+    thin = lambda pattern: sparsify(valid["depth"], values["rgb"], pattern, Draws(0, range(100)).rand)
     mixed = thin("mixed")
     same = torch.stack([(thin(pattern) == mixed).flatten(1).all(1) for pattern in PATTERNS])
     assert same.any(0).all() and (same.float().mean(1) > 0.1).all()
@@ -152,7 +158,7 @@ def test_mixed_gives_each_sample_one_of_the_patterns():
 
 def test_a_number_is_a_share_of_pixels():
     full = torch.ones(400, 1, 32, 32, dtype=torch.bool)
-    tenth = sparsify(full, torch.zeros(400, 3, 32, 32), "0.1", torch.Generator().manual_seed(0)).float().mean()
+    tenth = sparsify(full, torch.zeros(400, 3, 32, 32), "0.1", Draws(0, range(400)).rand).float().mean()
     assert tenth.item() == pytest.approx(0.1, abs=0.003)
 
 
@@ -169,9 +175,13 @@ def test_ranks_share_a_step_without_overlap():
     assert whole[0] == 40 and not set(whole) & set(training_indices(1, 5, 8))
 
 
-def test_noise_does_not_depend_on_the_batch():
-    assert torch.equal(draw_noise((1, 4, 4), 0, [4, 5, 6])[1:], draw_noise((1, 4, 4), 0, [5, 6]))
-    assert not torch.equal(draw_noise((1, 4, 4), 0, [4]), draw_noise((1, 4, 4), 0, [4], stream=1))
+def test_what_a_sample_draws_does_not_depend_on_its_batch():
+    together, alone = Draws(0, [4, 5, 6]), Draws(0, [6])
+    for kind, shape in (("rand", ()), ("randn", (1, 4, 4)), ("rand", (3,))):
+        assert torch.equal(getattr(together, kind)(*shape)[2:], getattr(alone, kind)(*shape))
+    rows = torch.cat([Draws(key, [index]).randn(50) for key in (0, 1) for index in (0, 1, 1 << 32, 2 << 32)])
+    assert len(torch.unique(rows, dim=0)) == 8  # of 64-bit indices every bit counts
+    assert abs(Draws(0, range(4000)).randn(4).mean().item()) < 4 / 16000**0.5
 
 
 def test_near_is_bright_and_missing_is_black():
@@ -180,12 +190,61 @@ def test_near_is_bright_and_missing_is_black():
     assert brightness[0] > brightness[1] > brightness[2] > brightness[3] == 0
 
 
-def test_checkpoints_survive_a_torn_write(tmp_path, capsys):
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, {"config": asdict(PRESETS["nano"]), "settings": {}, "ema": {"a": 1}, "step": 1})
-    (tmp_path / "last.pt.tmp").write_bytes(b"half a checkpoint")
-    assert load_checkpoint(path)["step"] == 1
-    path.write_bytes(path.read_bytes()[:100])
+def state(step):
+    return {"config": asdict(PRESETS["nano"]), "settings": {}, "ema": {"a": torch.full((1000,), step)}, "step": step}
+
+
+def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
+    for step in (9, 10, 10_000_000, 10_000_001):
+        assert save_checkpoint(tmp_path, state(step), keep=2)
+        assert load_checkpoint(tmp_path / "last.pt")["step"] == step
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10000000.pt", "step-10000001.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-10000000.pt", "step-10000001.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "text"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(damage, tmp_path, capsys):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step), keep=2)
+    path = tmp_path / "step-0000002.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((1000,), 2).numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes({"cut": content[:-100], "one bit": content, "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(SystemExit) as error:
-        load_checkpoint(path)
+        load_checkpoint(tmp_path / "last.pt")
     assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert resume(tmp_path, rank=1)["step"] == 1 and path.exists() and not capsys.readouterr().err
+    assert resume(tmp_path, rank=0)["step"] == 1
+    assert "step-0000002.pt is damaged" in capsys.readouterr().err
+    assert resume(tmp_path, rank=0)["step"] == 1 and not capsys.readouterr().err  # it is out of the way
+    (tmp_path / "step-0000001.pt").write_bytes(b"")
+    with pytest.raises(SystemExit) as error:
+        resume(tmp_path, rank=0)
+    assert error.value.code == 2
+    assert resume(tmp_path / "nothing here", rank=0) is None
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
+    assert save_checkpoint(tmp_path, state(1), keep=1)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert not save_checkpoint(tmp_path, state(2), keep=1)
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_rows_survive_what_a_crash_has_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_row(path, {"step": 1, "loss": 0.1})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1, "loss": 0.1}]
+    append_row(path, {"step": 3})
+    assert [row["step"] for row in read_rows(path)] == [1]
+    append_row(path, {"step": 4})
+    assert [row["step"] for row in read_rows(path)] == [1, 4]

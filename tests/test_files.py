@@ -20,7 +20,8 @@ NONE_MISSING = {"depth_scale": 0.001, "depth_min": 0.0, "depth_max": 0.0}
 
 
 def settings(path, **changed):
-    return argparse.Namespace(**{**NONE_MISSING, "data": str(path), "workers": 0, "seed": 0, "batch_size": 8} | changed)
+    run = {"data": str(path), "workers": 0, "seed": 0, "batch_size": 8, "grad_accum": 1}
+    return argparse.Namespace(**{**NONE_MISSING, **run} | changed)
 
 
 def to_bytes(array, kind, **options):
@@ -276,7 +277,7 @@ def test_training_sees_the_same_samples_in_every_layout(world):
     step = {}
     for layout, path in world.items():
         args = settings(path, batch_size=30)
-        values, _, captions = next(
+        values, _, captions, _ = next(
             data.training_batches(data.open_source(args, "train", (24, 24)), args, 0, 0, 1, "cpu")
         )
         step[layout] = {tuple(v.flatten()[:200].tolist()): c for v, c in zip(values["rgb"], captions, strict=True)}
@@ -319,12 +320,32 @@ def test_order_follows_from_the_seed_and_resumes(layout, world):
         args = settings(world[layout], workers=workers, seed=seed, batch_size=4)
         stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, step, 0, 1, "cpu")
         batches = [next(stream) for _ in range(12 - step)]
-        return [(values["rgb"].sum().item(), captions) for values, _, captions in batches]
+        return [(values["rgb"].sum().item(), captions) for values, _, captions, _ in batches]
 
     whole = names(0)
     assert whole == names(0) and whole != names(0, seed=1)
     for step in (1, 2, 9):  # 30 samples: into the second epoch
         assert names(step) == whole[step:]
+
+
+def test_the_parts_of_a_step_are_the_step(world):
+    """What --grad-accum splits, and what ranks split of the built-in world, is the same batch."""
+    for path in (world["folder"], "synthetic"):
+        taken = []
+        for ranks, parts in ((1, 1), (1, 4)) if path != "synthetic" else ((1, 1), (1, 4), (2, 2)):
+            args = settings(path, batch_size=8, grad_accum=parts)
+            source, batches = data.open_source(args, "train", (16, 16)), []
+            for rank in range(ranks):
+                stream = data.training_batches(source, args, 3, rank, ranks, "cpu")
+                batches += itertools.islice(stream, parts)
+            assert [len(indices) for *_, indices in batches] == [8 // ranks // parts] * ranks * parts
+            assert [i for *_, indices in batches for i in indices] == list(range(24, 32))
+            rgb = torch.cat([values["rgb"] for values, *_ in batches])
+            depth = torch.cat([valid["depth"] for _, valid, *_ in batches])
+            taken.append((rgb, depth, [line for _, _, captions, _ in batches for line in captions]))
+        for other in taken[1:]:
+            torch.testing.assert_close(other[0], taken[0][0])
+            assert torch.equal(other[1], taken[0][1]) and other[2] == taken[0][2]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -19,10 +19,10 @@ import evaluate
 import sample
 import train_forcing
 import train_t2i
-from model import DEPTH, RGB, Config, DiT, Modality, corrupt, draw_noise_levels, sampling_grid, velocity_loss
+from model import DEPTH, RGB, Config, DiT, Modality, corrupt, draw_noise_levels, sampling_grid, scored, velocity_loss
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
+QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
 
 
 def run(script, line, monkeypatch):
@@ -57,8 +57,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, source, trained
     run(script, f"{line} --out {tmp_path}/whole", monkeypatch)
     save = data.save_checkpoint
 
-    def save_then_die(path, state):
-        save(path, state)
+    def save_then_die(*args):
+        save(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -114,7 +114,7 @@ def test_training_on_rgb_only_rows(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train_forcing, "picture", lambda *args: None)
     run(train_forcing, f"{QUICK} --steps 2 --init {trained[0]} --out {tmp_path}/run", monkeypatch)
     rows = losses(tmp_path / "run")
-    assert rows[2]["loss_depth"] == 0 and 0 < rows[2]["loss_rgb"] < 10
+    assert "loss_depth" not in rows[2] and 0 < rows[2]["loss_rgb"] < 10
     head = torch.load(tmp_path / "run/last.pt", weights_only=True)["model"]["decoders.depth.head.weight"]
     assert (head == 0).all()
 
@@ -186,13 +186,13 @@ def test_surface_normals_are_one_entry_and_one_key():
     values, valid, captions = data.World("train", (16, 16)).samples(range(8))
     x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in model.modalities}
     text, generator = data.encode_text(captions, config.text_length), torch.Generator().manual_seed(0)
-    t = draw_noise_levels(model.modalities, 8, generator)
+    t = draw_noise_levels(model.modalities, lambda: torch.rand(8, generator=generator))
     noise = {m: torch.randn(x.shape, generator=generator) for m, x in x0.items()}
     history = []
     for _ in range(3):
         x0_hat = model({m: corrupt(x0[m], noise[m], t[m], valid[m]) for m in x0}, t, text)
-        totals = {m: velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in x0}
-        loss = sum(total.sum() / count.sum() for total, count in totals.values())
+        each = {m: (x0[m], t[m], valid[m]) for m in x0}
+        loss = sum(velocity_loss(x0_hat[m], *each[m]).sum() / scored(*each[m]).sum() for m in x0)
         history.append(loss.item())
         loss.backward()
         for optimizer in optimizers:
