@@ -15,6 +15,7 @@ Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-co
 import argparse
 import contextlib
 import ctypes
+import datetime
 import functools
 import importlib.util
 import io
@@ -36,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -954,6 +956,19 @@ def open_run(out, settings, device, ranks, resumed=None):
         fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
     append_row(out / "starts.jsonl", row)
     return out
+
+
+def join_ranks(backend, seconds):
+    """Join torchrun's ranks in a process group; all end if one is silent for so many seconds.
+
+    torchrun shows a second try (--max-restarts) what the first has stored, addresses of the dead among it. So on one
+    node every try has keys of its own; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a new store.
+    """
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    timeout = datetime.timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def catch_signals():

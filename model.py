@@ -494,7 +494,7 @@ class DiT(nn.Module):
     def compile_blocks(self):
         """torch.compile each block, for its shapes: one graph for all of the trunk, one for a detokenizer's."""
         for block in self.all_blocks():
-            block.compile(dynamic=False, fullgraph=True)
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
 
     def all_blocks(self):
         return [module for module in self.modules() if isinstance(module, Block)]

@@ -26,7 +26,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -215,7 +214,7 @@ def main():
         )
     stop_signals = data.catch_signals()
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=args.timeout))
+        data.join_ranks("nccl" if cuda else "gloo", args.timeout)
 
     source = data.open_source(args, "train", (args.size, args.size), device)
 
@@ -252,12 +251,12 @@ def main():
     elif args.resume and rank == 0:
         print(f"--resume: no checkpoint in {args.out} yet; from the beginning", file=sys.stderr)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
-    if args.checkpoint_activations:
-        model.checkpoint_activations()
     if args.compile or (args.compile is None and cuda):
         model.compile_blocks()
         if teacher is not None:
             teacher.compile_blocks()
+    if args.checkpoint_activations:
+        model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     names = [m.name for m in config.modalities]
     autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()

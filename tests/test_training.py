@@ -1,0 +1,388 @@
+"""Training at any world size, and what schedulers, disks and accidents do to it."""
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import model
+import train_forcing
+import train_t2i
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--no-compile --device cpu --size 16 --batch-size 8 --log-every 1 --sample-every 1000 --warmup 2"
+FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double"
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(script, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
+    monkeypatch.setattr(script, "picture", lambda *args: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        script.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def start(script, line, changes="", ranks=1):
+    """The script in a process of its own, or in two under torchrun, after some lines of Python."""
+    code = f"import os, runpy, signal, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport data, model\n{changes}\n"
+    code += f"import {script}\n{script}.picture = lambda *args: None\n{script}.main()\n"
+    out = re.search(r"--out (\S+)", line)[1]
+    Path(f"{out}.py").write_text(code)
+    launcher = (
+        LAUNCHER if ranks == 2 else [*LAUNCHER, "--max-restarts", "1"] if ranks == "2, again" else [sys.executable]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, f"{out}.py", *line.split()]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    """(exit code, what was printed)."""
+    printed, _ = process.communicate(timeout=200)
+    return process.returncode, printed
+
+
+def rows(out):
+    return {row["step"]: row for row in data.read_rows(Path(out) / "metrics.jsonl")}
+
+
+def losses(out):
+    """All that a run computes, without what it measures."""
+    timed = ("images_per_s", "tflops", "utilization")
+    return {step: {k: v for k, v in row.items() if k not in timed} for step, row in rows(out).items()}
+
+
+def weights(out, step="last"):
+    name = "last.pt" if step == "last" else f"step-{step:07}.pt"
+    state = torch.load(Path(out) / name, weights_only=True)
+    return {f"{part} {k}": v for part in ("model", "ema") for k, v in state[part].items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def t2i(tmp_path_factory):
+    out = tmp_path_factory.mktemp("t2i")
+    with pytest.MonkeyPatch.context() as patch:
+        run(train_t2i, f"{QUICK} --steps 3 --out {out}/t2i", patch)
+    return out / "t2i/last.pt"
+
+
+# ---- Correct at any world size ----
+
+
+@pytest.mark.parametrize("stage", ["train_t2i", "train_forcing"])
+def test_a_batch_may_be_split_in_any_way(stage, t2i, tmp_path, monkeypatch):
+    """In float64, with uneven sparse masks: the same losses and weights after three steps, EMA, clipping, teacher and
+    all, from one rank, from parts, from two ranks, from two ranks' parts with sharded optimizers.
+    """
+    line = f"{QUICK} --steps 3" + (f" --init {t2i}" if stage == "train_forcing" else "")
+    two = start(stage, f"{line} --grad-accum 2 --shard --out {tmp_path}/two", FLOAT64, ranks=2)
+    assert finish(two)[0] == 0
+    if stage == "train_forcing":
+        assert finish(start(stage, f"{line} --out {tmp_path}/ranks", FLOAT64, ranks=2))[0] == 0
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    try:
+        script = {"train_t2i": train_t2i, "train_forcing": train_forcing}[stage]
+        run(script, f"{line} --out {tmp_path}/one", monkeypatch)
+        run(script, f"{line} --grad-accum 4 --checkpoint-activations --out {tmp_path}/parts", monkeypatch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one, start_of = (losses(tmp_path / "one"), weights(tmp_path / "one")), tmp_path
+    for other in ("parts", "two") + (("ranks",) if stage == "train_forcing" else ()):
+        found = losses(start_of / other)
+        for step in (1, 2, 3):
+            assert found[step] == pytest.approx(one[0][step], rel=1e-9, abs=1e-12), other
+        for k, v in weights(start_of / other).items():
+            torch.testing.assert_close(v, one[1][k], rtol=0, atol=1e-9, msg=f"{other}: {k}")
+
+
+def test_sharded_and_whole_optimizers_read_each_others_checkpoints(t2i, tmp_path, monkeypatch):
+    """Two steps, sharded over two ranks, then a third by one: as if one had taken all three."""
+    line = f"{QUICK} --steps 3 --checkpoint-every 2 --keep 9"
+    code, _ = finish(start("train_t2i", f"{line} --shard --out {tmp_path}/a", ranks=2))
+    assert code == 0
+    two = weights(tmp_path / "a", 3)
+    (tmp_path / "a/step-0000003.pt").unlink()
+    run(train_t2i, f"--resume --out {tmp_path}/a", monkeypatch)
+    assert [row["ranks"] for row in data.read_rows(tmp_path / "a/starts.jsonl")] == [2, 1]
+    moved = weights(tmp_path / "a", 2)
+    for k, v in weights(tmp_path / "a", 3).items():
+        assert (v - two[k]).norm() <= 0.01 * (two[k] - moved[k]).norm() + 1e-7, k
+
+
+# ---- Hard to kill ----
+
+
+def forcing(out, t2i, steps=4, more=""):
+    return f"{QUICK} --steps {steps} --init {t2i} --checkpoint-every 1 --keep 99 --out {out} {more}"
+
+
+def broken(calls):
+    """Lines that make velocity_loss infinite in the calls of these numbers, on rank 1 of two."""
+    return f"""
+import itertools
+counter, whole = itertools.count(1), model.velocity_loss
+def velocity_loss(x0_hat, x0, t, *rest):
+    total = whole(x0_hat, x0, t, *rest)
+    bad = next(counter) in {calls} and int(os.environ.get("RANK", 1)) == 1
+    return torch.where(t > 0, torch.inf, total) if bad else total
+model.velocity_loss = velocity_loss
+"""
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(t2i, tmp_path):
+    """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3."""
+    two = start("train_forcing", forcing(tmp_path / "a", t2i, 4), broken((4, 8)), ranks=2)
+    code, printed = finish(two)
+    assert code == 0 and len(re.findall(r"step \d+ skipped", printed)) == 2
+    assert re.search(r"step 2 skipped, not finite: loss_rgb, ", printed)
+    assert re.search(r"step 3 skipped, not finite: loss_depth, .*loss_depth_joint", printed)
+    assert [row.get("skipped") for row in rows(tmp_path / "a").values()] == [0, 2]
+    at = {step: weights(tmp_path / "a", step) for step in (1, 2, 3, 4)}
+    assert same(at[1], at[2]) and same(at[1], at[3]) and not same(at[3], at[4])
+    assert all(v.isfinite().all() for v in at[4].values())
+
+
+def test_a_run_stops_after_some_steps_in_a_row_that_are_not_finite(t2i, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(torch.nan))
+    with pytest.raises(SystemExit) as stopped:
+        run(train_forcing, forcing(tmp_path / "a", t2i, 9, "--max-skipped 3"), monkeypatch)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "--lr" in last
+    assert "step 3 skipped, not finite: the gradient alone; 3 in a row" in last
+
+
+def wait_for_step(out, step, process):
+    for _ in range(1200):
+        if process.poll() is not None or max(rows(out), default=0) >= step:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_and_end_the_run(number, code, t2i, tmp_path, monkeypatch):
+    line = f"{QUICK} --steps 40 --log-every 7"
+    process = start("train_t2i", f"{line} --log-every 1 --out {tmp_path}/a")
+    wait_for_step(tmp_path / "a", 3, process)
+    process.send_signal(number)
+    found, printed = finish(process)
+    assert found == code and "Traceback" not in printed
+    step = int(re.search(r"stopped by a signal after step (\d+) of 40", printed)[1])
+    assert step == max(rows(tmp_path / "a")) == torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] < 40
+
+
+def test_a_row_may_span_a_stop(tmp_path, monkeypatch):
+    """Stopped between two rows of metrics.jsonl, a run loses none of what the next row sums up."""
+    line = f"{QUICK} --steps 6 --log-every 3"
+    run(train_t2i, f"{line} --out {tmp_path}/whole", monkeypatch)
+    whole, calls = train_t2i.scored, itertools.count(1)
+
+    def scored(*args):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_t2i, "scored", scored)
+        run(train_t2i, f"{line} --out {tmp_path}/cut", patch)
+    assert not rows(tmp_path / "cut") and torch.load(tmp_path / "cut/last.pt", weights_only=True)["step"] == 2
+    run(train_t2i, f"--resume --out {tmp_path}/cut", monkeypatch)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_full_disk_is_told_and_survived(tmp_path, monkeypatch, capsys):
+    """/dev/full takes no byte: a checkpoint and a row are lost, training goes on, the next checkpoint is whole."""
+    line = f"{QUICK} --steps 3 --checkpoint-every 1 --keep 9 --out {tmp_path}/a"
+    append, full = data.append_row, Path("/dev/full")
+    monkeypatch.setattr(data, "append_row", lambda path, row: append(full if row.get("step") == 2 else path, row))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/step.tmp").symlink_to(full)
+    run(train_t2i, line, monkeypatch)
+    said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(said) == 2 and "step-0000001.pt" in said[0] and "training goes on" in said[1]
+    assert sorted(rows(tmp_path / "a")) == [1, 3]
+    assert [path.name for path in data.list_checkpoints(tmp_path / "a")] == ["step-0000002.pt", "step-0000003.pt"]
+
+
+def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch, capsys):
+    line = f"{QUICK} --steps 2 --checkpoint-every 1 --out {tmp_path}/a"
+    save = data.save_checkpoint
+    out = tmp_path / "a"
+
+    def save_where_it_is_full(*args):
+        if data.list_checkpoints(out):
+            (out / "step.tmp").symlink_to("/dev/full")
+        return save(*args)
+
+    monkeypatch.setattr(data, "save_checkpoint", save_where_it_is_full)
+    with pytest.raises(SystemExit) as stopped:
+        run(train_t2i, line, monkeypatch)
+    assert stopped.value.code == 2 and "could not be written" in capsys.readouterr().err.splitlines()[-1]
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_a_rank_that_dies_takes_the_job_down_and_torchrun_starts_it_again(tmp_path, monkeypatch):
+    """Killed in its third step, rank 1 ends the job; the second try goes on from step 2 and computes what one would."""
+    die = """
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    whole = model.breakdown
+    def breakdown(m, totals, counts, t):
+        breakdown.calls += 1
+        if breakdown.calls == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(m, totals, counts, t)
+    breakdown.calls, model.breakdown = 0, breakdown
+"""
+    line = f"{QUICK} --steps 4 --checkpoint-every 1 --timeout 60"
+    process = start("train_t2i", f"{line} --out {tmp_path}/a", die, ranks="2, again")
+    assert finish(process)[0] == 0
+    assert [row["step"] for row in data.read_rows(tmp_path / "a/starts.jsonl")] == [0, 2]
+    started = time.perf_counter()
+    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/b", die, ranks=2))
+    assert code != 0 and time.perf_counter() - started < 60
+    assert re.search(r"rank\s*: 1", printed) and "SIGKILL" in printed
+    run(train_t2i, f"{line} --out {tmp_path}/one", monkeypatch)
+    assert losses(tmp_path / "a")[4]["loss"] == pytest.approx(losses(tmp_path / "one")[4]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(t2i, tmp_path, monkeypatch):
+    """kill -9 at random times, 4 of them or KILLS: in the end every number is that of a run left alone."""
+    line = f"{QUICK} --init {t2i} --steps 60 --checkpoint-every 1 --sample-every 20"
+    run(train_forcing, f"{line} --out {tmp_path}/whole", monkeypatch)
+    rng, kills, out = random.Random(0), int(os.environ.get("KILLS", 4)), tmp_path / "cut"
+    for _ in range(kills):
+        process = start("train_forcing", f"{line} --resume --out {out}")
+        before = max(rows(out), default=0)
+        wait_for_step(out, before + rng.choice([0, 1, 1]), process)
+        time.sleep(rng.uniform(0, 0.4))
+        assert process.poll() is None, finish(process)
+        process.kill()
+        finish(process)
+    code, printed = finish(start("train_forcing", f"{line} --resume --out {out}"))
+    assert code == 0, printed
+    assert len(data.read_rows(out / "starts.jsonl")) == kills + 1
+    assert losses(out) == losses(tmp_path / "whole")
+    assert same(weights(out), weights(tmp_path / "whole"))
+    assert {path.suffix for path in out.iterdir()} <= {".pt", ".json", ".jsonl", ""}  # nothing half-written is left
+
+
+# ---- Fast ----
+
+
+def test_blocks_compile_without_breaks_and_once(t2i, tmp_path, monkeypatch):
+    """One graph of the trunk, one of the detokenizer, one of the teacher, all in the first step."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs, backend=backend))
+    line = f"{QUICK.replace('--no-compile', '--compile')} --steps 3 --init {t2i}"
+    run(train_forcing, f"{line} --checkpoint-activations --out {tmp_path}/a", monkeypatch)
+    assert len(graphs) == 3
+    monkeypatch.setattr(torch, "compile", compiler)
+    run(train_forcing, f"{QUICK} --steps 3 --init {t2i} --out {tmp_path}/b", monkeypatch)
+    for step, row in losses(tmp_path / "b").items():
+        assert losses(tmp_path / "a")[step] == pytest.approx(row, rel=1e-4, abs=1e-5)
+
+
+def test_a_row_says_by_mode_and_noise_level_what_a_batch_lost():
+    t = {"rgb": torch.tensor([0.0, 0.3, 1.0, 0.5]), "depth": torch.tensor([0.2, 0.25, 0.0, 0.9])}
+    totals, counts = torch.tensor([1.0, 10.0, 0.0, 1000.0]), torch.tensor([1, 2, 0, 4])
+    found = {group: pair.tolist() for group, pair in model.breakdown("depth", totals, counts, t).items()}
+    assert found == {
+        "": [1011, 7],
+        "_given_rgb": [1, 1],
+        "_joint": [1010, 6],
+        "_t0-0.25": [11, 3],
+        "_t0.25-0.5": [0, 0],
+        "_t0.5-0.75": [0, 0],
+        "_t0.75-1": [1000, 4],
+    }
+    totals[1] = float("nan")
+    found = {group for group, pair in model.breakdown("depth", totals, counts, t).items() if pair[0].isnan()}
+    assert found == {"", "_joint", "_t0-0.25"}
+    assert not any("joint" in group for group in model.breakdown("rgb", totals, counts, {"rgb": t["rgb"]}))
+
+
+def test_the_plan_counts_what_training_keeps():
+    """Weights by hand; activations linear in images, against a count while training for real."""
+    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
+    plans = model.memory_plan(config, (32, 32), 8, 4, "muon", model.PRESETS["nano"], half=False)
+    network = model.DiT(config)
+    bytes_of = lambda tensors: sum(v.numel() * v.element_size() for v in tensors)
+    whole = bytes_of(network.parameters())
+    plain, sharded, again = plans[False, False], plans[True, False], plans[False, True]
+    assert plain["gradients"] == plain["EMA"] == whole
+    assert plain["weights"] == pytest.approx(whole, rel=0.01)  # and RoPE's tables
+    assert plain["teacher"] == bytes_of(model.DiT(model.PRESETS["nano"]).parameters())
+    assert sharded["optimizer"] == plain["optimizer"] / 4 and again["activations"] < 0.25 * plain["activations"]
+    optimizers = network.configure_optimizers(1e-3)
+    inputs = model.example(config, (32, 32), 8)[1]
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x0_hat = network(*inputs)
+    for parameter in network.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert plain["activations"] == pytest.approx(found, rel=0.02)
+    sum(x.sum() for x in x0_hat.values()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [v for o in optimizers for state in o.state.values() for v in state.values() if v.ndim > 0]
+    assert plain["optimizer"] == bytes_of(states)
+
+
+def test_the_3b_preset_fits_eight_gpus_of_80_gb():
+    teacher = model.PRESETS["3b"]
+    config = teacher.with_modalities(model.RGB, model.DEPTH)
+    plans = model.memory_plan(config, (256, 256), 16, 8, "muon", teacher)
+    total = {flags: sum(parts.values()) / 2**30 for flags, parts in plans.items()}
+    assert total[True, True] < 72 < total[False, True] < total[True, False]  # of about 79 GiB
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flash_attention_takes_the_grouped_query_call():
+    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
+    with torch.device("cuda"):
+        network, inputs = model.example(config, (32, 32), 2)
+    with torch.autocast("cuda", torch.bfloat16), model.sdpa_kernel(model.SDPBackend.FLASH_ATTENTION):
+        assert all(x.isfinite().all() for x in network(*inputs).values())
+
+
+def test_blocks_stay_in_bfloat16_under_autocast(recwarn):
+    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
+    network, inputs = model.example(config, (32, 32), 2)
+    seen = set()
+    for block in network.all_blocks():
+        block.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(*inputs)
+    assert seen == {torch.bfloat16} and not [w for w in recwarn if "fused" in str(w.message)]
