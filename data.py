@@ -1045,10 +1045,10 @@ def load_checkpoint(path, flag="--checkpoint"):
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
 
 
-def resume(out, rank):
+def newest_checkpoint(out, rank=0):
     """The newest whole checkpoint of a run directory, or None if there is none yet. Exit code 2 if all are damaged.
 
-    What is damaged is told, and renamed by rank 0.
+    What is damaged is told, and renamed, by rank 0.
     """
     paths = list_checkpoints(out)
     for path in reversed(paths):
@@ -1061,6 +1061,27 @@ def resume(out, rank):
                     path.rename(f"{path}.damaged")
     if paths:
         fail(f"--resume: no checkpoint in {out} is whole; start anew with another --out")
+    if rank == 0:
+        print(f"--resume: no checkpoint in {out} yet; from the beginning", file=sys.stderr)
+
+
+def resume(out, rank, model, ema, optimizers):
+    """Load newest_checkpoint, if there is one, into model, ema and optimizers. Returns its (step, skipped, sums)."""
+    state, device = newest_checkpoint(out, rank), next(model.parameters()).device
+    if state is None:
+        return 0, 0, {}
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError):
+        fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
+    return (
+        state["step"],
+        state["skipped"],
+        {name: pair.to(device) * (rank == 0) for name, pair in state["sums"].items()},
+    )
 
 
 # ---- Pictures ----

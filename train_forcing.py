@@ -6,13 +6,15 @@
     python train_forcing.py --resume        go on after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
         --batch-size 1024 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
+    (two nodes, Slurm, and what can go wrong: README, "On a GPU node")
 
 The whole method is in the loop below: every modality draws its own noise level, is corrupted to it, predicted, and
 scored on its valid pixels. Held at t = 0 it conditions and costs nothing; missing pixels are noise, and cost nothing
 either. The image prediction is also kept near the frozen text-to-image teacher's (Eq. 8), the more so the less the
 depth can tell.
 
-The run directory (--out) gets config.json, metrics.jsonl, samples/ and last.pt, which sample.py and evaluate.py read.
+The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality, training
+mode and range of t; speed), samples/ and the last checkpoints; sample.py and evaluate.py read last.pt, the newest.
 """
 
 import argparse
@@ -84,7 +86,9 @@ def parse():
     setting("--ema", 0.99, "decay of the averaged weights, which sampling uses")
     setting("--p-i2d", 0.2, "probability that a sample holds its image clean")
     setting("--p-d2i", 0.2, "probability that a sample holds its depth clean")
-    setting("--distill-hi", 0.5, "weight of self-distillation where depth is pure noise (lambda_hi of Eq. 8)")
+    setting(
+        "--distill-hi", 0.5, "weight of self-distillation where depth is pure noise (lambda_hi of Eq. 8); both 0: none"
+    )
     setting("--distill-lo", 0.05, "weight of self-distillation where depth is clean (lambda_lo of Eq. 8)")
     setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance")
     setting("--seed", 0, "of weights, scenes and noise")
@@ -112,11 +116,9 @@ def parse():
     if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
-    data.at_least(args, size=0, seed=0, workers=0)
+    data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
     data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
     data.at_least(args, checkpoint_every=1, log_every=1, sample_every=1)
-    if args.dry_run is not None:
-        data.at_least(args, dry_run=1)
     try:
         known = args.sparsity in ("mixed", *data.PATTERNS) or 0 < float(args.sparsity) <= 1
     except ValueError:
@@ -180,19 +182,15 @@ def picture(model, encoders, args, device, path, count=8):
 
 def main():
     args = parse()
-    init = None if args.init == "none" else data.load_checkpoint(args.init, "--init")
+    planned = args.dry_run and args.preset and args.init != "none"  # then --init need not exist yet
+    init = None if args.init == "none" or planned else data.load_checkpoint(args.init, "--init")
     if init is None or args.preset:
         if (args.preset or "nano") not in PRESETS:
             data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
-        config = PRESETS[args.preset or "nano"]
+        base = PRESETS[args.preset or "nano"]
     else:
-        config = Config(**init["config"])
-    config = config.with_modalities(
-        replace(config.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i)
-    )
-    taught = Config(**init["config"]) if init else config
-    if len(taught.modalities) == len(config.modalities):
-        taught = None  # nothing before to go back to: trained from scratch, or on from a checkpoint of this stage
+        base = Config(**init["config"])
+    config = base.with_modalities(replace(base.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
@@ -200,8 +198,11 @@ def main():
         device = torch.device("cuda", local if world > 1 else device.index or 0)
         torch.cuda.set_device(device)
     trained_with = init["settings"].get("encoders", "") if init else None
-    encoders = data.open_encoders(args.encoders, device, Config(**init["config"]) if init else config, trained_with)
+    encoders = data.open_encoders(args.encoders, device, base, trained_with)
     config = config.with_encoders(encoders)
+    taught = base.with_encoders(encoders) if planned else Config(**init["config"]) if init else config
+    if len(taught.modalities) == len(config.modalities) or not (args.distill_lo or args.distill_hi):
+        taught = None  # not wanted, or nothing to go back to: from scratch, or on from a checkpoint of this stage
     args.size = args.size or config.size
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
@@ -236,20 +237,8 @@ def main():
     ema = copy.deepcopy(model).requires_grad_(False)
     sharded = args.shard and world > 1
     optimizers = model.configure_optimizers(args.lr, args.optimizer, sharded)
-    state = data.resume(args.out, rank) if args.resume else None
-    step, skipped, in_a_row, sums = 0, 0, 0, {}  # sums: {name of a loss: total and count since the last row}
-    if state:
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError):
-            data.fail(f"--resume: {args.out} holds another network or optimizer; resume with its first settings")
-        step, skipped = state["step"], state["skipped"]
-        sums = {name: total.to(device) * (rank == 0) for name, total in state["sums"].items()}
-    elif args.resume and rank == 0:
-        print(f"--resume: no checkpoint in {args.out} yet; from the beginning", file=sys.stderr)
+    # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
+    step, skipped, sums = data.resume(args.out, rank, model, ema, optimizers) if args.resume else (0, 0, {})
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
         model.compile_blocks()
@@ -274,7 +263,7 @@ def main():
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
     batches = data.training_batches(source, args, step, rank, world, device)
-    clock, since, stopping, saved = time.perf_counter(), step, False, True
+    clock, since, in_a_row, stopping, saved = time.perf_counter(), step, 0, False, True
     while step < args.steps and not stopping:
         # Draw the batch, with depth as sparse as sensors leave it, and a noise level for each modality (Sec. 3.2). All
         # randomness follows from (seed, index of the sample): how a batch is split over ranks and parts is no matter.
@@ -307,11 +296,11 @@ def main():
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
             if teacher is not None:
                 with torch.no_grad(), autocast:
-                    taught = teacher({m: noisy[m] for m in known}, {m: t[m] for m in known}, text)
+                    target = teacher({m: noisy[m] for m in known}, {m: t[m] for m in known}, text)
                 t_unknown = torch.stack([t[m] for m in names if m not in known]).mean(0)
                 weight = distillation_weight(t_unknown, args.distill_lo, args.distill_hi)
                 for m in known:
-                    totals[m, "distill_"] = velocity_loss(x0_hat[m], taught[m], t[m], valid[m], weight)
+                    totals[m, "distill_"] = velocity_loss(x0_hat[m], target[m], t[m], valid[m], weight)
             loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
             loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN reaches the norm on every rank
             for (m, kind), total in totals.items():

@@ -3,12 +3,14 @@
     python train_t2i.py                          the built-in world on what this machine has; minutes on two CPU cores
     python train_t2i.py --resume                 go on after an interruption
     python train_t2i.py --data 'shards/{000..999}.tar'    your own images; data.py tells the layouts
-    python train_t2i.py --preset 3b --dry-run    parameters, FLOPs and memory, without training
+    python train_t2i.py --preset 3b --dry-run 8  FLOPs, and the memory of each of 8 GPUs, without training
     torchrun --nproc-per-node 8 train_t2i.py --preset 370m \
         --batch-size 1024 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
+    (two nodes, Slurm, and what can go wrong: README, "On a GPU node")
 
-The run directory (--out) gets config.json, metrics.jsonl (a row a logged step), samples/ (pictures) and last.pt, which
-train_forcing.py starts from. A step reads: draw a batch -> draw noise levels -> predict -> loss -> step.
+The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by range of t, speed),
+samples/ and the last checkpoints; train_forcing.py starts from last.pt, the newest. A step reads: draw a batch -> draw
+noise levels -> predict -> loss -> step.
 """
 
 import argparse
@@ -92,11 +94,9 @@ def parse():
     if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
         args = p.parse_args()
-    data.at_least(args, size=0, seed=0, workers=0)
+    data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
     data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
     data.at_least(args, checkpoint_every=1, log_every=1, sample_every=1)
-    if args.dry_run is not None:
-        data.at_least(args, dry_run=1)
     if args.preset not in PRESETS:
         data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
     return args
@@ -163,20 +163,8 @@ def main():
     ema = copy.deepcopy(model).requires_grad_(False)
     sharded = args.shard and world > 1
     optimizers = model.configure_optimizers(args.lr, args.optimizer, sharded)
-    state = data.resume(args.out, rank) if args.resume else None
-    step, skipped, in_a_row, sums = 0, 0, 0, {}  # sums: {name of a loss: total and count since the last row}
-    if state:
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError):
-            data.fail(f"--resume: {args.out} holds another network or optimizer; resume with its first settings")
-        step, skipped = state["step"], state["skipped"]
-        sums = {name: total.to(device) * (rank == 0) for name, total in state["sums"].items()}
-    elif args.resume and rank == 0:
-        print(f"--resume: no checkpoint in {args.out} yet; from the beginning", file=sys.stderr)
+    # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
+    step, skipped, sums = data.resume(args.out, rank, model, ema, optimizers) if args.resume else (0, 0, {})
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
         model.compile_blocks()
@@ -199,7 +187,7 @@ def main():
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
     batches = data.training_batches(source, args, step, rank, world, device)
-    clock, since, stopping, saved = time.perf_counter(), step, False, True
+    clock, since, in_a_row, stopping, saved = time.perf_counter(), step, 0, False, True
     while step < args.steps and not stopping:
         # Draw the batch, noise levels and noise. All randomness follows from (seed, index of the sample): how a batch
         # is split over ranks and parts is no matter.

@@ -20,10 +20,10 @@ from data import (
     encode_text,
     list_checkpoints,
     load_checkpoint,
+    newest_checkpoint,
     paint_depth,
     read_rows,
     render,
-    resume,
     save_checkpoint,
     sparsify,
     training_indices,
@@ -213,15 +213,15 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(damage, tmp_path, 
     with pytest.raises(SystemExit) as error:
         load_checkpoint(tmp_path / "last.pt")
     assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-    assert resume(tmp_path, rank=1)["step"] == 1 and path.exists() and not capsys.readouterr().err
-    assert resume(tmp_path, rank=0)["step"] == 1
+    assert newest_checkpoint(tmp_path, rank=1)["step"] == 1 and path.exists() and not capsys.readouterr().err
+    assert newest_checkpoint(tmp_path)["step"] == 1
     assert "step-0000002.pt is damaged" in capsys.readouterr().err
-    assert resume(tmp_path, rank=0)["step"] == 1 and not capsys.readouterr().err  # it is out of the way
+    assert newest_checkpoint(tmp_path)["step"] == 1 and not capsys.readouterr().err  # it is out of the way
     (tmp_path / "step-0000001.pt").write_bytes(b"")
     with pytest.raises(SystemExit) as error:
-        resume(tmp_path, rank=0)
+        newest_checkpoint(tmp_path)
     assert error.value.code == 2
-    assert resume(tmp_path / "nothing here", rank=0) is None
+    assert newest_checkpoint(tmp_path / "nothing here") is None
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
