@@ -196,7 +196,7 @@ def render(s, height, width=None, device="cpu"):
     """Scenes of draw_scenes -> {"rgb" (B, 3, H, W) in [-1, 1]; "depth" (B, 1, H, W), z-depth in metres; "normal"
     (B, 3, H, W), unit vectors in camera axes (right, up, forward)}, float32, on device. Both are 0 in the sky.
     """
-    s, width = {k: v.to(device) for k, v in s.items()}, width or height
+    s, width = {k: v.to(device, non_blocking=True) for k, v in s.items()}, width or height
     solids = {k: s[k].movedim(-1, 0).unsqueeze(-1) for k in ("centre", "half", "quadric")} | {
         "turn": s["turn"].unsqueeze(-1)
     }
@@ -234,7 +234,7 @@ def render(s, height, width=None, device="cpu"):
         floor, 1 + 0.7 * pattern * (-((depth / 11) ** 2)).exp(), torch.where(wall, 1 + 0.25 * stripes, 1.1)
     )
     room = torch.where(floor, vector(s["floor_color"]), vector(s["wall_color"])) * shade
-    paint = torch.tensor(list(COLORS.values()), device=device)[s["color"]].movedim(-1, 0).unsqueeze(-1)
+    paint = torch.tensor(list(COLORS.values())).to(device, non_blocking=True)[s["color"]].movedim(-1, 0).unsqueeze(-1)
     surface = torch.where(background, room, paint.take_along_dim(which.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2))
 
     # Light: ambient, and a lamp or sun that objects block; sky above the fence.
@@ -244,7 +244,7 @@ def render(s, height, width=None, device="cpu"):
     lambert = (normal * unit(to_light)).sum(0).clamp(min=0)
     rgb = surface * (0.58 + 0.52 * lambert * lit)
     sky = number("outside") & background & (point[1] > number("fence"))
-    blue = torch.tensor(SKY, device=device).view(3, 1, 1, 1) + 0.25 * unit(ray)[1].clamp(min=0)
+    blue = torch.tensor(SKY).to(device, non_blocking=True).view(3, 1, 1, 1) + 0.25 * unit(ray)[1].clamp(min=0)
     rgb = torch.where(sky, blue, rgb).clamp(0, 1) * 2 - 1
 
     seen = torch.stack([normal[0], cos * normal[1] + sin * normal[2], cos * normal[2] - sin * normal[1]])
@@ -769,7 +769,7 @@ def training_batches(source, args, step, rank, world, device):
                 yield *source.samples(indices[i : i + part]), indices[i : i + part]
     source.plan, tried, bad, named = (args.seed, step, args.batch_size // world, rank, world), 0, 0, set()
     options = {"num_workers": args.workers, "pin_memory": torch.device(device).type == "cuda"}
-    loader = DataLoader(source, None, **options, worker_init_fn=leave_signals)
+    loader = DataLoader(source, None, **options, worker_init_fn=catch_signals)
     for indices, (rgb, depth, captions, *_, problems) in zip(steps, loader, strict=False):
         tried, bad = tried + len(rgb), bad + len(problems)
         for problem in problems:
@@ -867,13 +867,17 @@ def at_least(args, **lows):
 
 
 def pick_device(name):
-    """--device auto | cuda | mps | cpu -> torch.device."""
+    """--device auto | cuda | mps | cpu -> torch.device; of several GPUs that of this rank, unless cuda:N names one."""
     if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
         fail(f"--device {name}: choose auto, cuda, mps or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"--device {name}: not available here; use --device auto")
@@ -919,11 +923,39 @@ def read_rows(path):
     return rows
 
 
-def write_whole(path, content):
-    """Write bytes beside a file, then rename: the file is the old one or the new one, never a part."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
+def write_whole(path, write):
+    """write(file) beside the file, flushed and renamed: whatever dies meanwhile, it is the old one or the new."""
+    part = Path(path).with_name("partly-written")
+    part.unlink(missing_ok=True)  # not written through, should it be a link
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def run_settings(out):
+    """The settings in a run directory's config.json, {} if it has none."""
+    path = Path(out) / "config.json"
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except ValueError:
+        fail(f"--resume: {path} is damaged; remove it and give the run's settings as flags")
+
+
+def parent():
+    """What started this process: "host:pid"."""
+    return f"{platform.node()}:{os.getppid()}"
+
+
+def tried_again(out):
+    """Whether the torchrun that started the run's last processes has now, with --max-restarts, started this one."""
+    starts = read_rows(Path(out) / "starts.jsonl")
+    return "TORCHELASTIC_RUN_ID" in os.environ and bool(starts) and starts[-1].get("parent") == parent()
 
 
 def git_commit():
@@ -947,11 +979,12 @@ def open_run(out, settings, device, ranks, resumed=None):
     make_folder(out / "samples")
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
-    row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "host": platform.node(), "ranks": ranks}
+    row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
     try:
-        write_whole(out / "config.json", json.dumps(settings, indent=1).encode() + b"\n")
         rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= (resumed or 0)]
-        write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+        write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
     except OSError as error:
         fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
     append_row(out / "starts.jsonl", row)
@@ -971,8 +1004,11 @@ def join_ranks(backend, seconds):
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
-def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. A second one is deadly."""
+def catch_signals(worker=None):
+    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. A second one is deadly.
+
+    Processes that load data do so too: a scheduler signals them with the one that trains, which saves before it ends.
+    """
     caught = []
 
     def note(number, frame):
@@ -984,50 +1020,38 @@ def catch_signals():
     return caught
 
 
-def leave_signals(worker):
-    """In a process that loads data: the one that trains is signalled too, and ends this one when it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def list_checkpoints(out):
-    """Paths of a run directory's checkpoints, oldest first."""
-    return sorted(Path(out).glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
+    """Paths of a run directory's checkpoints, oldest first; last.pt if there is nothing else."""
+    paths = sorted(Path(out).glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
+    return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
 
 
 def save_checkpoint(out, state, keep):
-    """Write step-<step>.pt, let last.pt point to it, and remove all but the newest keep. Returns whether that worked.
+    """write_whole step-<step>.pt, let last.pt point to it, remove all but the newest keep. Returns whether it could.
 
-    It is written under another name, flushed to the disk and renamed: whatever dies meanwhile, a file of that name is
-    whole. If it cannot be written (a full disk, say), that is told, and the older ones stay.
+    If not (a full disk, say), that is told, and the older ones stay.
     """
-    path, part, link = out / f"step-{state['step']:07}.pt", out / "step.tmp", out / "last.tmp"
+    path, link = out / f"step-{state['step']:07}.pt", out / "partly-written"
     try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        link.unlink(missing_ok=True)
+        write_whole(path, lambda file: torch.save(state, file))
         link.symlink_to(path.name)
         os.replace(link, out / "last.pt")
-        for old in list_checkpoints(out)[:-keep]:
+        paths = list_checkpoints(out)
+        for old in paths[: max(0, paths.index(path) + 1 - keep)]:  # any newer ones are damaged
             old.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        older = [old.name for old in list_checkpoints(out)] or ["none"]
-        print(f"{path}: not written ({reason}); whole are: {', '.join(older)}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        whole = ", ".join(old.name for old in list_checkpoints(out))
+        print(f"{path}: not written ({reason}); there is {whole or 'no older one'}", file=sys.stderr)
         return False
     return True
 
 
-def read_checkpoint(path):
-    """A checkpoint's dict, its tensors read from the file when used. Raises if it is damaged (checksums) or no such."""
+def read_checkpoint(path, check=True):
+    """A checkpoint's dict, its tensors read from the file when used. Raises if it is none, or a checksum is wrong."""
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-        if archive.testzip():
+        if check and archive.testzip():
             raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not (Config(**state["config"]).modalities and state["ema"] and "settings" in state):
@@ -1045,43 +1069,71 @@ def load_checkpoint(path, flag="--checkpoint"):
         fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
 
 
-def newest_checkpoint(out, rank=0):
-    """The newest whole checkpoint of a run directory, or None if there is none yet. Exit code 2 if all are damaged.
+def newest_checkpoint(out):
+    """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
 
-    What is damaged is told, and renamed, by rank 0.
+    A damaged one is told, and the one before tried. Exit code 2 if all are damaged.
     """
     paths = list_checkpoints(out)
     for path in reversed(paths):
         try:
-            return read_checkpoint(path)
-        except Exception:
-            if rank == 0:
-                print(f"--resume: {path} is damaged, now {path.name}.damaged; trying the one before", file=sys.stderr)
-                with contextlib.suppress(OSError):
-                    path.rename(f"{path}.damaged")
+            return path, read_checkpoint(path)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            print(f"--resume: {path} is damaged ({type(error).__name__} {reason}); the one before?", file=sys.stderr)
     if paths:
         fail(f"--resume: no checkpoint in {out} is whole; start anew with another --out")
-    if rank == 0:
-        print(f"--resume: no checkpoint in {out} yet; from the beginning", file=sys.stderr)
+    print(f"--resume: no checkpoint in {out} yet; from the beginning", file=sys.stderr)
 
 
-def resume(out, rank, model, ema, optimizers):
-    """Load newest_checkpoint, if there is one, into model, ema and optimizers. Returns its (step, skipped, sums)."""
-    state, device = newest_checkpoint(out, rank), next(model.parameters()).device
-    if state is None:
-        return 0, 0, {}
+def resume(out, wanted, rank, model, ema, optimizers):
+    """Load the checkpoint that rank 0 wants and finds newest, on all ranks. Returns its (step, skipped, sums)."""
+    device, found = next(model.parameters()).device, newest_checkpoint(out) if rank == 0 and wanted else None
     try:
+        if dist.is_initialized():
+            path = [found and found[0]]
+            dist.broadcast_object_list(path, device=device)
+            found = found or (path[0] and (path[0], read_checkpoint(path[0], check=False)))
+        if not found:
+            return 0, 0, {}
+        state = found[1]
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
+            for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
+                slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
+            if own is not optimizer:
+                optimizer.state.clear()  # the same once more
     except (RuntimeError, ValueError):
         fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
-    return (
-        state["step"],
-        state["skipped"],
-        {name: pair.to(device) * (rank == 0) for name, pair in state["sums"].items()},
-    )
+    except OSError as error:
+        fail(f"--resume: rank {rank} cannot read {path[0]} ({error.strerror}); do all ranks share its disk?")
+    sums = {name: pair.to(device) * (rank == 0) for name, pair in state.get("sums", {}).items()}
+    return state["step"], state.get("skipped", 0), sums
+
+
+def whole_state(optimizer, rank):
+    """An optimizer's state_dict; of a sharded one, put together on rank 0 from what the ranks hold. All ranks call it.
+
+    ZeroRedundancyOptimizer's own consolidate_state_dict takes 0.1 microseconds a byte, minutes for large networks.
+    """
+    if not hasattr(optimizer, "consolidate_state_dict"):
+        return optimizer.state_dict()
+    held, merged = optimizer.optim.state, torch.optim.Optimizer.state_dict(optimizer) | {"state": {}}
+    kinds = [None] * dist.get_world_size()
+    slots = {name: (value.ndim, value.dtype) for slots in held.values() for name, value in slots.items()}
+    dist.all_gather_object(kinds, slots)
+    kinds = sorted({name: kind for some in kinds for name, kind in some.items()}.items())
+    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for name, (ndim, dtype) in kinds:
+            mine = held[p][name].clone() if p in held else torch.zeros(p.shape if ndim else (), dtype=dtype)
+            mine = mine.to(p.device)
+            dist.reduce(mine, 0)  # the others add zeros
+            if rank == 0:
+                merged["state"].setdefault(index, {})[name] = mine.cpu()
+    return merged
 
 
 # ---- Pictures ----

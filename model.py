@@ -493,6 +493,7 @@ class DiT(nn.Module):
 
     def compile_blocks(self):
         """torch.compile each block, for its shapes: one graph for all of the trunk, one for a detokenizer's."""
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; they are small enough to overlap as is
         for block in self.all_blocks():
             block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
 

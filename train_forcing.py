@@ -20,7 +20,6 @@ mode and range of t; speed), samples/ and the last checkpoints; sample.py and ev
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import signal
@@ -28,7 +27,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -62,7 +60,7 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def setting(flag, default, help, **kwargs):
-        kwargs |= {"action": "store_true"} if default is False else {"type": type(default)}
+        kwargs |= {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
         p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
 
     setting(
@@ -106,15 +104,11 @@ def parse():
     setting("--sample-every", 500, "steps between picture grids")
     setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
     setting("--timeout", 600, "seconds after which ranks give up waiting for one that is silent")
-    p.add_argument(
-        "--dry-run", type=int, metavar="GPUS", help="print FLOPs, and bytes on each of so many GPUs, and stop"
-    )
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
-        p.set_defaults(resume=True)
+    setting("--dry-run", 0, "print FLOPs, and bytes on each of so many GPUs, and stop", metavar="GPUS")
     args = p.parse_args()
-    config_file = Path(args.out) / "config.json"
-    if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
-        p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
+    args.resume = args.resume or data.tried_again(args.out)
+    if args.resume:  # a run goes on with its own settings, unless flags say otherwise
+        p.set_defaults(**data.run_settings(args.out) | {"resume": True})
         args = p.parse_args()
     data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
     data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
@@ -191,12 +185,9 @@ def main():
     else:
         base = Config(**init["config"])
     config = base.with_modalities(replace(base.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
-    if cuda:
-        device = torch.device("cuda", local if world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
     trained_with = init["settings"].get("encoders", "") if init else None
     encoders = data.open_encoders(args.encoders, device, base, trained_with)
     config = config.with_encoders(encoders)
@@ -207,12 +198,11 @@ def main():
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
     config = replace(config, size=args.size)
+    parts = (args.dry_run or world) * args.grad_accum
+    if args.batch_size % parts:
+        data.fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
     if args.dry_run:
         return dry_run(args, config, taught)
-    if args.batch_size % (world * args.grad_accum):
-        data.fail(
-            f"--batch-size {args.batch_size}: must be a multiple of ranks * --grad-accum, {world * args.grad_accum}"
-        )
     stop_signals = data.catch_signals()
     if world > 1:
         data.join_ranks("nccl" if cuda else "gloo", args.timeout)
@@ -227,7 +217,8 @@ def main():
         teacher.load_state_dict(init["ema"])
         teacher.to(device)
         if cuda:
-            teacher.blocks.bfloat16()  # as autocast would, at each use
+            for matrix in teacher.matrices():
+                matrix.data = matrix.data.bfloat16()  # as autocast would, at each use
         known = [m.name for m in taught.modalities]
     if init:
         try:
@@ -235,10 +226,9 @@ def main():
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
     ema = copy.deepcopy(model).requires_grad_(False)
-    sharded = args.shard and world > 1
-    optimizers = model.configure_optimizers(args.lr, args.optimizer, sharded)
+    optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
     # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
-    step, skipped, sums = data.resume(args.out, rank, model, ema, optimizers) if args.resume else (0, 0, {})
+    step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
         model.compile_blocks()
@@ -273,7 +263,7 @@ def main():
             valid["depth"] = data.sparsify(valid["depth"], values["rgb"], args.sparsity, draws.rand)
             values["rgb"] = encoders.encode_image(values["rgb"])
             x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in config.modalities}
-            text = encoders.encode_text(captions).to(device)
+            text = encoders.encode_text(captions).to(device, non_blocking=True)
             text = text * (draws.rand() >= args.drop_caption).view(-1, *[1] * (text.ndim - 1))
             present = {m: v.flatten(1).any(1) for m, v in valid.items() if m in x0 and v is not None}
             t = draw_noise_levels(config.modalities, draws.rand, present)
@@ -290,7 +280,6 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, valid, text, count = part
-            network.require_backward_grad_sync = part is parts[-1]
             with autocast:
                 x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
@@ -307,7 +296,7 @@ def main():
                 for group, pair in breakdown(m, total.detach(), count[m], t).items():
                     step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
 
-        # Step, unless the gradient is not finite. Its norm is the same on all ranks; reading it is the loop's one wait.
+        # Step, unless the gradient is not finite: its norm is the same on all ranks. Reading it waits for the device.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm, stopping = torch.stack([norm, counts[-1]]).tolist()
         rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup))
@@ -318,7 +307,8 @@ def main():
                     group["lr"] = rate
                 optimizer.step()
             decay = min(args.ema, step / (9 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             sums = {name: sums.get(name, 0) + pair for name, pair in step_sums.items()}
             in_a_row = 0
         else:
@@ -348,15 +338,14 @@ def main():
                 bar.set_postfix_str(f"{shown}, {rates}")
         if step % args.checkpoint_every == 0 or step == args.steps or stopping:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
-            for optimizer in optimizers if sharded else ():
-                optimizer.consolidate_state_dict(to=0)
+            states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
             if rank == 0:
                 state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
-                state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                saved = data.save_checkpoint(out, state | {"sums": sums, "skipped": skipped}, args.keep)
+                state |= {"ema": ema.state_dict(), "optimizers": states, "sums": sums, "skipped": skipped}
+                saved = data.save_checkpoint(out, state, args.keep)
             clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            with data.tolerate(out / "samples"):
+            with data.tolerate(out / "samples"), autocast:
                 picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()

@@ -16,7 +16,6 @@ noise levels -> predict -> loss -> step.
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import signal
@@ -24,7 +23,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,7 +52,7 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def setting(flag, default, help, **kwargs):
-        kwargs |= {"action": "store_true"} if default is False else {"type": type(default)}
+        kwargs |= {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
         p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
 
     setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
@@ -84,15 +82,11 @@ def parse():
     setting("--sample-every", 500, "steps between picture grids")
     setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
     setting("--timeout", 600, "seconds after which ranks give up waiting for one that is silent")
-    p.add_argument(
-        "--dry-run", type=int, metavar="GPUS", help="print FLOPs, and bytes on each of so many GPUs, and stop"
-    )
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts
-        p.set_defaults(resume=True)
+    setting("--dry-run", 0, "print FLOPs, and bytes on each of so many GPUs, and stop", metavar="GPUS")
     args = p.parse_args()
-    config_file = Path(args.out) / "config.json"
-    if args.resume and config_file.exists():  # a run goes on with its own settings, unless flags say otherwise
-        p.set_defaults(**json.loads(config_file.read_text()) | {"resume": True})
+    args.resume = args.resume or data.tried_again(args.out)
+    if args.resume:  # a run goes on with its own settings, unless flags say otherwise
+        p.set_defaults(**data.run_settings(args.out) | {"resume": True})
         args = p.parse_args()
     data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
     data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
@@ -132,12 +126,9 @@ def picture(model, encoders, args, device, path, count=8):
 
 def main():
     args = parse()
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
-    if cuda:
-        device = torch.device("cuda", local if world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
     config = PRESETS[args.preset].with_modalities(RGB)
     encoders = data.open_encoders(args.encoders, device, config)
     config = config.with_encoders(encoders)
@@ -145,12 +136,11 @@ def main():
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch of {args.preset}, {config.patch}")
     config = replace(config, size=args.size)
+    parts = (args.dry_run or world) * args.grad_accum
+    if args.batch_size % parts:
+        data.fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
     if args.dry_run:
         return dry_run(args, config)
-    if args.batch_size % (world * args.grad_accum):
-        data.fail(
-            f"--batch-size {args.batch_size}: must be a multiple of ranks * --grad-accum, {world * args.grad_accum}"
-        )
     stop_signals = data.catch_signals()
     if world > 1:
         data.join_ranks("nccl" if cuda else "gloo", args.timeout)
@@ -161,10 +151,9 @@ def main():
     torch.manual_seed(args.seed)
     model = DiT(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    sharded = args.shard and world > 1
-    optimizers = model.configure_optimizers(args.lr, args.optimizer, sharded)
+    optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
     # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
-    step, skipped, sums = data.resume(args.out, rank, model, ema, optimizers) if args.resume else (0, 0, {})
+    step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
         model.compile_blocks()
@@ -196,7 +185,7 @@ def main():
             draws = data.Draws(args.seed, indices, device)
             values["rgb"] = encoders.encode_image(values["rgb"])
             x0 = {m.name: m.encode(values[m.name]) for m in config.modalities}
-            text = encoders.encode_text(captions).to(device)
+            text = encoders.encode_text(captions).to(device, non_blocking=True)
             text = text * (draws.rand() >= args.drop_caption).view(-1, *[1] * (text.ndim - 1))
             t = draw_noise_levels(config.modalities, draws.rand)
             noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m]) for m in x0}
@@ -212,7 +201,6 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, text, count = part
-            network.require_backward_grad_sync = part is parts[-1]
             with autocast:
                 x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m]) for m in names}
@@ -222,7 +210,7 @@ def main():
                 for group, pair in breakdown(m, total.detach(), count[m], t).items():
                     step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
 
-        # Step, unless the gradient is not finite. Its norm is the same on all ranks; reading it is the loop's one wait.
+        # Step, unless the gradient is not finite: its norm is the same on all ranks. Reading it waits for the device.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm, stopping = torch.stack([norm, counts[-1]]).tolist()
         rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup))
@@ -233,7 +221,8 @@ def main():
                     group["lr"] = rate
                 optimizer.step()
             decay = min(args.ema, step / (9 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             sums = {name: sums.get(name, 0) + pair for name, pair in step_sums.items()}
             in_a_row = 0
         else:
@@ -263,15 +252,14 @@ def main():
                 bar.set_postfix_str(f"{shown}, {rates}")
         if step % args.checkpoint_every == 0 or step == args.steps or stopping:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
-            for optimizer in optimizers if sharded else ():
-                optimizer.consolidate_state_dict(to=0)
+            states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
             if rank == 0:
                 state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
-                state |= {"ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                saved = data.save_checkpoint(out, state | {"sums": sums, "skipped": skipped}, args.keep)
+                state |= {"ema": ema.state_dict(), "optimizers": states, "sums": sums, "skipped": skipped}
+                saved = data.save_checkpoint(out, state, args.keep)
             clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            with data.tolerate(out / "samples"):
+            with data.tolerate(out / "samples"), autocast:
                 picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()
