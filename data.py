@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
 
 from model import TEXT_PATCH, Config
 
@@ -775,7 +776,7 @@ def training_batches(source, args, step, rank, world, device):
         for problem in problems:
             if problem not in named and len(named) < 10:
                 named.add(problem)
-                print(f"skipped, {bad} of {tried} samples: {problem}", file=sys.stderr)
+                tell(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
             fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
         for i in range(0, len(indices), part):
@@ -840,7 +841,7 @@ def open_encoders(path, device, config, trained_with=None):
             detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
             fail(f"--encoders {path}: {detail}; README shows a file that works")
     if trained_with and path and Path(trained_with).name != Path(path).name:
-        print(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?", file=sys.stderr)
+        tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
         first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
         fail(
@@ -853,9 +854,14 @@ def open_encoders(path, device, config, trained_with=None):
 # ---- Runs on disk ----
 
 
+def tell(message):
+    """One line on stderr, above a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
 def fail(message):
     """One clear line on stderr, exit code 2."""
-    print(message, file=sys.stderr)
+    tell(message)
     raise SystemExit(2)
 
 
@@ -905,13 +911,14 @@ def tolerate(path):
     try:
         yield
     except OSError as error:
-        print(f"{path}: not written ({error.strerror or error}); training goes on", file=sys.stderr)
+        tell(f"{path}: not written ({error.strerror or error}); training goes on")
 
 
 def append_row(path, row):
-    """Add a row to a file of JSON lines, if the disk lets it."""
-    with tolerate(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a row to a file of JSON lines, if the disk lets it; after a line that a crash has cut, on a new one."""
+    with tolerate(path), open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + json.dumps(row).encode() + b"\n")
 
 
 def read_rows(path):
@@ -924,7 +931,7 @@ def read_rows(path):
 
 
 def write_whole(path, write):
-    """write(file) beside the file, flushed and renamed: whatever dies meanwhile, it is the old one or the new."""
+    """write(file) beside the file, flushed and renamed: if the process dies meanwhile, it is the old one or the new."""
     part = Path(path).with_name("partly-written")
     part.unlink(missing_ok=True)  # not written through, should it be a link
     try:
@@ -1005,7 +1012,7 @@ def join_ranks(backend, seconds):
 
 
 def catch_signals(worker=None):
-    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. A second one is deadly.
+    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. The same again is deadly.
 
     Processes that load data do so too: a scheduler signals them with the one that trains, which saves before it ends.
     """
@@ -1036,13 +1043,12 @@ def save_checkpoint(out, state, keep):
         write_whole(path, lambda file: torch.save(state, file))
         link.symlink_to(path.name)
         os.replace(link, out / "last.pt")
-        paths = list_checkpoints(out)
-        for old in paths[: max(0, paths.index(path) + 1 - keep)]:  # any newer ones are damaged
+        for old in list_checkpoints(out)[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         whole = ", ".join(old.name for old in list_checkpoints(out))
-        print(f"{path}: not written ({reason}); there is {whole or 'no older one'}", file=sys.stderr)
+        tell(f"{path}: not written ({reason}); there is {whole or 'no older one'}")
         return False
     return True
 
@@ -1072,44 +1078,53 @@ def load_checkpoint(path, flag="--checkpoint"):
 def newest_checkpoint(out):
     """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
 
-    A damaged one is told, and the one before tried. Exit code 2 if all are damaged.
+    Damaged ones after it are told and renamed. Exit code 2 if there is no whole one, or the disk fails.
     """
-    paths = list_checkpoints(out)
+    paths, damaged = list_checkpoints(out), []
     for path in reversed(paths):
         try:
-            return path, read_checkpoint(path)
+            state = read_checkpoint(path)
+            for other in damaged:
+                other.rename(f"{other}.damaged")
+            return path, state
+        except OSError as error:
+            fail(f"--resume: cannot read {path} ({error.strerror}); try again")
         except Exception as error:
-            reason = " ".join(str(error).split())
-            print(f"--resume: {path} is damaged ({type(error).__name__} {reason}); the one before?", file=sys.stderr)
+            damaged.append(path)
+            tell(f"--resume: {path} is damaged ({type(error).__name__}); is the one before whole?")
     if paths:
         fail(f"--resume: no checkpoint in {out} is whole; start anew with another --out")
-    print(f"--resume: no checkpoint in {out} yet; from the beginning", file=sys.stderr)
+    tell(f"--resume: no checkpoint in {out} yet; from the beginning")
 
 
 def resume(out, wanted, rank, model, ema, optimizers):
     """Load the checkpoint that rank 0 wants and finds newest, on all ranks. Returns its (step, skipped, sums)."""
     device, found = next(model.parameters()).device, newest_checkpoint(out) if rank == 0 and wanted else None
-    try:
-        if dist.is_initialized():
-            path = [found and found[0]]
-            dist.broadcast_object_list(path, device=device)
+    if dist.is_initialized():
+        path = [found and found[0]]
+        dist.broadcast_object_list(path, device=device)
+        try:
             found = found or (path[0] and (path[0], read_checkpoint(path[0], check=False)))
-        if not found:
-            return 0, 0, {}
-        state = found[1]
+        except OSError as error:
+            fail(f"--resume: rank {rank} cannot read {path[0]} ({error.strerror}); do all ranks share the disk?")
+    if not found:
+        return 0, 0, {}
+    state = found[1]
+    try:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
-            for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
-                slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
-            if own is not optimizer:
-                optimizer.state.clear()  # the same once more
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError):
         fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
-    except OSError as error:
-        fail(f"--resume: rank {rank} cannot read {path[0]} ({error.strerror}); do all ranks share its disk?")
+    for optimizer in optimizers:
+        own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
+        for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
+            slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
+        if own is not optimizer:
+            optimizer.state.clear()  # the same once more
     sums = {name: pair.to(device) * (rank == 0) for name, pair in state.get("sums", {}).items()}
     return state["step"], state.get("skipped", 0), sums
 

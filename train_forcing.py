@@ -5,7 +5,7 @@
     python train_forcing.py --data DIR      your own images and depth, as sparse as it is; data.py tells the layouts
     python train_forcing.py --resume        go on after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
-        --batch-size 1024 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
+        --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
     (two nodes, Slurm, and what can go wrong: README, "On a GPU node")
 
 The whole method is in the loop below: every modality draws its own noise level, is corrupted to it, predicted, and
@@ -23,7 +23,6 @@ import itertools
 import math
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -94,7 +93,7 @@ def parse():
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     setting("--out", "runs/forcing", "run directory")
     setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
-    setting("--shard", False, "optimizer state split over the ranks (ZeRO, stage 1): less memory")
+    setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
     p.add_argument(
         "--resume", action="store_true", help="go on from the run directory's newest whole checkpoint, if any"
     )
@@ -103,7 +102,7 @@ def parse():
     setting("--log-every", 10, "steps between rows of metrics.jsonl")
     setting("--sample-every", 500, "steps between picture grids")
     setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
-    setting("--timeout", 600, "seconds after which ranks give up waiting for one that is silent")
+    setting("--timeout", 1800, "seconds before ranks give up on a silent one; give more than a checkpoint takes")
     setting("--dry-run", 0, "print FLOPs, and bytes on each of so many GPUs, and stop", metavar="GPUS")
     args = p.parse_args()
     args.resume = args.resume or data.tried_again(args.out)
@@ -318,7 +317,7 @@ def main():
             if in_a_row == args.max_skipped:
                 data.fail(f"{reason}; {in_a_row} in a row, so this run stops: lower --lr (now {args.lr}), check --data")
             if rank == 0:
-                print(reason, file=sys.stderr)
+                data.tell(reason)
         for optimizer in optimizers:
             optimizer.zero_grad()
 
@@ -355,7 +354,7 @@ def main():
     if not saved:
         data.fail(f"--out {args.out}: the last checkpoint could not be written; free some space and --resume")
     if stopping and rank == 0:
-        print(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on", file=sys.stderr)
+        data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:
         raise SystemExit(130)
 

@@ -215,8 +215,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(damage, tmp_path, 
     assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
     assert newest_checkpoint(tmp_path)[1]["step"] == 1
     assert "step-0000002.pt is damaged" in capsys.readouterr().err
-    save_checkpoint(tmp_path, state(1), keep=1)  # the one that is whole stays
-    assert newest_checkpoint(tmp_path)[1]["step"] == 1
+    assert newest_checkpoint(tmp_path)[1]["step"] == 1 and not capsys.readouterr().err  # it is out of the way
     (tmp_path / "step-0000001.pt").write_bytes(b"")
     for _ in range(2):
         with pytest.raises(SystemExit) as error:
@@ -253,6 +252,5 @@ def test_rows_survive_what_a_crash_has_cut(tmp_path):
         file.write('{"step": 2, "lo')
     assert read_rows(path) == [{"step": 1, "loss": 0.1}]
     append_row(path, {"step": 3})
-    assert [row["step"] for row in read_rows(path)] == [1]
     append_row(path, {"step": 4})
-    assert [row["step"] for row in read_rows(path)] == [1, 4]
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
