@@ -229,6 +229,7 @@ def main():
             bad = [name for name, (total, _) in over_ranks(step_sums).items() if not math.isfinite(total)]
             reason = f"step {step} skipped, not finite: {', '.join(bad) or 'the gradient alone'}"
             if in_a_row == args.max_skipped:
+                bar.close()
                 data.fail(f"{reason}; {in_a_row} in a row, so this run stops: lower --lr (now {args.lr}), check --data")
             if rank == 0:
                 data.tell(reason)
