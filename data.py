@@ -1045,8 +1045,9 @@ def save_checkpoint(out, state, keep):
         os.replace(link, out / "last.pt")
         for old in list_checkpoints(out)[:-keep]:
             old.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch tells of a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        first = error.__context__ or error  # torch's, raised on top of the disk's, tells of a wrong position
+        reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
         whole = ", ".join(old.name for old in list_checkpoints(out))
         tell(f"{path}: not written ({reason}); there is {whole or 'no older one'}")
         return False

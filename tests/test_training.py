@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_and_survived(tmp_path, monkeypatch, capsys):
     run(train_t2i, f"{QUICK} --steps 3 --checkpoint-every 1 --keep 9 --out {out}", monkeypatch)
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
     assert len(said) == 2 and "/dev/full" in said[0] and "training goes on" in said[0]
-    assert re.search(r"step-0000002.pt: not written \(.+\); there is step-0000001.pt", said[1])
+    assert re.search(r"step-0000002.pt: not written \(File too large\); there is step-0000001.pt", said[1])
     assert sorted(rows(out)) == [1, 3]
     assert [path.name for path in data.list_checkpoints(out)] == ["step-0000001.pt", "step-0000003.pt"]
 
