@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -333,9 +334,9 @@ def read_file(path, folder=None):
 
 
 def png_depth(content, scale):
-    """16-bit PNG -> metres: value * scale; log-coded if its text fields near and far say so, as MoGe's evaluation sets.
+    """16-bit PNG -> metres: value * scale, if no text fields tell more: scale (sample.py's), near and far (MoGe's).
 
-    Those: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
+    The latter's codes: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
     """
     image = Image.open(io.BytesIO(content), formats=("PNG",))
     if not image.mode.startswith("I"):
@@ -343,7 +344,7 @@ def png_depth(content, scale):
         raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
     codes = np.asarray(image)
     if "near" not in image.info:
-        return codes * np.float32(scale)
+        return codes * np.float32(image.info.get("scale", scale))
     near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # unit: in early files
     metres = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
     metres[[0, 65535]] = 0, np.inf
@@ -463,6 +464,13 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
 
 
 # ---- Sources of samples: World, Files ----
+
+
+def left_out(caption, length):
+    """The words of a caption that encode_text cuts, the one that it would split among them; "" if all fit."""
+    words = caption.split()
+    tokens = itertools.accumulate(-(-len(word.encode()) // TEXT_PATCH) for word in words)
+    return " ".join(word for word, used in zip(words, tokens, strict=True) if used > length // TEXT_PATCH)
 
 
 def encode_text(captions, length):
@@ -865,6 +873,14 @@ def fail(message):
     raise SystemExit(2)
 
 
+def parse_size(text, flag):
+    """ "HxW", or one side, in pixels -> (H, W). Exit code 2 if it is neither."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not match:
+        fail(f"{flag} {text}: give pixels, as a side (64) or as HxW (48x64)")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def at_least(args, **lows):
     """Refuse settings below their lowest meaningful value."""
     for name, low in lows.items():
@@ -1155,8 +1171,18 @@ def whole_state(optimizer, rank):
 # ---- Pictures ----
 
 
-ANCHORS = np.array(
-    [[8, 6, 40], [62, 18, 110], [128, 34, 122], [190, 56, 100], [232, 104, 66], [248, 170, 74], [252, 240, 180]]
+ANCHORS = np.array(  # of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout
+    [
+        [8, 6, 40],
+        [40, 13, 81],
+        [103, 28, 117],
+        [159, 45, 111],
+        [198, 66, 93],
+        [226, 97, 71],
+        [242, 146, 71],
+        [249, 193, 109],
+        [252, 240, 180],
+    ]
 )
 
 
@@ -1176,25 +1202,50 @@ def paint_depth(depth, valid=None):
     return np.where(valid[..., None], color, 0).astype(np.uint8)
 
 
-def save_grid(path, rows, labels=(), cell=128):
-    """Picture of rows of (H, W, 3) uint8 images, labels on the left.
+def enlarged(picture, side):
+    """(H, W, 3) uint8 -> Image: a small one times a whole number, to near side; a large one shrunk to 2 sides."""
+    picture = Image.fromarray(picture)
+    longer = max(picture.size)
+    if longer > 2 * side:
+        return picture.resize([max(1, round(n * 2 * side / longer)) for n in picture.size], Image.LANCZOS)
+    return picture.resize([n * max(1, round(side / longer)) for n in picture.size], Image.NEAREST)
 
-    Small ones are enlarged to whole multiples near cell pixels, large ones shrunk.
-    """
-    height, width = rows[0][0].shape[:2]
-    scale = max(1, round(cell / max(height, width)))
-    if max(height, width) > 3 * cell:
-        height, width = (round(n * 3 * cell / max(height, width)) for n in (height, width))
+
+def depth_picture(depth, valid, side=256):
+    """paint_depth of (1, H, W) as an Image, with a scale bar beside it: the depths that its brightness stands for."""
+    painted = enlarged(paint_depth(depth, valid), side)
+    canvas = Image.new("RGB", (painted.width + 60, painted.height), "white")
+    canvas.paste(painted)
+    low, high = np.percentile(1 / depth[valid].clamp(min=1e-3).numpy(), (2, 98)) if valid.any() else (1, 1)
+    length, left = painted.height - 16, painted.width + 6
+    bar = torch.from_numpy(1 / np.linspace(high, low, length))[:, None].expand(1, -1, 10)
+    canvas.paste(Image.fromarray(paint_depth(bar)), (left, 8))
+    for share in (0, 0.5, 1):
+        number = f"{1 / (high + share * (low - high)):.3g}"
+        ImageDraw.Draw(canvas).text((left + 14, 8 + share * length), number, fill="black", font_size=12, anchor="lm")
+    return canvas
+
+
+def draw_grid(rows, labels=(), cell=128):
+    """Image of rows of (H, W, 3) uint8 pictures, labels on the left; a row of strings stands under pictures."""
     margin = 110 if labels else 0
-    canvas = Image.new("RGB", (margin + len(rows[0]) * (width * scale + 4), len(rows) * (height * scale + 4)), "white")
-    for r, row in enumerate(rows):
-        top = r * (height * scale + 4)
-        for c, picture in enumerate(row):
-            picture = Image.fromarray(picture).resize((width * scale, height * scale), Image.NEAREST)
-            canvas.paste(picture, (margin + c * (width * scale + 4), top))
+    wrap = lambda text, width: "\n".join(textwrap.wrap(text, max(8, width // 6)))
+    rows = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
+    width = 4 + max(x.width for row in rows for x in row if not isinstance(x, str))
+    rows = [[wrap(x, width) if isinstance(x, str) else x for x in row] for row in rows]
+    heights = [4 + max(12 * (x.count("\n") + 1) if isinstance(x, str) else x.height for x in row) for row in rows]
+    canvas = Image.new("RGB", (margin + max(map(len, rows)) * width, sum(heights)), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        for c, x in enumerate(row):
+            if isinstance(x, str):
+                draw.multiline_text((margin + c * width, top), x, fill="black", font_size=11, spacing=1)
+            else:
+                canvas.paste(x, (margin + c * width, top))
         if labels:
-            ImageDraw.Draw(canvas).multiline_text((4, top + 6), labels[r], fill="black", font_size=15)
-    canvas.save(path)
+            draw.multiline_text((4, top + 6), labels[i], fill="black", font_size=15)
+        top += height
+    return canvas
 
 
 # ---- python data.py: the world as pictures, and in each layout that --data reads ----
@@ -1268,7 +1319,7 @@ def main():
     thinned = sparsify(mask, values["rgb"][:8], "mixed", Draws(0, range(len(mask))).rand)
     paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
     rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
-    save_grid(out / "grid.png", list(rows.values()), list(rows))
+    draw_grid(list(rows.values()), list(rows)).save(out / "grid.png")
     print(f"{args.count} samples in {out}, for --data; see {out}/grid.png")
 
 

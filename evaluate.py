@@ -4,6 +4,7 @@
     python evaluate.py depth --data eval/NYUv2,eval/DIODE     on benchmarks, as MoGe's evaluation folders have them
     python evaluate.py depth --data eval/NYUv2 --ensemble 10  the median of ten samples an image
     python evaluate.py depth --data eval/NYUv2 --predictions maps/other   another model's saved maps
+    python evaluate.py depth --measured 0.05                  and sparse depth completed, in its unit
     python evaluate.py image                                  text-to-image: Frechet distance and requested colours
     python evaluate.py image --data coco --features inception.pt       FID by a TorchScript feature extractor
     python evaluate.py follow                                 depth-to-image: has the image the depth it was given?
@@ -23,9 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import JOINT, Config, DiT, corrupt, normalize_depth, sampling_grid, uncontract, warp
+from model import I2D_STEPS, Config, DiT, noise_levels, normalize_depth, uncontract
 
-I2D_STEPS = 2
 BENCHMARKS = {  # last part of --data: (size at which depth is scored, MoGe's but for ScanNet; depth kept up to, metres)
     "nyuv2": ((480, 640), 10.0),
     "kitti": ((375, 750), 80.0),
@@ -57,7 +57,8 @@ def samples_of(args, size, device, with_depth=True):
 # ---- Depth ----
 
 I2D, BLIND, OTHER = "image to depth", "mean depth map, input-blind", "given another scene's image"
-KEYS = {"": I2D, "baseline_": BLIND, "shuffled_": OTHER}
+COMPLETED, FILLED = "completed, not aligned", "nearest measured pixel, not aligned"
+KEYS = {"": I2D, "completed_": COMPLETED, "filled_": FILLED, "baseline_": BLIND, "shuffled_": OTHER}
 
 
 def weighted_median(values, weights):
@@ -141,22 +142,41 @@ def ensemble(maps):
     return torch.from_numpy(np.median(torch.stack(aligned).numpy(), 0))
 
 
-def estimate_depth(model, encoders, rgb, indices, args, steps):
+def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None):
     """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> list of relative depth (1, H, W) on the CPU.
 
     The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k
-    of image i follows from (seed, indices[i], k), whatever the batch.
+    of image i follows from (seed, indices[i], k), whatever the batch. measured: (depth, valid), each (B, 1, H, W), of
+    sparse depth, which is completed, in its own unit.
     """
-    size, grid, shape = model.config.fit(*rgb.shape[2:], args.size), sampling_grid(steps), rgb.shape[2:]
-    image = rgb if size == tuple(shape) else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    clean, (first, depth, *_) = encoders.encode_image(image), model.modalities
+    size, shape = model.config.fit(*rgb.shape[2:], args.size), tuple(rgb.shape[2:])
+    image = rgb if size == shape else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    repeat, (first, depth, *_) = lambda x: x.repeat_interleave(args.ensemble, 0).to(rgb.device), model.modalities
+    known = {first.name: (repeat(encoders.encode_image(image)), None)}
+    if measured:
+        box = 0, 0, shape[1], shape[0]
+        seen = [data.nearest(x[0].numpy(), k[0].numpy(), size, box) for x, k in zip(*measured, strict=True)]
+        known[depth.name] = [repeat(torch.from_numpy(np.stack(part))[:, None]) for part in zip(*seen, strict=True)]
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
-    start = {depth.name: data.Draws(args.seed, members).randn(*depth.shape(size)).to(rgb.device)}
-    start[first.name] = clean.repeat_interleave(args.ensemble, 0)
+    noise = {m.name: data.Draws(args.seed, members).randn(*m.shape(size)).to(rgb.device) for m in model.modalities}
     text = encoders.encode_text([""] * len(members)).to(rgb.device)
-    made = model.sample({first.name: grid * 0, depth.name: grid}, start, text)[depth.name]
-    resize = lambda maps: F.interpolate(depth.decode(maps), shape, mode="bilinear").cpu()
-    return [ensemble(resize(maps)) for maps in made.split(args.ensemble)]
+    levels = noise_levels([m.name for m in model.modalities], steps, strength={first.name: 1.0})
+    made = model.sample(levels, noise, text, known, solver=args.solver)[depth.name]
+    maps = F.interpolate(depth.decode(made, *known.get(depth.name, ())), shape, mode="bilinear").cpu()
+    maps = [ensemble(members) for members in maps.split(args.ensemble)]
+    return [torch.where(k, x, y) for x, k, y in zip(*measured, maps, strict=True)] if measured else maps
+
+
+def fill(depth, known):
+    """Every pixel gets the depth of the nearest known one: depth, known (H, W) -> (H, W)."""
+    (height, width), far = depth.shape, 1 << 20
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    above = np.maximum.accumulate(np.where(known, rows, -far))
+    below = np.minimum.accumulate(np.where(known, rows, far)[::-1])[::-1]
+    row = np.where(rows - above < below - rows, above, below)  # of the nearest known one of each column
+    apart = (columns[:, None] - columns) ** 2
+    column = np.stack([(apart + down).argmin(1) for down in (row - rows) ** 2])
+    return depth[row[rows, column], column]
 
 
 def saved_map(args, folder, name, size, whole):
@@ -216,7 +236,7 @@ def print_row(label, scores):
 def score_depth(args, model, encoders, device):
     """One dataset -> ({method: {image: (AbsRel, delta1)}}, pictures of the first six images, their labels, size)."""
     synthetic, (size, high) = args.data == "synthetic", benchmark(args.data) or ((args.size, args.size), 0.0)
-    size = parse_size(args.score_size) if args.score_size else size
+    size = data.parse_size(args.score_size, "--score-size") if args.score_size else size
     args.depth_max = args.depth_max or high
     source = data.open_source(args, "train" if synthetic else "val", size)
     blind = blind_map(source, 2048 if synthetic else args.images or 2048)
@@ -231,6 +251,13 @@ def score_depth(args, model, encoders, device):
                 shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
                 maps[OTHER] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
                 previous = rgb[-1:]
+        if args.measured:
+            chance = data.Draws((args.seed, "measured"), indices).rand(1, *size)
+            sparse = values["depth"].cpu(), valid["depth"].cpu() & (chance < args.measured)
+            maps[COMPLETED] = estimate_depth(model, encoders, rgb, indices, args, args.steps, sparse)
+            maps[FILLED] = [
+                torch.from_numpy(fill(x[0].numpy(), k[0].numpy()))[None] for x, k in zip(*sparse, strict=True)
+            ]
         for i, (index, n) in enumerate(zip(indices, names, strict=True)):
             target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
             if not mask.any():
@@ -241,7 +268,8 @@ def score_depth(args, model, encoders, device):
                 save_map(args.save_predictions, n, prediction)
             for method in maps:
                 if method != OTHER or index > 0:  # nothing comes before the first image
-                    *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
+                    align = "none" if method in (COMPLETED, FILLED) else args.align
+                    *score, aligned = depth_metrics(maps[method][i], target, mask, align)
                     scores.setdefault(method, {})[n] = score
                     if method == I2D and index < 6:
                         error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1) * mask
@@ -287,8 +315,7 @@ def evaluate_follow(args, model, encoders, device):
     --save-predictions DIR: DIR/generated and DIR/real get NAME.png, and NAME.npy, the depth that this network finds in
     it. --predictions DIR: the depth maps in these places, by whatever estimator, are compared instead.
     """
-    size, grid, scores, rows = (args.size, args.size), sampling_grid(args.steps), {"": [], "other": []}, []
-    previous = None
+    size, scores, rows, previous = (args.size, args.size), {"": [], "other": []}, [], None
     for values, valid, captions, names, _, indices in samples_of(args, size, device):
         if args.predictions:
             load = lambda kind: [saved_map(args, f"{args.predictions}/{kind}", n, size, size) for n in names]  # noqa: B023
@@ -299,10 +326,12 @@ def evaluate_follow(args, model, encoders, device):
                 data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
             draws = data.Draws((args.seed, "follow"), indices)  # other noise than the estimates'
             noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in (first, depth)}
-            clean = depth.encode(values[depth.name], valid[depth.name])
-            clean = corrupt(clean, noise[depth.name], torch.zeros(len(names), device=device), valid[depth.name])
-            levels, text = {first.name: grid, depth.name: grid * 0}, encoders.encode_text(captions).to(device)
-            made = model.sample(levels, noise | {depth.name: clean}, text, {first.name: args.cfg})[first.name]
+            levels = noise_levels([first.name, depth.name], args.steps, strength={depth.name: args.strength})
+            text, known = (
+                encoders.encode_text(captions).to(device),
+                {depth.name: (values[depth.name], valid[depth.name])},
+            )
+            made = model.sample(levels, noise, text, known, {first.name: args.cfg}, solver=args.solver)[first.name]
             pictures = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
             one = [0] * len(names)  # one noise for all estimates: what they share tells the images' difference alone
             maps = {k: estimate_depth(model, encoders, x, one, args, I2D_STEPS) for k, x in pictures.items()}
@@ -409,17 +438,19 @@ def following(seen, captions):
 
 def evaluate_image(args, model, encoders, device):
     """Images from the captions of samples, beside their own images."""
-    size, grid, synthetic = (args.size, args.size), sampling_grid(args.steps), args.data == "synthetic"
+    size, synthetic = (args.size, args.size), args.data == "synthetic"
     extract = load_features(args.features, device) if args.features else features
     first, world = model.modalities[0].name, data.World("val", size, device)
-    levels = {m.name: grid if m.name == first else warp(grid, JOINT) for m in model.modalities}  # the released one
+    levels = noise_levels([m.name for m in model.modalities], args.steps)  # the released trajectory
     made, real, other = Moments(), Moments(), Moments()
     colors, real_colors, asked, rows = [], [], [], [[], []]
     for values, _, captions, _, _, indices in samples_of(args, size, device, with_depth=False):
         text = encoders.encode_text(captions).to(device)
         draws = data.Draws(args.seed, indices)
         noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in model.modalities}
-        created = encoders.decode_image(model.sample(levels, noise, text, {first: args.cfg})[first])
+        created = encoders.decode_image(
+            model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
+        )
         made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:
             other.add(extract(world.samples([i + (args.images or 128) for i in indices])[0]["rgb"]))
@@ -446,17 +477,6 @@ def evaluate_image(args, model, encoders, device):
     return results, {"": (rows, ["real", "from its\ncaption"])}
 
 
-def parse_size(text):
-    """ "HxW", or one side, in pixels -> (H, W)."""
-    try:
-        height, _, width = text.partition("x")
-        size = int(height), int(width or height)
-        assert min(size) > 0
-        return size
-    except (ValueError, AssertionError):
-        data.fail(f"--score-size {text}: give HxW in pixels, such as 480x640")
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("task", choices=("depth", "image", "follow"))
@@ -469,7 +489,10 @@ def main():
     setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
     setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
     setting("--score-size", "", "HxW at which depth is scored; empty is a benchmark's own, or --size squared")
-    setting("--steps", 0, "sampling steps; 0 is 2 for depth, 16 for images")
+    setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
+    setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
+    setting("--measured", 0.0, "depth: also complete this share of the true pixels, in their unit; 0 is not")
+    setting("--strength", 1.0, "follow: how far the depth given is trusted, from 0, not looked at, to 1, clean")
     setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
     setting("--ensemble", 1, "samples of each depth map, aligned to each other; their median counts")
     setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
@@ -485,8 +508,11 @@ def main():
         "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
     )
     args = p.parse_args()
-    args.steps = args.steps or {"depth": 2, "image": 16, "follow": 16}[args.task]
+    args.steps = args.steps or {"depth": I2D_STEPS, "image": 16, "follow": 16}[args.task]
     data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
+    for flag in ("measured", "strength"):
+        if not 0 <= getattr(args, flag) <= 1:
+            data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
     out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
     model = encoders = None
     if args.predictions and (args.save_predictions or args.task == "image"):
@@ -512,7 +538,7 @@ def main():
     (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
     for name, (rows, labels) in grids.items():
         if rows:
-            data.save_grid(out / f"grid{name.replace('/', '-')}.png", rows, labels)
+            data.draw_grid(rows, labels).save(out / f"grid{name.replace('/', '-')}.png")
     print(f"wrote {out / 'results.json'}")
 
 

@@ -139,7 +139,10 @@ def draw_noise_levels(modalities, rand, present=None):
     return t
 
 
-JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth a little behind the image (Sec. 4.2)
+# ---- Tables of noise levels: a task is a table (Sec. 4.2) ----
+
+JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth a little behind the image
+I2D_STEPS = 2  # depth from an image: more change little (RESULTS.md)
 
 
 def sampling_grid(steps):
@@ -152,6 +155,31 @@ def warp(t, log2_alpha):
     """Trajectory of Sec. 4.2: f_alpha(t) = alpha t / (1 + (alpha - 1) t). t in [0, 1]; log2_alpha > 0 lags behind t."""
     alpha = 2.0**log2_alpha
     return alpha * t / (1 + (alpha - 1) * t)
+
+
+def noise_levels(names, steps, order=JOINT, strength=None):
+    """The table that DiT.sample follows: {m: noise levels, float64}, for the modalities called names.
+
+    order: log2(alpha); the first of those that are made runs through the grid, the others lag behind it by f_alpha. Or
+    a list of names, to be made one after the other, in steps each; who is not on it stays noise, t = 1.
+    strength {m: 0..1} of what is given: at 1 it is clean, at 0 not looked at, between it runs ahead of what is made by
+    log2(alpha) = 2 log2((1 - strength) / strength), or behind: -5 of the paper is 0.85, -14 is 0.992.
+    """
+    grid, strength = sampling_grid(steps), strength or {}
+    made = [m for m in names if m not in strength]
+    if isinstance(order, list):
+        turns, rest = [m for m in order if m in made], torch.ones(steps, dtype=grid.dtype)
+        before = lambda m: [rest] * turns.index(m)
+        after = lambda m: [0 * rest] * (len(turns) - 1 - turns.index(m))
+        rows = {m: torch.cat([*before(m), grid, *after(m)]) for m in turns}
+        rows = {m: rows.get(m, torch.ones(len(turns) * steps + 1)) for m in made}
+        first = rows[turns[0]]
+    else:
+        rows, first = {m: warp(grid, order * (m != made[0])) for m in made}, grid
+    for m, s in strength.items():
+        between = 0 < s < 1
+        rows[m] = warp(first, 2 * math.log2((1 - s) / s)) if between else (first > 0) * (1.0 - s)
+    return rows
 
 
 # ---- Depth as pixels (Sec. 3.2) ----
@@ -168,17 +196,61 @@ def uncontract(d):
     return torch.where(d <= 1, d, 1 / (2 - d.clamp(min=1)))
 
 
-def normalize_depth(depth, valid):
+def normalize_depth(depth, valid, like=None):
     """Depth in any unit (B, 1, H, W), valid (B, 1, H, W) bool -> divided by the mean over its valid pixels, contracted.
 
     Missing pixels become 0, and so does a wholly missing map. The scale is gone: what a model predicts is relative.
+    like (B, 1, H, W), a prediction of the result: missing pixels are completed from it, and the scale is its own.
     """
     depth = torch.where(valid, depth, 0.0)
-    mean = depth.sum((1, 2, 3), keepdim=True) / valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
-    return contract(depth / mean.clamp(min=1e-12))
+    scale = depth.sum((1, 2, 3), keepdim=True) / valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    if like is not None:
+        whole = valid.flatten(1).all(1).view(-1, 1, 1, 1)
+        scale = torch.where(whole, scale, depth_scale(uncontract(like), depth, valid))
+        depth = complete_depth(uncontract(like), depth, valid)
+    return contract(depth / scale.clamp(min=1e-12))
 
 
-ENCODINGS = {"plain": (lambda x, valid: x, lambda x: x), "relative depth": (normalize_depth, uncontract)}
+def restore_depth(d, depth=None, valid=None):
+    """Contracted relative depth (B, 1, H, W) -> relative depth; in the unit of depth, if that is known on valid."""
+    relative = uncontract(d)
+    return relative if depth is None else relative * depth_scale(relative, depth, valid)
+
+
+def depth_scale(relative, depth, valid):
+    """Median of depth / relative over the valid pixels, (B, 1, 1, 1); 1 where there is none. All (B, 1, H, W)."""
+    ratio = torch.where(valid, depth / relative.clamp(min=1e-3), torch.nan)
+    return ratio.flatten(1).nanmedian(1).values.nan_to_num(1.0).view(-1, 1, 1, 1)
+
+
+def complete_depth(relative, depth, valid, points=1024):
+    """Relative depth bent to pass through the depth that was measured on valid, in its unit. All (B, 1, H, W).
+
+    The logarithm of its error is interpolated between (at most so many) measured pixels by simple kriging, around its
+    median, with a correlation that falls off as exp(-distance): in the image, whose longer side is 2, and in predicted
+    log depth, times 2, so that a correction stays on its surface.
+    """
+    made, (rows, columns) = [], (torch.arange(n, device=depth.device) for n in depth.shape[2:])
+    place = torch.cartesian_prod(rows, columns) * (2 / max(depth.shape[2:]))
+    for r, z, known in zip(relative.clamp(min=1e-3), depth, valid, strict=True):
+        at = known.flatten().nonzero()[:, 0]
+        if 0 < len(at) < known.numel():
+            at = at[torch.linspace(0, len(at) - 1, min(len(at), points), device=at.device).long()]
+            features = torch.cat([place, 2 * r.log().view(-1, 1)], 1)
+            covariance = lambda part: torch.exp(-torch.cdist(part, features[at]))  # noqa: B023
+            error = (z / r).log().flatten()[at]
+            nugget, mean = 1e-3 * torch.eye(len(at), device=at.device), error.median()
+            weights = torch.linalg.solve(covariance(features[at]) + nugget, error - mean)
+            error = mean + torch.cat([covariance(part) @ weights for part in features.split(1 << 14)])
+            r = r * error.exp().view_as(r)
+        made.append(torch.where(known, z, r))
+    return torch.stack(made)
+
+
+ENCODINGS = {  # how stored values become diffused ones, and back
+    "plain": (lambda x, valid, like: x if like is None else torch.where(valid, x, like), lambda x0, *known: x0),
+    "relative depth": (normalize_depth, restore_depth),
+}
 
 
 @dataclass(frozen=True)
@@ -196,19 +268,22 @@ class Modality:
     p_clean: float = 0.2
     """Probability that a training sample holds this modality clean, as the condition of the others."""
     encoding: str = "plain"
-    """Key of ENCODINGS: how stored values become the values that are diffused, and back."""
+    """Key of ENCODINGS."""
 
     def shape(self, size):
         """Image size (H, W) in pixels -> (C, h, w) of this modality's values."""
         return self.channels, size[0] // self.stride, size[1] // self.stride
 
-    def encode(self, x, valid=None):
-        """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> values the network diffuses, same shape."""
-        return ENCODINGS[self.encoding][0](x, valid)
+    def encode(self, x, valid=None, like=None):
+        """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> values the network diffuses, same shape.
 
-    def decode(self, x0):
-        """Inverse of encode, up to what the encoding gives up (depth: its scale)."""
-        return ENCODINGS[self.encoding][1](x0)
+        like (B, C, H, W), a prediction of the result: what is missing is completed from it.
+        """
+        return ENCODINGS[self.encoding][0](x, valid, like)
+
+    def decode(self, x0, known=None, valid=None):
+        """Inverse of encode, up to what that gives up (depth: its scale), unless stored values are known on valid."""
+        return ENCODINGS[self.encoding][1](x0, known, valid)
 
 
 RGB = Modality("rgb", channels=3)
@@ -445,30 +520,52 @@ class DiT(nn.Module):
         return x0_hat
 
     @torch.no_grad()
-    def sample(self, levels, start, text, guidance=None):
-        """Generate by Euler steps on the implied velocity (Sec. 4.2): x_s = x0_hat + (s/t) (x_t - x0_hat).
+    def sample(self, levels, noise, text, known=None, guidance=None, interval=(0, 1), solver="euler", watch=None):
+        """Generate, by the table levels {m: S + 1 noise levels}, which is the whole task (Sec. 4.2): from 1 down to 0
+        for what is generated, zeros for what is given, ones for what nobody knows; what it lacks is not there at all.
 
-        levels {m: sequence of S + 1 noise levels}: from 1 down to 0 for what is generated, all zeros for what is given.
-        This table is the whole task; a modality that is left out is not there at all. start {m: (B, C, H, W)}: noise
-        for what is generated, clean values (noise where they are missing, see corrupt) for what is given. text as in
-        forward. guidance {m: scale} of classifier-free guidance; 1 or absent is none. Returns {m: (B, C, H, W)}. Raises
-        ValueError if the rows differ in length.
+        noise {m: (B, C, H, W)}; text as in forward. known {m: (stored values (B, C, H, W), valid (B, 1, H, W) bool, or
+        None for everywhere)}: at every step these values are set to (1 - t) x0 + t noise, at their row's t. So a row of
+        zeros conditions, a row that falls early is a hint, and sparse values are completed, in their own units.
+        guidance {m: scale} of classifier-free guidance, while interval[0] <= t <= interval[1]; 1 is none. solver
+        "euler" is x_s = x0_hat + (s/t) (x_t - x0_hat); "heun", of second order, predicts twice in all steps but the
+        last. watch(x) is called after each step. Returns {m: (B, C, H, W)}, for Modality.decode. Raises ValueError if
+        the rows differ in length.
         """
-        levels = {m: [float(t) for t in row] for m, row in levels.items()}
-        x, guidance, steps = {m: start[m] for m in levels}, guidance or {}, {len(row) - 1 for row in levels.values()}
-        if len(steps) != 1:
-            raise ValueError(f"levels: every modality needs the same number of steps, got {sorted(steps)}")
-        both = torch.cat([text, torch.zeros_like(text)])  # with the caption, and without
-        for step in range(*steps):
-            guided = any(guidance.get(m, 1) != 1 and row[step + 1] < row[step] for m, row in levels.items())
+        modalities = {m.name: m for m in self.modalities if m.name in levels}
+        columns = zip(*(levels[m] for m in modalities), strict=True)
+        steps = [dict(zip(modalities, map(float, column), strict=True)) for column in columns]
+        everywhere = lambda values: torch.ones_like(values[:, :1], dtype=torch.bool)
+        known = {m: (x, everywhere(x) if valid is None else valid) for m, (x, valid) in (known or {}).items()}
+        clean = {m: modalities[m].encode(*known[m]) for m in known}
+        both, guidance = torch.cat([text, torch.zeros_like(text)]), guidance or {}  # with the caption, and without
+
+        def hold(x, t):
+            return x | {m: torch.where(known[m][1], torch.lerp(clean[m], noise[m], t[m]), x[m]) for m in known}
+
+        def predict(x, t, moving):
+            guided = [m for m in moving if guidance.get(m, 1) != 1 and interval[0] <= t[m] <= interval[1]]
             copies, texts = (2, both) if guided else (1, text)
-            t = {m: torch.full((len(texts),), row[step], device=text.device) for m, row in levels.items()}
-            x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, t, texts)
-            for m, row in levels.items():
-                if row[step + 1] < row[step]:
-                    with_text, without = x0_hat[m].chunk(2) if guided else (x0_hat[m], x0_hat[m])
-                    prediction = torch.lerp(without, with_text, float(guidance.get(m, 1)))
-                    x[m] = prediction + row[step + 1] / row[step] * (x[m] - prediction)
+            at = {m: torch.full((len(texts),), t[m], device=text.device) for m in x}
+            x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, at, texts)
+            split = {m: x0_hat[m].chunk(copies) for m in moving}
+            return {m: torch.lerp(v[-1], v[0], float(guidance[m]) if m in guided else 1.0) for m, v in split.items()}
+
+        x = hold({m: noise[m] for m in modalities}, steps[0])
+        for t, s in itertools.pairwise(steps):
+            moving = [m for m in x if s[m] < t[m]]
+            x0_hat = predict(x, t, moving)
+            euler = lambda: x | {m: x0_hat[m] + s[m] / t[m] * (x[m] - x0_hat[m]) for m in moving}  # noqa: B023
+            if solver == "heun":
+                inner, there = [m for m in moving if s[m] > 0], hold(euler(), s)
+                ahead = predict(there, s, inner) if inner else {}
+                for m in ahead:  # to this an Euler step takes the mean of both slopes
+                    x0_hat[m] = (x0_hat[m] + x[m] - t[m] / s[m] * (there[m] - ahead[m])) / 2
+            for m in known.keys() & moving:
+                x0_hat[m] = clean[m] = modalities[m].encode(*known[m], like=x0_hat[m])
+            x = hold(euler(), s)
+            if watch:
+                watch(x)
         return x
 
     def warm_start(self, state):

@@ -1,47 +1,281 @@
-"""Sample. What you give is held clean, what you don't give is generated, and --order says which comes first.
+"""Sample. What you give is held clean, or in part; what you don't give is generated; --order says which comes first.
 
-    python sample.py --prompt "a small red ball left of a tall blue pillar in a room"     an image and its depth
-    python sample.py --image photo.png                                                  depth from the image
-    python sample.py --depth depth.npy --prompt "a big green box in a room"             an image that has this depth
-    python sample.py --prompt "..." --order depth-first                                 the depth is settled first
+    python sample.py --prompt "a red ball in a room" --prompt "a blue box"      images and their depth
+    python sample.py --prompt "..." --order depth,rgb                           depth first (or rgb,depth; rgb alone)
+    python sample.py --image photo.jpg --ensemble 10                            depth of an image
+    python sample.py --image photos/ --count 1 --out depths --resume            depth of all images of a directory
+    python sample.py --depth depth.npy --prompt "..."                           images that have this depth
+    python sample.py --depth sketch.png --depth-strength 0.8 --refine depth --prompt "..."      roughly this depth
+    python sample.py --image photo.jpg --depth lidar.png                        sparse depth completed, in its own unit
 
-Each sample gets a folder NNN in --out with rgb.png, depth.npy (relative, 0 where missing), depth.png (near is bright),
-cloud.ply (coloured points, metres only up to a scale) and metadata.json; grid.png shows them all.
+Each sample gets a folder in --out: rgb.png; depth.npy (0 where missing; relative, or in the unit of the depth given),
+depth16.png (the same, over its text field "scale"), depth.png (coloured, near is bright), cloud.ply (coloured points,
+edges left out) and metadata.json, whose command makes this sample again. grid.png shows the first of them.
 """
 
 import argparse
 import json
+import shlex
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import data
-from model import JOINT, Config, DiT, corrupt, sampling_grid, warp
+from model import I2D_STEPS, JOINT, Config, DiT, noise_levels
 
-ORDERS = {
-    "joint": JOINT,
-    "image-first": float("inf"),
-    "depth-first": float("-inf"),
-}  # log2(alpha)
+ORDERS = {"": JOINT, "joint": JOINT, "image-first": ["rgb", "depth"], "depth-first": ["depth", "rgb"]}
+OF_THE_CALL = {"count", "out", "resume", "batch_size", "device", "animate", "prompts"}  # settings that no sample sees
 
 
-def noise_levels(order, steps, given):
-    """The table that the sampler follows: {"rgb", "depth": noise levels per step} (Sec. 4.2).
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    order: log2(alpha) of the trajectory t_depth = f_alpha(t_rgb); an infinite one is one modality after the other, in
-    twice the steps. given: names of the modalities held clean; with one of them given, there is no order left to
-    choose.
+    def setting(flag, default, help, **kwargs):
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kind | kwargs)
+
+    setting("--checkpoint", "runs/forcing/last.pt", "what a training script wrote")
+    setting("--prompt", [], "what the picture shows; may be given several times", type=str, action="append")
+    setting("--prompts", "", "file of more prompts, one a line")
+    setting("--image", "", "image, or directory of images, to generate depth from")
+    setting(
+        "--depth",
+        "",
+        "depth map or directory: .npy, .pfm, 16-bit .png; missing is 0, negative or not finite. Beside --image, in its "
+        "pixels (of two directories: files of one name), it is measured depth, which is completed",
+    )
+    setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 is not looked at")
+    setting("--depth-strength", 1.0, "how far the depth given is, if there is no image")
+    setting(
+        "--order",
+        "",
+        "joint (the default: depth a little behind the image); log2(alpha) of Sec. 4.2, -14 to 14 (joint: 5); or names "
+        "rgb,depth (image-first), depth,rgb (depth-first), rgb alone",
+    )
+    setting("--refine", "", "rgb or depth: in a second pass make it again from the other", choices=("", "rgb", "depth"))
+    setting("--count", 4, "samples of every prompt for every input")
+    setting("--ensemble", 1, "depth of an image is the median of so many")
+    setting("--size", "", "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area")
+    setting("--steps", 0, f"steps of a pass; 0 is {I2D_STEPS} where the image is given, else 50")
+    setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
+    setting("--cfg", 3.0, "classifier-free guidance of the image; 1 is none. The released model uses 4, this size less")
+    setting("--cfg-depth", 1.0, "classifier-free guidance of the depth")
+    setting("--cfg-interval", [0.0, 1.0], "noise levels where guidance acts", type=float, nargs=2, metavar="T")
+    setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
+    setting("--animate", False, "also animation.gif: how the first four lose their noise")
+    setting("--seed", 0, "of the first sample's noise; the next one's is one more")
+    setting("--batch-size", 16, "samples at a time")
+    setting("--device", "auto", "auto, cuda, mps or cpu")
+    setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with")
+    setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
+    setting("--out", "runs/samples", "directory to write to")
+    args = p.parse_args()
+
+    data.at_least(args, steps=0, count=1, ensemble=1, batch_size=1)
+    for flag in ("image", "depth"):
+        strength = getattr(args, f"{flag}_strength")
+        if not 0 <= strength <= 1:
+            data.fail(f"--{flag}-strength {strength}: from 0, not looked at, to 1, clean")
+        if strength < 1 and not getattr(args, flag):
+            data.fail(f"--{flag}-strength {strength}: of no --{flag}; give one")
+    if args.image and args.depth_strength < 1:
+        data.fail(f"--depth-strength {args.depth_strength}: beside an --image depth is measured, so kept; leave it out")
+    if args.order and (args.image or args.depth):
+        data.fail(f"--order {args.order}: what is given comes first (--image-strength, --depth-strength); leave it out")
+    if args.ensemble > 1 and not args.image:
+        data.fail(f"--ensemble {args.ensemble}: it is for depth from an --image; leave it out")
+    if not 0 < args.fov < 180:
+        data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
+    if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
+        data.fail(f"--cfg-interval {args.cfg_interval}: two noise levels in 0..1, the lower first")
+    return args, {action.dest: action.default for action in p._actions}
+
+
+def read_order(args, names):
+    """--order -> log2(alpha), or a list of names. Refuses what a network of these modalities can't make."""
+    if "depth" not in names and (args.image or args.depth or args.refine or args.order not in ("", "rgb")):
+        data.fail(f"--checkpoint {args.checkpoint}: a text-to-image one knows no depth; give one of train_forcing.py")
+    try:
+        order = ORDERS[args.order] if args.order in ORDERS else float(args.order)
+        if not isinstance(order, list) and not -14 <= order <= 14:
+            data.fail(f"--order {args.order}: log2(alpha) is in -14..14; rgb,depth and depth,rgb are the limits")
+    except ValueError:
+        order = args.order.split(",")
+        if sorted(set(order) & set(names)) != sorted(order):
+            data.fail(f"--order {args.order}: choose joint, log2(alpha), or different ones of {', '.join(names)}")
+    other = {"rgb": "depth", "depth": "rgb"}.get(args.refine)
+    if other and isinstance(order, list) and other not in order:
+        data.fail(f"--refine {args.refine}: there is no {other} to make it from; add it to --order {args.order}")
+    if other and args.image and args.image_strength == 1:
+        data.fail(f"--refine {args.refine}: the image is given, clean; leave it out, or lower --image-strength")
+    return order
+
+
+@dataclass
+class Job:
+    """One sample to be: its folder's name and what it is made from."""
+
+    name: str
+    prompt: str
+    image: str
+    depth: str
+    seed: int
+    given: dict = field(default_factory=dict)
+    """{modality: (stored values (C, H, W), valid (1, H, W))} in the pixels of the files, once they are read."""
+    seen: dict = field(default_factory=dict)
+    """The same at the size at which the network sees it."""
+
+
+def list_inputs(path, flag, suffixes):
+    """A file -> {"": path}; a directory -> {name: path} of its files with these suffixes; .depth is not of the name."""
+    if not Path(path).is_dir():
+        return {"": path}
+    files = [p for p in sorted(Path(path).iterdir()) if p.suffix[1:].lower() in suffixes]
+    files = [p for p in files if flag == "--depth" or not p.stem.endswith((".depth", ".mask"))]
+    found = {p.stem.removesuffix(".depth"): str(p) for p in files}
+    if not found or len(found) < len(files):
+        data.fail(f"{flag} {path}: {'two files of one name' if found else 'no file'} among its {', '.join(suffixes)}")
+    return found
+
+
+def list_jobs(args, length):
+    """Every prompt for every input, args.count times. length: bytes of a prompt that the network reads, 0 is any."""
+    prompts = list(args.prompt)
+    try:
+        lines = Path(args.prompts).read_text().splitlines() if args.prompts else []
+    except (OSError, ValueError) as error:
+        data.fail(f"--prompts {args.prompts}: {getattr(error, 'strerror', None) or 'not a text file'}")
+    prompts = prompts + [line.strip() for line in lines if line.strip()] or [""]
+    for prompt in prompts:
+        if length and (cut := data.left_out(prompt, length)):
+            data.fail(f'--prompt "{prompt[:24]}...": too long, the network would not read "{cut}"; shorten it')
+    kinds = {"image": data.IMAGES, "depth": data.MAPS}
+    inputs = {m: list_inputs(path, f"--{m}", kinds[m]) for m in kinds if (path := getattr(args, m))}
+    stems = sorted(set.intersection(*map(set, inputs.values()))) if inputs else [""]
+    if not stems:
+        data.fail(f"--depth {args.depth}: no file has the name of one of --image {args.image}")
+    jobs = []
+    for stem in stems:
+        paths = {m: inputs[m][stem] if m in inputs else "" for m in kinds}
+        first = args.seed + (zlib.crc32(stem.encode()) if stem else 0)  # no two inputs share their noise
+        for i, prompt in enumerate(p for p in prompts for _ in range(args.count)):
+            jobs.append(Job(f"{stem}-{i:03}" if stem else f"{i:03}", prompt, **paths, seed=first + i))
+    return jobs
+
+
+def read_inputs(job, args, config, area):
+    """Fill in job.given and job.seen -> the latter's size (H, W), which keeps the shape in about this area."""
+    try:
+        if job.image:
+            rgb, shape = data.parse(job.image, lambda: data.load_rgb(data.read_file(job.image)))
+            job.given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, torch.ones(1, *shape) > 0
+        if job.depth:
+            depth = data.parse(job.depth, lambda: data.read_depth(job.depth, data.read_file(job.depth)))
+            job.given["depth"] = tuple(torch.from_numpy(x)[None] for x in depth)
+    except data.BadSample as error:
+        data.fail(f"--{'depth' if 'rgb' in job.given or not job.image else 'image'} {error}")
+    shape, *others = {tuple(valid.shape[1:]): 0 for _, valid in job.given.values()}
+    if others:
+        data.fail(f"--depth {job.depth}: its shape {others[0]} is not that of --image, {shape}; give one of that shape")
+    if min(shape) < config.patch:
+        data.fail(
+            f"{job.image or job.depth}: {shape} pixels are less than a patch of {config.patch}; give a larger one"
+        )
+    size = config.fit(*shape, area**0.5)
+    if job.image:
+        seen = F.interpolate(job.given["rgb"][0][None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+        job.seen["rgb"] = seen, torch.ones(1, *size) > 0
+    if job.depth:
+        depth, valid = (x[0].numpy() for x in job.given["depth"])
+        job.seen["depth"] = tuple(
+            torch.from_numpy(x)[None] for x in data.nearest(depth, valid, size, (0, 0, *shape[::-1]))
+        )
+        if valid.all() and job.image:
+            data.fail(f"--depth {job.depth}: beside --image nothing is left to generate, no pixel is missing; give one")
+        if valid.all() and args.refine == "depth" and args.depth_strength == 1:
+            data.fail("--refine depth: it is given, whole and clean; lower --depth-strength")
+    return size
+
+
+def batches(jobs, args, config, size):
+    """(size, jobs of this size, read), as many as go through the network at a time."""
+    waiting = {}
+    for job in jobs:
+        seen_at = read_inputs(job, args, config, size[0] * size[1]) if job.image or job.depth else size
+        waiting.setdefault(seen_at, []).append(job)
+        if len(waiting[seen_at]) * args.ensemble >= args.batch_size:
+            yield seen_at, waiting.pop(seen_at)
+    yield from waiting.items()
+
+
+def generate(model, encoders, jobs, size, args, order, watch):
+    """-> for each job {modality: (values (C, H, W), valid (1, H, W))}, in the pixels of what is given.
+
+    Each task is a table of noise levels and what is known: model.noise_levels and DiT.sample tell.
     """
-    grid = sampling_grid(steps)
-    if given:
-        return {m: grid * 0 if m in given else grid for m in ("rgb", "depth")}
-    if abs(order) == float("inf"):
-        first, second = torch.cat([grid, grid[1:] * 0]), torch.cat([grid[1:] * 0 + 1, grid])
-        return {"rgb": first, "depth": second} if order > 0 else {"rgb": second, "depth": first}
-    return {"rgb": grid, "depth": warp(grid, order)}
+    entries, members, device = (
+        {m.name: m for m in model.modalities},
+        range(args.ensemble),
+        model.text_tokenizer.weight.device,
+    )
+    known = {}
+    for m in jobs[0].seen:
+        parts = zip(*(job.seen[m] for job in jobs for _ in members), strict=True)
+        known[m] = tuple(torch.stack(part).to(device) for part in parts)
+    if args.image:
+        known["rgb"] = encoders.encode_image(known["rgb"][0]), None
+        strength = {"rgb": args.image_strength}  # depth beside it is measured, and completed
+    else:
+        strength = {m: args.depth_strength for m in known}
+    draws = data.Draws("sample", [job.seed + (k << 32) for job in jobs for k in members])
+    noise = {m: draws.randn(*entries[m].shape(size)).to(device) for m in entries}
+    text = encoders.encode_text([job.prompt for job in jobs for _ in members]).to(device)
+
+    def run(order, strength, known):
+        levels = noise_levels(list(entries), args.steps or (I2D_STEPS if "rgb" in strength else 50), order, strength)
+        share = 1 / (len(levels["rgb"]) - 1) / (2 if args.refine else 1)  # of all steps
+        guidance, tell = {"rgb": args.cfg, "depth": args.cfg_depth}, lambda x: watch(x, share)
+        x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell)
+        made = {m: entries[m].decode(x[m], *known.get(m, ())) for m in x}
+        return made | {"rgb": encoders.decode_image(made["rgb"]).clamp(-1, 1)}
+
+    made = run(order, strength, known)
+    kept = {m for m in known if m != args.refine or strength.get(m, 1) == 1}  # a hint is made again as a whole
+    if args.refine:
+        finished = made if args.refine == "rgb" else made | {"rgb": encoders.encode_image(made["rgb"])}
+        others = {m: (finished[m], known[m][1] if strength.get(m) == 1 else None) for m in made if m != args.refine}
+        measured = {m: known[m] for m in kept if m == args.refine}
+        made[args.refine] = run(JOINT, dict.fromkeys(others, 1.0), others | measured)[args.refine]
+    results = []
+    for i, job in enumerate(jobs):
+        result, shape = {}, next(iter(job.given.values()))[1].shape[1:] if job.given else size
+        for m in made:
+            if isinstance(order, list) and m not in order and m != args.refine:
+                continue  # it stayed noise
+            x = torch.from_numpy(np.median(made[m][i * len(members) :][: len(members)].float().cpu(), 0))
+            x = F.interpolate(x[None], shape, mode="bicubic" if m == "rgb" else "bilinear")[0] if shape != size else x
+            if m not in kept:
+                result[m] = x, torch.ones(1, *shape) > 0
+            elif m in strength and m != args.refine:
+                result[m] = job.given[m]
+            else:  # completed
+                result[m] = torch.where(job.given[m][1], job.given[m][0], x), torch.ones(1, *shape) > 0
+        results.append(result)
+    return results
+
+
+def on_surface(depth, valid, tolerance=0.1):
+    """Where depth (H, W) is no edge, bool: on any plane inverse depth is linear in the image, at an edge it bends."""
+    near = np.pad(1 / np.where(valid, depth, np.nan), 1, mode="reflect", reflect_type="odd")
+    middle, up, down, left, right = near[1:-1, 1:-1], near[:-2, 1:-1], near[2:, 1:-1], near[1:-1, :-2], near[1:-1, 2:]
+    bend = np.fmax(np.abs(2 * middle - up - down), np.abs(2 * middle - left - right))
+    return valid & ~(bend > tolerance * middle)
 
 
 def write_ply(path, rgb, depth, valid, fov):
@@ -50,11 +284,8 @@ def write_ply(path, rgb, depth, valid, fov):
     y, x = np.mgrid[:height, :width]
     focal = height / 2 / np.tan(np.radians(fov) / 2)
     points = np.empty((height, width), [(c, "<f4") for c in "xyz"] + [(c, "u1") for c in ("red", "green", "blue")])
-    points["x"], points["y"], points["z"] = (
-        (x + 0.5 - width / 2) / focal * depth,
-        (height / 2 - y - 0.5) / focal * depth,
-        -depth,
-    )
+    points["x"], points["y"] = (x + 0.5 - width / 2) / focal * depth, (height / 2 - y - 0.5) / focal * depth
+    points["z"] = -depth
     points["red"], points["green"], points["blue"] = np.moveaxis(rgb, -1, 0)
     points = points[valid]
     properties = "".join(f"property {'float' if c in 'xyz' else 'uchar'} {c}\n" for c in points.dtype.names)
@@ -62,128 +293,114 @@ def write_ply(path, rgb, depth, valid, fov):
     Path(path).write_bytes(header.encode() + points.tobytes())
 
 
+def write(folder, made, metadata, fov):
+    """The files of one sample; metadata.json last, so that it tells that the others are there."""
+    for m in made.keys() - {"rgb", "depth"}:
+        np.save(folder / f"{m}.npy", made[m][0].numpy())
+    if "rgb" in made:
+        rgb = data.paint_rgb(made["rgb"][0])
+        Image.fromarray(rgb).save(folder / "rgb.png")
+    if "depth" in made:
+        values, valid = made["depth"]
+        depth, valid = torch.where(valid, values, 0)[0].numpy(), (valid & (values > 0))[0].numpy()
+        np.save(folder / "depth.npy", depth)
+        data.depth_picture(values, torch.from_numpy(valid)[None]).save(folder / "depth.png")
+        metadata["depth16_scale"], text = float(depth.max()) / 65535 or 1.0, PngImagePlugin.PngInfo()
+        text.add_text("scale", repr(metadata["depth16_scale"])), text.add_text("unit", metadata["depth_unit"])
+        codes = np.where(valid, np.round(depth / metadata["depth16_scale"]).clip(1), 0).astype(np.uint16)
+        Image.fromarray(codes).save(folder / "depth16.png", pnginfo=text)
+        if "rgb" in made:
+            write_ply(folder / "cloud.ply", rgb, depth, on_surface(depth, valid), fov)
+    data.write_whole(folder / "metadata.json", lambda file: file.write(json.dumps(metadata, indent=1).encode()))
+
+
+def contact_sheet(out, jobs, labels, columns=8, most=24):
+    """Image of the first samples on disk: image above depth above caption, one block of rows after the other."""
+    rows, beside = [], []
+    readers = {
+        "rgb.png": lambda path: np.asarray(Image.open(path)),
+        "depth.npy": lambda path: data.paint_depth(torch.from_numpy(np.load(path))[None]),
+    }
+    for start in range(0, min(len(jobs), most), columns):
+        block = jobs[start : start + columns]
+        for (file, read), label in zip(readers.items(), labels, strict=True):
+            if (out / block[0].name / file).exists():
+                rows.append([read(out / job.name / file) for job in block])
+                beside.append(label)
+        rows.append([f"{job.name} {job.prompt}" for job in block])
+        beside.append("")
+    return data.draw_grid(rows, beside)
+
+
+def animation(path, frames, most=40):
+    """GIF of frames {"rgb", "depth": (B, C, H, W) as diffused}, at most so many; the last one is shown longer."""
+    pictures = []
+    for frame in frames[:: -(-len(frames) // most)] + frames[-1:]:
+        rows = [[data.paint_rgb(x) for x in frame["rgb"]]]
+        if "depth" in frame:  # brightness linear in contracted depth
+            rows.append([data.paint_depth(1 / (2.05 - x.clamp(0, 2))) for x in frame["depth"]])
+        pictures.append(data.draw_grid(rows, cell=96))
+    times = [80] * (len(pictures) - 1) + [2000]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def setting(flag, default, help):
-        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})")
-
-    setting("--checkpoint", "runs/forcing/last.pt", "what train_forcing.py wrote")
-    p.add_argument("--prompt", default="", help="what the picture shows")
-    p.add_argument("--image", help="image file to hold clean: its depth is generated")
-    p.add_argument(
-        "--depth",
-        help="depth map to hold clean, .npy, .pfm or 16-bit .png (any unit; missing is 0, negative or not finite)",
-    )
-    setting(
-        "--order",
-        "joint",
-        "joint (depth a little behind the image), image-first, depth-first, or log2(alpha) of Sec. 4.2, -14 to 14",
-    )
-    setting("--count", 4, "number of samples")
-    setting(
-        "--size", 0, "side in pixels; 0 is the network's. An --image or --depth keeps its shape, in about this area"
-    )
-    setting("--steps", 50, "sampling steps")
-    setting(
-        "--cfg",
-        3.0,
-        "classifier-free guidance of a generated image; 1 is none. The released model uses 4, this size wants less",
-    )
-    setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
-    setting("--seed", 0, "of the noise")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with")
-    setting("--out", "runs/samples", "directory to write to")
-    args = p.parse_args()
-
-    try:
-        order = ORDERS[args.order] if args.order in ORDERS else float(args.order)
-    except ValueError:
-        data.fail(f"--order {args.order}: choose joint, image-first, depth-first or a number, log2(alpha)")
-    if not -14 <= order <= 14 and args.order not in ORDERS:
-        data.fail(f"--order {args.order}: log2(alpha) must be in -14..14; image-first and depth-first are the limits")
-    data.at_least(args, steps=1, count=1, size=0)
-    if not 0 < args.fov < 180:
-        data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
-    if (Path(args.out) / "grid.png").exists():
-        data.fail(f"--out {args.out}: already holds samples; choose another --out")
+    args, defaults = parse()
     state, device = data.load_checkpoint(args.checkpoint), data.pick_device(args.device)
     model = DiT(Config(**state["config"])).requires_grad_(False)
     model.load_state_dict(state["ema"])
     model.to(device)
-    config, names = model.config, [m.name for m in model.modalities]
+    config, members = model.config, args.ensemble
     encoders = data.open_encoders(args.encoders, device, config, state["settings"].get("encoders", ""))
-    if "depth" not in names:
-        data.fail(
-            f"--checkpoint {args.checkpoint}: a text-to-image checkpoint knows no depth; give one of train_forcing.py"
-        )
-    side = args.size or config.size
-    if side % config.patch:
+    order = read_order(args, [m.name for m in model.modalities])
+    size = data.parse_size(args.size, "--size") if args.size else (config.size, config.size)
+    if any(n % config.patch for n in size):
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
 
-    # What is given, at a size that the patch divides: {modality: (stored values (C, H, W), valid (1, H, W) or None)}.
-    given, size = {}, (side, side)
-    try:
-        if args.image:
-            rgb, _ = data.parse(args.image, lambda: data.load_rgb(data.read_file(args.image)))
-            given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, None
-        if args.depth:
-            depth = data.parse(args.depth, lambda: data.read_depth(args.depth, data.read_file(args.depth)))
-            given["depth"] = tuple(torch.from_numpy(x)[None] for x in depth)
-    except data.BadSample as error:
-        data.fail(f"{'--depth' if 'rgb' in given or not args.image else '--image'}: {error}")
-    shapes = {tuple(values.shape[1:]) for values, _ in given.values()}
-    if len(shapes) > 1:
-        data.fail(
-            f"--depth {args.depth}: its shape differs from --image's: {' and '.join(f'{h}x{w}' for h, w in shapes)}"
-        )
-    if len(given) == len(names):
-        data.fail("--image and --depth: with both given there is nothing to generate; leave one out")
-    if shapes:
-        size = config.fit(*shapes.pop(), side)
-    start, draws = {}, data.Draws(args.seed, range(args.count))
-    for m in model.modalities:
-        start[m.name] = draws.randn(*m.shape(size))
-        if m.name in given:
-            values, valid = given[m.name]
-            if valid is None:
-                values = F.interpolate(values[None], size, mode="bicubic", antialias=True).clamp(-1, 1)
-                values = encoders.encode_image(values.to(device)).cpu()
-            else:
-                values, valid = (F.interpolate(v[None].float(), size, mode="nearest-exact") for v in (values, valid))
-                valid = valid > 0
-                if not valid.any():
-                    data.fail(
-                        f"--depth {args.depth}: no valid pixel is left at {size[0]}x{size[1]}; give a larger --size"
-                    )
-            clean = m.encode(values, valid).expand(args.count, -1, -1, -1)
-            start[m.name] = corrupt(clean, start[m.name], torch.zeros(args.count), valid)
-            given[m.name] = values, valid
-    start = {m: x.to(device) for m, x in start.items()}
+    out, jobs, todo = Path(args.out), list_jobs(args, 0 if config.text_dim else config.text_length), []
+    common, settings = {k: v for k, v in vars(args).items() if k not in OF_THE_CALL}, {}
+    for job in jobs:
+        own = {"prompt": [job.prompt], "image": job.image, "depth": job.depth, "seed": job.seed}
+        settings[job.name], done = common | own, out / job.name / "metadata.json"
+        if not done.exists():
+            todo.append(job)
+        elif not args.resume:
+            data.fail(f"--out {out}: already holds samples; go on with --resume, or choose another --out")
+        elif other := [
+            k for k, v in settings[job.name].items() if json.loads(done.read_bytes())["settings"].get(k) != v
+        ]:
+            data.fail(f"--resume: {done.parent} has another --{other[0].replace('_', '-')}; choose another --out")
+    data.make_folder(out)
 
-    text = encoders.encode_text([args.prompt] * args.count).to(device)
-    made = model.sample(noise_levels(order, args.steps, given), start, text, {"rgb": args.cfg})
-    made = {m.name: m.decode(made[m.name]) for m in model.modalities}
-    made = {m: x.cpu() for m, x in made.items()} | {"rgb": encoders.decode_image(made["rgb"]).cpu()}
-    valid = torch.ones(size, dtype=torch.bool) if "depth" not in given else given["depth"][1][0, 0]
+    frames, layout = [], "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+    with tqdm(total=len(todo), bar_format=layout, delay=1) as bar:
+        for i, (seen_at, batch) in enumerate(batches(todo, args, config, size)):
 
-    pictures = {"rgb": [], "depth": []}
-    for i in range(args.count):
-        folder = data.make_folder(f"{args.out}/{i:03}")
-        rgb, depth = data.paint_rgb(made["rgb"][i]), torch.where(valid, made["depth"][i], 0)
-        pictures["rgb"].append(rgb)
-        pictures["depth"].append(data.paint_depth(depth))
-        Image.fromarray(rgb).save(folder / "rgb.png")
-        Image.fromarray(pictures["depth"][-1]).save(folder / "depth.png")
-        np.save(folder / "depth.npy", depth[0].numpy())
-        write_ply(folder / "cloud.ply", rgb, depth[0].numpy(), valid.numpy() & (depth[0].numpy() > 0), args.fov)
-        (folder / "metadata.json").write_text(
-            json.dumps({**vars(args), "sample": i, "height": size[0], "width": size[1]}, indent=1)
-        )
-    labels = [f"{'image' if m == 'rgb' else m}\n({'given' if m in given else 'made'})" for m in pictures]
-    data.save_grid(Path(args.out) / "grid.png", list(pictures.values()), labels)
-    print(f"{args.count} samples in {args.out}; see {args.out}/grid.png")
+            def watch(x, share, show=args.animate and i == 0, batch=batch):
+                bar.update(min(share * len(batch), bar.total - bar.n))
+                if show:
+                    x = {m: x[m][: 4 * members : members] for m in x}
+                    frames.append(x | {"rgb": encoders.decode_image(x["rgb"])})
+
+            for job, made in zip(batch, generate(model, encoders, batch, seen_at, args, order, watch), strict=True):
+                told = {k: v for k, v in settings[job.name].items() if v not in (defaults[k], [""])}
+                flags = ([f"--{k.replace('_', '-')}", *(v if isinstance(v, list) else [v])] for k, v in told.items())
+                line = shlex.join(
+                    ["python", "sample.py", "--count", "1", *(str(word) for words in flags for word in words)]
+                )
+                unit = "that of the depth given" if job.depth else "relative"
+                metadata = {"command": line, "settings": settings[job.name], "depth_unit": unit, "network_saw": seen_at}
+                write(data.make_folder(out / job.name), made, metadata | {"torch": torch.__version__}, args.fov)
+                job.given, job.seen = {}, {}
+    if frames:
+        animation(out / "animation.gif", frames)
+    how = {"rgb": "given" if args.image else "made", "depth": "given" if args.depth else "made"}
+    how |= {"depth": "completed"} if args.image and args.depth else {}
+    how |= {args.refine: "made again"} if args.refine else {}
+    contact_sheet(out, jobs, [f"{'image' if m == 'rgb' else m}\n({how[m]})" for m in ("rgb", "depth")]).save(
+        out / "grid.png"
+    )
+    print(f"{len(todo)} samples in {out}; see {out}/grid.png")
 
 
 if __name__ == "__main__":

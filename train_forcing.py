@@ -36,7 +36,6 @@ from tqdm import tqdm
 import data
 from model import (
     DEPTH,
-    JOINT,
     PRESETS,
     Config,
     DiT,
@@ -47,11 +46,10 @@ from model import (
     format_plan,
     matmul_peak,
     memory_plan,
-    sampling_grid,
+    noise_levels,
     scored,
     training_cost,
     velocity_loss,
-    warp,
 )
 
 
@@ -153,13 +151,11 @@ def picture(model, encoders, args, device, path, count=8):
     text, real = encoders.encode_text(captions).to(device), values["rgb"]
     generator = torch.Generator().manual_seed(0)
     noise = {m.name: torch.randn(len(text), *m.shape(size), generator=generator).to(device) for m in model.modalities}
-    values["rgb"] = encoders.encode_image(values["rgb"])
-    given = {m.name: m.encode(values[m.name], valid[m.name]) for m in model.modalities}
-    given = {m: corrupt(given[m], noise[m], torch.zeros(len(text), device=device), valid[m]) for m in given}
-    grid, held = sampling_grid(25), sampling_grid(25) * 0
-    i2d = model.sample({"rgb": held, "depth": grid}, {**noise, "rgb": given["rgb"]}, text)
-    d2i = model.sample({"rgb": grid, "depth": held}, {**noise, "depth": given["depth"]}, text, {"rgb": 3.0})
-    joint = model.sample({"rgb": grid, "depth": warp(grid, JOINT)}, noise, text, {"rgb": 3.0})
+    known = {"rgb": (encoders.encode_image(real), None), "depth": (values["depth"], valid["depth"])}
+    levels = lambda **strength: noise_levels([m.name for m in model.modalities], 25, strength=strength)
+    i2d = model.sample(levels(rgb=1.0), noise, text, {"rgb": known["rgb"]})
+    d2i = model.sample(levels(depth=1.0), noise, text, {"depth": known["depth"]}, {"rgb": 3.0})
+    joint = model.sample(levels(), noise, text, guidance={"rgb": 3.0})
     depths = lambda x: [data.paint_depth(d) for d in DEPTH.decode(x)]
     images = lambda x: [data.paint_rgb(image) for image in encoders.decode_image(x)]
     rows = {
@@ -170,7 +166,7 @@ def picture(model, encoders, args, device, path, count=8):
         "joint:\nimage": images(joint["rgb"]),
         "joint:\ndepth": depths(joint["depth"]),
     }
-    data.save_grid(path, list(rows.values()), list(rows))
+    data.draw_grid(list(rows.values()), list(rows)).save(path)
 
 
 def main():

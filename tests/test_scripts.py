@@ -16,7 +16,7 @@ import evaluate
 import sample
 import train_forcing
 import train_t2i
-from model import DEPTH, RGB, Config, DiT, Modality, corrupt, draw_noise_levels, sampling_grid, scored, velocity_loss
+from model import DEPTH, RGB, Config, DiT, Modality, corrupt, draw_noise_levels, noise_levels, scored, velocity_loss
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
@@ -177,64 +177,18 @@ def test_surface_normals_are_one_entry_and_one_key():
             optimizer.step()
             optimizer.zero_grad()
     assert history[2] < history[1] < history[0]
-    grid = sampling_grid(3)
     directions = [set(c) for n in (1, 2) for c in itertools.combinations(x0, n)]
     assert len(directions) == 6
     for given in directions:
-        start = {m: corrupt(x0[m], noise[m], torch.zeros(8), valid[m]) if m in given else noise[m] for m in x0}
-        made = model.sample({m: grid * 0 if m in given else grid for m in x0}, start, text)
+        levels = noise_levels(list(x0), 3, strength=dict.fromkeys(given, 1.0))
+        made = model.sample(levels, noise, text, {m: (values[m], valid[m]) for m in given})
         for m in x0:
-            assert torch.equal(made[m], start[m]) == (m in given)
+            clean = corrupt(x0[m], noise[m], torch.zeros(8), valid[m])
+            assert torch.equal(made[m], clean) == (m in given)
             assert made[m].isfinite().all()
 
 
 # ---- Sampling and evaluation ----
-
-
-def test_sample_writes_everything_and_repeats_itself(trained, tmp_path, monkeypatch):
-    line = f"--checkpoint {trained[1]} --count 2 --steps 3 --device cpu --size 16"
-    for out in ("a", "b"):
-        run(sample, f"{line} --prompt ball --out {tmp_path}/{out}", monkeypatch)
-    a, b = tmp_path / "a/001", tmp_path / "b/001"
-    assert {p.name for p in a.iterdir()} == {"rgb.png", "depth.npy", "depth.png", "cloud.ply", "metadata.json"}
-    assert (a / "rgb.png").read_bytes() == (b / "rgb.png").read_bytes()
-    assert json.loads((a / "metadata.json").read_text())["prompt"] == "ball"
-    header, points = (a / "cloud.ply").read_bytes().split(b"end_header\n")
-    assert len(points) == 15 * int(header.split(b"vertex ")[1].split()[0]) > 0
-    run(sample, f"{line} --image {a}/rgb.png --out {tmp_path}/i2d", monkeypatch)
-    assert (
-        np.abs(np.asarray(Image.open(tmp_path / "i2d/000/rgb.png")).astype(int) - Image.open(a / "rgb.png")).max() <= 1
-    )
-    depth = np.linspace(1, 5, 256, dtype=np.float32).reshape(16, 16)
-    depth[:4] = 0
-    np.save(tmp_path / "d.npy", depth)
-    run(sample, f"{line} --depth {tmp_path}/d.npy --out {tmp_path}/d2i", monkeypatch)
-    relative = np.load(tmp_path / "d2i/000/depth.npy")
-    assert (relative[:4] == 0).all() and np.allclose(relative[4:] * depth[4:].mean(), depth[4:], rtol=1e-3)
-
-
-def test_orders_are_tables():
-    grid = sampling_grid(4)
-    table = sample.noise_levels(float("inf"), 4, {})
-    assert table["rgb"].tolist() == [*grid.tolist(), 0, 0, 0, 0] and table["depth"].tolist() == [
-        1,
-        1,
-        1,
-        1,
-        *grid.tolist(),
-    ]
-    table = sample.noise_levels(float("-inf"), 4, {})
-    assert table["depth"].tolist() == [*grid.tolist(), 0, 0, 0, 0]
-    torch.testing.assert_close(sample.noise_levels(0.0, 4, {})["depth"], grid)
-    assert (sample.noise_levels(0.0, 4, {"depth": None})["depth"] == 0).all()
-
-
-def test_pinhole_points(tmp_path):
-    depth = np.full((4, 4), 2.0, np.float32)
-    sample.write_ply(tmp_path / "c.ply", np.zeros((4, 4, 3), np.uint8), depth, depth > 0, 90.0)
-    body = (tmp_path / "c.ply").read_bytes().split(b"end_header\n")[1]
-    points = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])["xyz"]
-    np.testing.assert_allclose(points[0], [-1.5, 1.5, -2])  # at 90 degrees the half-width is the depth; pixel centres
 
 
 def test_align_is_the_exact_minimum():
@@ -521,6 +475,8 @@ def test_a_stride_that_the_patch_does_not_divide_grows_it():
 def files(tmp_path, trained, encoded, world):
     """Names to fill into the command lines below."""
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "good.png")
+    Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "dot.png")
+    np.save(tmp_path / "d.npy", np.ones((16, 16)))
     (tmp_path / "text.png").write_text("not an image")
     np.save(tmp_path / "wide.npy", np.ones((16, 24)))
     np.save(tmp_path / "empty.npy", np.zeros((16, 16)))
@@ -538,7 +494,10 @@ BAD = [
     (sample, "--checkpoint {tmp}/none.pt", "none.pt"),
     (sample, "--checkpoint {tmp}/bad.pt", "bad.pt"),
     (sample, "--checkpoint {tmp}/other.pt", "other.pt"),
-    (sample, "--checkpoint {t2i}", "no depth"),
+    (sample, "--checkpoint {t2i} --image {tmp}/good.png", "no depth"),
+    (sample, "--checkpoint {t2i} --depth {tmp}/wide.npy", "no depth"),
+    (sample, "--checkpoint {t2i} --order joint", "no depth"),
+    (sample, "--checkpoint {t2i} --refine depth", "no depth"),
     (sample, "--checkpoint {forcing} --image {tmp}/text.png", "text.png"),
     (sample, "--checkpoint {forcing} --image {tmp}/missing.png", "missing.png"),
     (sample, "--checkpoint {forcing} --depth {tmp}/text.png", "text.png"),
@@ -549,6 +508,29 @@ BAD = [
     (sample, "--checkpoint {forcing} --size 30", "--size 30"),
     (sample, "--checkpoint {forcing} --order sideways", "--order"),
     (sample, "--checkpoint {forcing} --order 99", "--order"),
+    (sample, "--checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
+    (sample, "--checkpoint {forcing} --order rgb,rgb", "--order rgb,rgb"),
+    (sample, "--checkpoint {forcing} --order depth-first --image {tmp}/good.png", "--order depth-first"),
+    (sample, "--checkpoint {forcing} --image-strength 1.5 --image {tmp}/good.png", "--image-strength 1.5"),
+    (sample, "--checkpoint {forcing} --depth-strength nan --depth {tmp}/wide.npy", "--depth-strength nan"),
+    (sample, "--checkpoint {forcing} --image-strength 0.5", "--image-strength 0.5"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy --depth-strength 0.5", "measured"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy", "nothing is left"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --order rgb --refine rgb", "--refine rgb"),
+    (sample, "--checkpoint {forcing} --ensemble 3", "--ensemble 3"),
+    (sample, "--checkpoint {forcing} --image {tmp}/dot.png", "2, 3) pixels"),
+    (sample, "--checkpoint {forcing} --image {tmp}/maps", "no file"),
+    (sample, "--checkpoint {forcing} --image {tmp} --depth {tmp}/d.npy", "no file has the name"),
+    (sample, "--checkpoint {forcing} --prompt " + "redder" * 30, "would not read"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/none.txt", "none.txt"),
+    (sample, "--checkpoint {forcing} --size 16x30", "--size 16x30"),
+    (sample, "--checkpoint {forcing} --size wide", "--size wide"),
+    (sample, "--checkpoint {forcing} --cfg-interval 0.8 0.2", "--cfg-interval"),
+    (sample, "--checkpoint {forcing} --batch-size 0", "--batch-size"),
+    (evaluate, "depth --checkpoint {forcing} --measured 2", "--measured 2"),
+    (evaluate, "follow --checkpoint {forcing} --strength -0.1", "--strength -0.1"),
     (sample, "--checkpoint {forcing} --steps 0", "--steps"),
     (sample, "--checkpoint {forcing} --device warp", "--device"),
     (sample, "--checkpoint {forcing} --device meta", "--device"),
@@ -608,11 +590,3 @@ def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkey
     assert stopped.value.code == 2 and len(message.splitlines()) == 1 and says.format(**files) in message
     assert (files["run"] / "last.pt").read_bytes() == before
     assert not (tmp_path / "x/config.json").exists()
-
-
-def test_samples_are_never_overwritten(trained, tmp_path, monkeypatch, capsys):
-    line = f"--checkpoint {trained[1]} --count 1 --steps 1 --size 16 --device cpu --out {tmp_path}/s"
-    run(sample, line, monkeypatch)
-    with pytest.raises(SystemExit):
-        run(sample, line, monkeypatch)
-    assert "already holds" in capsys.readouterr().err

@@ -1,0 +1,487 @@
+"""Sampling: the sampler's mathematics, every task as a table, and sample.py as a user runs it."""
+
+import itertools
+import json
+import shlex
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_model import build, inputs
+
+import data
+import evaluate
+import sample
+from model import (
+    DEPTH,
+    JOINT,
+    RGB,
+    Config,
+    Modality,
+    complete_depth,
+    contract,
+    noise_levels,
+    normalize_depth,
+    restore_depth,
+    sampling_grid,
+    uncontract,
+    warp,
+)
+
+NORMAL = Modality("normal", channels=3)
+NAMES = ["rgb", "depth"]
+
+
+def close(a, b, tolerance=1e-4):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- The sampler ----
+
+
+def test_euler_step_is_the_textbook_step():
+    network = build(RGB, DEPTH)
+    _, noise, _, text = inputs()
+    levels = {"rgb": [1.0, 0.7, 0.2], "depth": [1.0, 0.9, 0.5]}
+    made = network.sample(levels, noise, text)
+    x = dict(noise)
+    for step in range(2):
+        t = {m: torch.full((2,), row[step]) for m, row in levels.items()}
+        x0_hat = network(x, t, text)
+        velocity = {m: (x0_hat[m] - x[m]) / levels[m][step] for m in x}  # x_s = x_t + (t - s) v, v pointing at the data
+        x = {m: x[m] + (levels[m][step] - levels[m][step + 1]) * velocity[m] for m in x}
+    for m in x:
+        close(made[m], x[m])
+
+
+def ideal(network):
+    """A network that knows its data: rgb ~ N(0, 4), depth ~ N(0, 1/4), so E[x0 | x_t] is linear in x_t."""
+    variance = {"rgb": 4.0, "depth": 0.25}
+
+    def forward(noisy, t, text):
+        forward.calls += 1
+        gain = {m: variance[m] * (1 - t[m]) / (variance[m] * (1 - t[m]) ** 2 + t[m] ** 2) for m in noisy}
+        return {m: gain[m].view(-1, 1, 1, 1) * x for m, x in noisy.items()}
+
+    forward.calls, network.forward = 0, forward
+    return forward, {m: v**0.5 for m, v in variance.items()}
+
+
+def test_euler_is_of_first_order_and_heun_of_second():
+    """The flow carries N(0, 1) onto the data exactly, as noise times their deviation; errors fall as S^-1, S^-2."""
+    network = build(RGB, DEPTH)
+    forward, deviation = ideal(network)
+    _, noise, _, text = inputs()
+    errors = {}
+    for solver in ("euler", "heun"):
+        for steps in (40, 80):
+            forward.calls = 0
+            made = network.sample(noise_levels(NAMES, steps, 1.0), noise, text, solver=solver)
+            errors[solver, steps] = {m: (made[m] / noise[m] - deviation[m]).abs().mean().item() for m in made}
+            assert forward.calls == (steps if solver == "euler" else 2 * steps - 1)
+    for m in NAMES:
+        assert errors["euler", 40][m] / errors["euler", 80][m] == pytest.approx(2, rel=0.15)
+        assert errors["heun", 40][m] / errors["heun", 80][m] == pytest.approx(4, rel=0.3)
+        assert errors["heun", 40][m] < errors["euler", 80][m]
+
+
+def test_last_step_lands_on_the_prediction_and_given_values_stay():
+    network = build(RGB, DEPTH)
+    x, noise, _, text = inputs()
+    made = network.sample({"rgb": [0, 0], "depth": [1, 0]}, noise, text, {"rgb": (x["rgb"], None)})
+    t = {"rgb": torch.zeros(2), "depth": torch.ones(2)}
+    close(made["depth"], network({"rgb": x["rgb"], "depth": noise["depth"]}, t, text)["depth"])
+    assert torch.equal(made["rgb"], x["rgb"])
+
+
+def test_known_values_are_at_their_own_noise_level_at_every_step():
+    """And what is missing among them never reaches the network, NaN included."""
+    network, seen = build(RGB, NORMAL), []
+    _, noise, _, text = inputs()
+    noise["normal"] = torch.randn(2, 3, 16, 16)
+    values, valid = torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16) < 0.3
+    forward = network.forward
+    network.forward = lambda noisy, t, text: seen.append((noisy, t)) or forward(noisy, t, text)
+    levels = noise_levels(["rgb", "normal"], 4, 2.0)
+    hidden = torch.where(valid, values, torch.nan)
+    for solver in ("euler", "heun"):
+        made = network.sample(levels, noise, text, {"normal": (hidden, valid)}, solver=solver)
+        for noisy, t in seen:
+            wanted = torch.lerp(values, noise["normal"], t["normal"].view(-1, 1, 1, 1))
+            close(torch.where(valid, noisy["normal"], 0), torch.where(valid, wanted, 0), 1e-5)
+            assert noisy["normal"].isfinite().all()
+        assert torch.equal(torch.where(valid, made["normal"], 0), torch.where(valid, values, 0))
+
+
+def test_guidance_of_one_is_no_guidance_and_guidance_extrapolates():
+    network = build(RGB, DEPTH)
+    _, noise, _, text = inputs()
+    row = {"rgb": [1, 0], "depth": [1, 0]}
+    plain = network.sample(row, noise, text)
+    assert torch.equal(network.sample(row, noise, text, None, {"rgb": 1.0, "depth": 1.0})["rgb"], plain["rgb"])
+    without = network.sample(row, noise, torch.zeros_like(text))
+    guided = network.sample(row, noise, text, None, {"rgb": 3.0, "depth": 2.0})
+    for m, scale in (("rgb", 3), ("depth", 2)):
+        close(guided[m], without[m] + scale * (plain[m] - without[m]))
+    close(network.sample(row, noise, text, None, {"rgb": 3.0})["depth"], plain["depth"])
+
+
+def test_guidance_acts_in_its_interval_alone_and_both_passes_are_one_batch():
+    network, batches = build(RGB, DEPTH), []
+    _, noise, _, text = inputs()
+    forward = network.forward
+    network.forward = lambda noisy, t, text: batches.append((len(text), t["rgb"][0].item())) or forward(noisy, t, text)
+    network.sample(noise_levels(NAMES, 8), noise, text, None, {"rgb": 3.0}, interval=(0.3, 0.9))
+    assert len(batches) == 8 and {n for n, t in batches if 0.3 <= t <= 0.9} == {4}
+    assert {n for n, t in batches if not 0.3 <= t <= 0.9} == {2}
+
+
+def test_sampling_alone_or_in_a_batch_agrees():
+    network = build(RGB, DEPTH)
+    x, noise, _, text = inputs()
+    valid = torch.rand(2, 1, 16, 16) < torch.tensor([0.1, 2.0]).view(2, 1, 1, 1)  # sparse, and whole
+    known = {"depth": (x["depth"] + 1, valid)}
+    levels = noise_levels(NAMES, 3, 2.0)
+    together = network.sample(levels, noise, text, known, {"rgb": 2.0})
+    one = lambda part: tuple(v[1:] for v in part)
+    alone = network.sample(
+        levels, {m: v[1:] for m, v in noise.items()}, text[1:], {"depth": one(known["depth"])}, {"rgb": 2.0}
+    )
+    for m in NAMES:
+        close(together[m][1:], alone[m])
+        assert torch.equal(
+            together[m], network.sample(levels, noise, text, known, {"rgb": 2.0})[m]
+        )  # same noise, same bits
+
+
+def test_tables_of_unequal_length_are_refused():
+    _, noise, _, text = inputs()
+    with pytest.raises(ValueError, match="longer"):
+        build(RGB, DEPTH).sample({"rgb": [1, 0], "depth": [1, 0.5, 0]}, noise, text)
+
+
+# ---- Every task is a table ----
+
+
+def test_tables():
+    grid = sampling_grid(4)
+    joint = noise_levels(NAMES, 4)
+    assert torch.equal(joint["rgb"], grid) and torch.equal(joint["depth"], warp(grid, JOINT))
+    image_first = noise_levels(NAMES, 4, ["rgb", "depth"])
+    assert image_first["rgb"].tolist() == [*grid.tolist(), 0, 0, 0, 0]
+    assert image_first["depth"].tolist() == [1, 1, 1, 1, *grid.tolist()]
+    assert noise_levels(NAMES, 4, ["rgb"])["depth"].tolist() == [1] * 5  # text to image: depth stays noise
+    given = noise_levels([*NAMES, "normal"], 4, -2.0, {"rgb": 1.0})
+    assert (
+        (given["rgb"] == 0).all() and torch.equal(given["depth"], grid) and torch.equal(given["normal"], warp(grid, -2))
+    )
+    three = noise_levels([*NAMES, "normal"], 2, ["normal", "rgb", "depth"])
+    assert three["rgb"].tolist() == [1, 1, *sampling_grid(2).tolist(), 0, 0]
+
+
+def test_strength_runs_from_unseen_to_clean():
+    rows = [noise_levels(NAMES, 50, strength={"depth": s})["depth"] for s in (0, 0.1, 0.5, 0.85, 0.992, 1)]
+    assert rows[0].tolist() == [1.0] * 50 + [0] and (rows[-1] == 0).all()
+    assert all((a >= b).all() and (a > b).any() for a, b in itertools.pairwise(rows))
+    grid = sampling_grid(50)
+    close(rows[2], grid)
+    close(rows[3], warp(grid, -5), 1e-2)
+    close(rows[4], warp(grid, -14), 1e-2)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_after_the_other_is_two_tasks(first):
+    """The limits of the trajectory: text to image, then image to depth; and depth alone, then depth to image."""
+    network = build(RGB, NORMAL)
+    _, noise, _, text = inputs()
+    noise = {"rgb": noise["rgb"], "normal": torch.randn(2, 3, 16, 16)}
+    names = list(noise)
+    order = [names[first], names[1 - first]]
+    options = {"guidance": {"rgb": 2.0, "normal": 1.5}}
+    both = network.sample(noise_levels(names, 5, order), noise, text, **options)
+    alone = network.sample(noise_levels(names, 5, order[:1]), noise, text, **options)[order[0]]
+    close(both[order[0]], alone)
+    levels = noise_levels(names, 5, strength={order[0]: 1.0})
+    close(both[order[1]], network.sample(levels, noise, text, {order[0]: (alone, None)}, **options)[order[1]])
+
+
+def test_strength_zero_is_not_looked_at_and_strength_one_is_given():
+    network = build(RGB, DEPTH)
+    x, noise, _, text = inputs()
+    known, valid = {"depth": (x["depth"], torch.ones_like(x["depth"]) > 0)}, torch.ones_like(x["depth"]) > 0
+    unseen = network.sample(noise_levels(NAMES, 4, strength={"depth": 0.0}), noise, text, known)
+    assert torch.equal(unseen["rgb"], network.sample(noise_levels(NAMES, 4, ["rgb"]), noise, text)["rgb"])
+    clean = normalize_depth(x["depth"], valid)
+    close(unseen["depth"], clean)
+    close(network.sample(noise_levels(NAMES, 4, strength={"depth": 1.0}), noise, text, known)["depth"], clean)
+
+
+# ---- Completion ----
+
+
+def world_depth(count=4):
+    values, valid, _ = data.World("val", (32, 32)).samples(range(count))
+    return torch.where(valid["depth"], values["depth"], 20.0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_completion_by_a_network_that_is_right_gives_the_depth_in_the_unit_of_the_input(steps):
+    network, truth = build(RGB, DEPTH), world_depth()
+    d = normalize_depth(truth, truth > 0)
+    network.forward = lambda noisy, t, text: {"rgb": noisy["rgb"], "depth": d}
+    valid = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0)) < 0.02
+    noise = {m: torch.randn(4, c, 32, 32) for m, c in (("rgb", 3), ("depth", 1))}
+    sparse = torch.where(valid, truth * 1000, 0)  # in millimetres
+    known = {"rgb": (noise["rgb"], None), "depth": (sparse, valid)}
+    made = network.sample(noise_levels(NAMES, steps, strength={"rgb": 1.0}), noise, torch.zeros(4, 32).byte(), known)
+    close(DEPTH.decode(made["depth"], *known["depth"]) / 1000, truth, 1e-3)
+
+
+def test_completion_keeps_measured_pixels_and_bends_the_rest_towards_them():
+    """A prediction that is wrong by a smooth factor: completion is exact where it is measured, better elsewhere."""
+    truth = world_depth()
+    wrong = truth * (1 + 0.5 * torch.linspace(-1, 1, 32).view(1, 1, 1, -1))
+    errors = []
+    for share in (0.01, 0.05, 0.2):
+        valid = torch.rand(truth.shape, generator=torch.Generator().manual_seed(1)) < share
+        made = complete_depth(wrong / 7, torch.where(valid, truth, torch.nan), valid)
+        assert torch.equal(made[valid], truth[valid])
+        errors.append(((made - truth).abs() / truth)[~valid].mean().item())
+        encoded = normalize_depth(torch.where(valid, truth, torch.nan), valid, like=contract(wrong / 7))
+        close(restore_depth(encoded, torch.where(valid, truth, torch.nan), valid)[valid], truth[valid], 1e-3)
+    assert 0.25 / 2 > errors[0] > errors[1] > errors[2] and errors[2] < 0.02  # uncorrected, it is 0.25
+
+
+def test_completion_depends_on_no_unit_and_on_no_other_sample():
+    truth, r = world_depth(), torch.rand(4, 1, 32, 32) + 0.5
+    valid = torch.rand(truth.shape) < torch.tensor([0.03, 0.3, 0.0, 2.0]).view(4, 1, 1, 1)
+    made = complete_depth(r, truth, valid)
+    close(complete_depth(r * 3, truth, valid)[valid.any(-1).any(-1)[:, 0]], made[valid.any(-1).any(-1)[:, 0]], 1e-3)
+    close(complete_depth(r, truth * 100, valid)[:2], made[:2] * 100, 1e-2)
+    for i in range(4):
+        close(complete_depth(r[i : i + 1], truth[i : i + 1], valid[i : i + 1]), made[i : i + 1])
+    assert torch.equal(made[2], r[2]) and torch.equal(made[3], truth[3])  # nothing, and all, is measured
+
+
+def test_whole_maps_are_normalised_alike_whatever_is_predicted():
+    truth = world_depth()
+    everywhere = truth > 0
+    close(normalize_depth(truth, everywhere, like=torch.rand_like(truth)), normalize_depth(truth, everywhere))
+
+
+def test_fill_takes_the_nearest_known_pixel():
+    rng = np.random.default_rng(0)
+    depth, known = rng.random((9, 14)), rng.random((9, 14)) < 0.1
+    places = np.argwhere(known)
+    made = evaluate.fill(depth, known)
+    for y, x in np.ndindex(9, 14):
+        apart = ((places - (y, x)) ** 2).sum(1)
+        nearest = places[apart == apart.min()]
+        assert made[y, x] in depth[nearest[:, 0], nearest[:, 1]]
+
+
+# ---- sample.py ----
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """(of image and depth, of the image alone): random networks, so that nothing they make is trivial."""
+    config, paths = Config(width=64, depth=2, head=16, patch=4, size=16, decoder_depth=1, text_length=32), []
+    for modalities in ((RGB, DEPTH), (RGB,)):
+        network = build(*modalities, config=config)
+        paths.append(tmp_path_factory.mktemp("weights") / "last.pt")
+        state = {"config": asdict(network.config), "ema": network.state_dict(), "settings": {}}
+        torch.save(state, paths[-1])
+    return paths
+
+
+@pytest.fixture
+def call(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(line, weights=0):
+        arguments = ["sample.py", "--checkpoint", str(checkpoint[weights]), "--device", "cpu", *shlex.split(line)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        sample.main()
+
+    return call
+
+
+def picture(path, height=16, width=16, seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)).save(path)
+
+
+def test_a_sample_has_everything_and_its_command_makes_it_again(call, tmp_path):
+    call('--prompt "a red ball" --prompt "it\'s blue" --count 2 --steps 3 --cfg-interval 0.1 1 --animate --out a')
+    folder = tmp_path / "a/003"
+    files = {"rgb.png", "depth.npy", "depth.png", "depth16.png", "cloud.ply", "metadata.json"}
+    assert {p.name for p in folder.iterdir()} == files
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*(f"{i:03}" for i in range(4)), "grid.png", "animation.gif"}
+    told = json.loads((folder / "metadata.json").read_text())
+    assert told["settings"]["prompt"] == ["it's blue"] and told["settings"]["seed"] == 3
+    call(told["command"].removeprefix("python sample.py") + " --out b")
+    depth = np.load(folder / "depth.npy")
+    np.testing.assert_allclose(depth, np.load(tmp_path / "b/000/depth.npy"), rtol=1e-3)
+    pixels = [np.asarray(Image.open(f / "rgb.png")).astype(int) for f in (folder, tmp_path / "b/000")]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1 and not np.array_equal(
+        pixels[0], Image.open(tmp_path / "a/002/rgb.png")
+    )
+    call(told["command"].removeprefix("python sample.py") + " --out c")
+    for file in files - {"metadata.json"}:  # the same call, the same bits
+        assert (tmp_path / "b/000" / file).read_bytes() == (tmp_path / "c/000" / file).read_bytes()
+    decoded, _ = data.read_depth("depth16.png", (folder / "depth16.png").read_bytes())
+    assert np.abs(decoded - depth).max() <= told["depth16_scale"] * 0.51
+    header, points = (folder / "cloud.ply").read_bytes().split(b"end_header\n")
+    assert len(points) == 15 * int(header.split(b"vertex ")[1].split()[0])
+    assert Image.open(tmp_path / "a/animation.gif").n_frames == 3
+
+
+def test_resume_makes_what_is_missing_and_nothing_else(call, tmp_path, capsys):
+    call("--prompt a --count 3 --steps 2 --out s")
+    before = {i: (tmp_path / f"s/00{i}/depth.npy").read_bytes() for i in range(3)}
+    stamp = (tmp_path / "s/000/metadata.json").stat().st_mtime_ns
+    (tmp_path / "s/001/metadata.json").unlink()
+    for line, says in (("--steps 2", "already holds samples"), ("--steps 4 --resume", "another --steps")):
+        with pytest.raises(SystemExit) as stopped:
+            call(f"--prompt a --count 3 --out s {line}")
+        assert stopped.value.code == 2 and says in capsys.readouterr().err
+    call("--prompt a --count 4 --steps 2 --out s --resume --batch-size 1")
+    assert (tmp_path / "s/000/metadata.json").stat().st_mtime_ns == stamp and (tmp_path / "s/003/rgb.png").exists()
+    again = np.load(tmp_path / "s/001/depth.npy")
+    (tmp_path / "x.npy").write_bytes(before[1])
+    np.testing.assert_allclose(again, np.load(tmp_path / "x.npy"), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("height", "width", "seen"), [(16, 32, (12, 24)), (40, 20, (24, 12))])
+def test_an_image_of_any_shape_gets_depth_in_its_own_pixels(height, width, seen, call, checkpoint, tmp_path):
+    """The network sees the nearest size of that shape, upright, and its map comes back to every pixel of the image."""
+    picture(tmp_path / "a.png", height, width)
+    call("--image a.png --count 1 --steps 2 --ensemble 3 --out s")
+    state = data.load_checkpoint(checkpoint[0])
+    network = sample.DiT(Config(**state["config"]))
+    network.load_state_dict(state["ema"])
+    assert json.loads((tmp_path / "s/000/metadata.json").read_text())["network_saw"] == list(seen)
+    image = torch.from_numpy(np.asarray(Image.open(tmp_path / "a.png")).copy()).movedim(-1, 0)[None] / 127.5 - 1
+    image = torch.nn.functional.interpolate(image, seen, mode="bicubic", antialias=True).clamp(-1, 1).repeat(3, 1, 1, 1)
+    draws = data.Draws("sample", [k << 32 for k in range(3)])
+    noise = {"rgb": draws.randn(3, *seen), "depth": draws.randn(1, *seen)}
+    levels = noise_levels(NAMES, 2, strength={"rgb": 1.0})
+    made = uncontract(network.sample(levels, noise, torch.zeros(3, 32).byte(), {"rgb": (image, None)})["depth"])
+    depth = torch.from_numpy(np.median(made, 0))[None]
+    depth = torch.nn.functional.interpolate(depth, (height, width), mode="bilinear")[0, 0]
+    close(torch.from_numpy(np.load(tmp_path / "s/000/depth.npy")), depth, 1e-3)
+    assert np.array_equal(Image.open(tmp_path / "s/000/rgb.png"), Image.open(tmp_path / "a.png"))
+
+
+def test_directories_are_paired_by_name_and_sparse_depth_is_completed_in_its_unit(call, tmp_path):
+    (tmp_path / "in").mkdir(), (tmp_path / "maps").mkdir()
+    rng, sparse = np.random.default_rng(0), {}
+    for i, (name, shape) in enumerate({"a": (16, 16), "b": (32, 16), "c": (16, 16)}.items()):
+        picture(tmp_path / f"in/{name}.jpg", *shape, seed=i)
+        sparse[name] = np.where(rng.random(shape) < 0.1, 1000 * rng.random(shape) + 500, 0).astype(np.float32)
+        np.save(tmp_path / f"maps/{name}.depth.npy", sparse[name])
+    picture(tmp_path / "in/unpaired.png")
+    call("--image in --depth maps --count 1 --steps 2 --out s")
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"a-000", "b-000", "c-000", "grid.png"}
+    for name, measured in sparse.items():
+        depth = np.load(tmp_path / f"s/{name}-000/depth.npy")
+        np.testing.assert_allclose(depth[measured > 0], measured[measured > 0], rtol=1e-3)
+        assert depth.shape == measured.shape and (depth > 0).all() and 100 < np.median(depth) < 10000
+
+
+def test_depth_given_stays_as_it_is_and_refining_keeps_what_was_measured(call, tmp_path):
+    depth = np.linspace(100, 500, 256, dtype=np.float32).reshape(16, 16)
+    depth[:4] = 0
+    np.save(tmp_path / "d.npy", depth)
+    call("--depth d.npy --count 1 --steps 2 --out d2i")
+    assert np.array_equal(np.load(tmp_path / "d2i/000/depth.npy"), depth)  # missing stays missing
+    call("--depth d.npy --count 1 --steps 2 --refine depth --out again")
+    refined = np.load(tmp_path / "again/000/depth.npy")
+    np.testing.assert_allclose(refined[4:], depth[4:], rtol=1e-3)
+    assert (refined[:4] > 0).all()
+    call("--depth d.npy --count 1 --steps 2 --refine depth --depth-strength 0.5 --out sketch")
+    assert np.abs(np.load(tmp_path / "sketch/000/depth.npy")[4:] / depth[4:] - 1).mean() > 0.05
+
+
+def test_refining_depth_is_image_to_depth_of_the_image_made(call, tmp_path):
+    call("--count 1 --steps 3 --seed 5 --refine depth --out joint")
+    call("--count 1 --steps 3 --seed 5 --image joint/000/rgb.png --out i2d")
+    joint, i2d = (np.load(tmp_path / f"{name}/000/depth.npy") for name in ("joint", "i2d"))
+    np.testing.assert_allclose(joint, i2d, rtol=0.05, atol=0.02)  # the picture between them has 8 bits
+    call("--count 1 --steps 3 --seed 5 --out unrefined")
+    assert np.abs(np.load(tmp_path / "unrefined/000/depth.npy") - joint).max() > 0.05
+
+
+def test_text_to_image_alone_by_order_or_by_checkpoint(call, tmp_path):
+    call("--count 1 --steps 2 --order rgb --out forcing")
+    call("--count 1 --steps 2 --order image-first --out first")
+    call("--count 1 --steps 2 --out t2i", weights=1)
+    for out in ("forcing", "t2i"):
+        assert {p.name for p in (tmp_path / out / "000").iterdir()} == {"rgb.png", "metadata.json"}
+    assert (tmp_path / "forcing/000/rgb.png").read_bytes() == (tmp_path / "first/000/rgb.png").read_bytes()
+
+
+def test_prompts_from_a_file_and_any_size(call, tmp_path):
+    (tmp_path / "p.txt").write_text("a\n\n  b b\n")
+    call("--prompts p.txt --count 1 --steps 1 --size 8x24 --out s")
+    assert [Image.open(tmp_path / f"s/{i:03}/rgb.png").size for i in range(2)] == [(24, 8)] * 2
+    assert json.loads((tmp_path / "s/001/metadata.json").read_text())["settings"]["prompt"] == ["b b"]
+
+
+def test_what_a_long_prompt_loses_is_what_the_network_would_not_read():
+    for line in ("a b", "red " * 9, "a " + "ä" * 20, "x" * 33, "one two three four five"):
+        cut = data.left_out(line, 32)
+        kept = line.split()[: len(line.split()) - len(cut.split())]
+        whole, short = data.encode_text([line], 32), data.encode_text([" ".join(kept)], 32)
+        tokens = sum(-(-len(word.encode()) // 8) for word in kept)
+        assert torch.equal(whole[:, : 8 * tokens], short[:, : 8 * tokens]) and tokens <= 4
+        assert " ".join([*kept, cut]).strip() == " ".join(line.split()) and bool(cut) == (len(kept) < len(line.split()))
+
+
+def test_pinhole_points(tmp_path):
+    depth = np.full((4, 4), 2.0, np.float32)
+    sample.write_ply(tmp_path / "c.ply", np.zeros((4, 4, 3), np.uint8), depth, depth > 0, 90.0)
+    body = (tmp_path / "c.ply").read_bytes().split(b"end_header\n")[1]
+    points = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])["xyz"]
+    np.testing.assert_allclose(points[0], [-1.5, 1.5, -2])  # at 90 degrees the half-width is the depth; pixel centres
+
+
+def test_edges_are_left_out_and_planes_are_not():
+    y, x = np.mgrid[:16, :16] + 0.5
+    floor = (1 / (0.02 * y + 0.01)).astype(np.float32)  # seen up to the horizon: depth changes by half between rows
+    everywhere = np.ones((16, 16), bool)
+    assert sample.on_surface(floor, everywhere).all()
+    box = np.where((abs(x - 8) < 4) & (y < 12), 2.0, floor)
+    edges = ~sample.on_surface(box, everywhere)
+    beside = np.zeros_like(edges)
+    beside[:12, [3, 4, 11, 12]] = True  # both sides of its vertical edges
+    assert edges[:8][beside[:8]].all() and not edges[:11, :3].any() and not edges[:10, 6:10].any()
+    holes = np.where(y < 3, 0, floor)
+    assert sample.on_surface(holes, holes > 0).sum() == (holes > 0).sum()
+
+
+def test_depth_colours_are_perceptually_uniform():
+    """Equal steps of nearness are steps of nearly equal distance in CIELAB, and ever lighter."""
+    rgb = data.paint_depth(1 / torch.linspace(1, 2, 65).view(1, 1, -1))[0] / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / (0.9505, 1, 1.089)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)[2:-2:4]  # the ends are clipped
+    steps = np.linalg.norm(np.diff(lab, axis=0), axis=1)
+    assert (np.diff(lab[:, 0]) > 0).all() and steps.std() / steps.mean() < 0.2
+
+
+def test_the_scale_bar_tells_the_depths_of_its_ends():
+    """A map from 2 to 4: the bar's colours, top to bottom, are those of the depths beside it."""
+    depth = 1 / torch.linspace(0.5, 0.25, 100).view(1, 1, -1).repeat(1, 100, 1)
+    painted = np.asarray(data.depth_picture(depth, depth > 0)).astype(int)
+    height, width = 300, 300
+    assert painted.shape == (height, width + 60, 3)
+    bar = painted[8 : height - 8, width + 8]
+    assert (bar[0] > 230).all() is np.True_ or bar[0].sum() > bar[-1].sum() + 400
+    middle = painted[150, width + 8]
+    assert np.abs(middle - painted[0, 150]).max() <= 12  # half way in nearness
