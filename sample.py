@@ -314,6 +314,15 @@ def write(folder, made, metadata, fov):
     data.write_whole(folder / "metadata.json", lambda file: file.write(json.dumps(metadata, indent=1).encode()))
 
 
+def command(settings, defaults):
+    """The command line that makes one sample again."""
+    words = ["python", "sample.py", "--count", "1"]
+    for key, value in settings.items():
+        if value not in (defaults[key], [""]):
+            words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    return shlex.join(map(str, words))
+
+
 def contact_sheet(out, jobs, labels, columns=8, most=24):
     """Image of the first samples on disk: image above depth above caption, one block of rows after the other."""
     rows, beside = [], []
@@ -372,34 +381,30 @@ def main():
             data.fail(f"--resume: {done.parent} has another --{other[0].replace('_', '-')}; choose another --out")
     data.make_folder(out)
 
-    frames, layout = [], "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
-    with tqdm(total=len(todo), bar_format=layout, delay=1) as bar:
-        for i, (seen_at, batch) in enumerate(batches(todo, args, config, size)):
+    frames, bar, layout = [], None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+    for i, (seen_at, batch) in enumerate(batches(todo, args, config, size)):
+        bar = bar or tqdm(total=len(todo), bar_format=layout)  # bad input is told before it
 
-            def watch(x, share, show=args.animate and i == 0, batch=batch):
-                bar.update(min(share * len(batch), bar.total - bar.n))
-                if show:
-                    x = {m: x[m][: 4 * members : members] for m in x}
-                    frames.append(x | {"rgb": encoders.decode_image(x["rgb"])})
+        def watch(x, share, bar=bar, batch=batch, show=args.animate and i == 0):
+            bar.update(min(share * len(batch), bar.total - bar.n))
+            if show:
+                x = {m: x[m][: 4 * members : members] for m in x}
+                frames.append(x | {"rgb": encoders.decode_image(x["rgb"])})
 
-            for job, made in zip(batch, generate(model, encoders, batch, seen_at, args, order, watch), strict=True):
-                told = {k: v for k, v in settings[job.name].items() if v not in (defaults[k], [""])}
-                flags = ([f"--{k.replace('_', '-')}", *(v if isinstance(v, list) else [v])] for k, v in told.items())
-                line = shlex.join(
-                    ["python", "sample.py", "--count", "1", *(str(word) for words in flags for word in words)]
-                )
-                unit = "that of the depth given" if job.depth else "relative"
-                metadata = {"command": line, "settings": settings[job.name], "depth_unit": unit, "network_saw": seen_at}
-                write(data.make_folder(out / job.name), made, metadata | {"torch": torch.__version__}, args.fov)
-                job.given, job.seen = {}, {}
+        for job, made in zip(batch, generate(model, encoders, batch, seen_at, args, order, watch), strict=True):
+            metadata = {"command": command(settings[job.name], defaults), "settings": settings[job.name]}
+            metadata |= {"depth_unit": "that of the depth given" if job.depth else "relative", "network_saw": seen_at}
+            write(data.make_folder(out / job.name), made, metadata | {"torch": torch.__version__}, args.fov)
+            job.given, job.seen = {}, {}
+    if bar:
+        bar.close()
     if frames:
         animation(out / "animation.gif", frames)
     how = {"rgb": "given" if args.image else "made", "depth": "given" if args.depth else "made"}
     how |= {"depth": "completed"} if args.image and args.depth else {}
     how |= {args.refine: "made again"} if args.refine else {}
-    contact_sheet(out, jobs, [f"{'image' if m == 'rgb' else m}\n({how[m]})" for m in ("rgb", "depth")]).save(
-        out / "grid.png"
-    )
+    labels = [f"image\n({how['rgb']})", f"depth\n({how['depth']})"]
+    contact_sheet(out, jobs, labels).save(out / "grid.png")
     print(f"{len(todo)} samples in {out}; see {out}/grid.png")
 
 

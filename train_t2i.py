@@ -118,7 +118,7 @@ def picture(model, encoders, args, device, path, count=8):
     values, _, captions, *_ = batch
     text, shape = encoders.encode_text(captions).to(device), model.modalities[0].shape(size)
     noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, {"rgb": 3.0})["rgb"]
+    made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, guidance={"rgb": 3.0})["rgb"]
     rows = [[data.paint_rgb(x) for x in images] for images in (values["rgb"], encoders.decode_image(made))]
     data.draw_grid(rows, ["real", "from its\ncaption"]).save(path)
 

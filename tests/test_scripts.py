@@ -531,7 +531,7 @@ BAD = [
     (sample, "--checkpoint {forcing} --batch-size 0", "--batch-size"),
     (evaluate, "depth --checkpoint {forcing} --measured 2", "--measured 2"),
     (evaluate, "follow --checkpoint {forcing} --strength -0.1", "--strength -0.1"),
-    (sample, "--checkpoint {forcing} --steps 0", "--steps"),
+    (sample, "--checkpoint {forcing} --steps -1", "--steps"),
     (sample, "--checkpoint {forcing} --device warp", "--device"),
     (sample, "--checkpoint {forcing} --device meta", "--device"),
     (evaluate, "depth --checkpoint {forcing} --steps -1", "--steps"),
