@@ -135,19 +135,13 @@ def depth_metrics(prediction, target, valid, mode="affine"):
     return ((p - g).abs() / g).mean().item(), (ratio < 1.25).double().mean().item(), aligned
 
 
-def ensemble(maps):
-    """N maps (N, 1, H, W), each up to scale and shift -> (1, H, W): pixelwise median, all aligned to the first."""
-    known, target = torch.ones_like(maps[0]) > 0, maps[0].clamp(min=0.1 * maps[0].mean().item())  # 1/g weighs pixels
-    aligned = [maps[0], *(align_map(other, target, known) for other in maps[1:])]
-    return torch.from_numpy(np.median(torch.stack(aligned).numpy(), 0))
-
-
-def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None):
+def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None, strength=1.0):
     """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> list of relative depth (1, H, W) on the CPU.
 
     The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k
-    of image i follows from (seed, indices[i], k), whatever the batch. measured: (depth, valid), each (B, 1, H, W), of
-    sparse depth, which is completed, in its own unit.
+    of image i follows from (seed, indices[i], k), whatever the batch; all members are relative to their mean, so their
+    median needs no alignment. measured: (depth, valid), each (B, 1, H, W), of sparse depth, which is completed, in its
+    own unit. strength: how far the image is trusted.
     """
     size, shape = model.config.fit(*rgb.shape[2:], args.size), tuple(rgb.shape[2:])
     image = rgb if size == shape else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -160,10 +154,10 @@ def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None):
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
     noise = {m.name: data.Draws(args.seed, members).randn(*m.shape(size)).to(rgb.device) for m in model.modalities}
     text = encoders.encode_text([""] * len(members)).to(rgb.device)
-    levels = noise_levels([m.name for m in model.modalities], steps, strength={first.name: 1.0})
+    levels = noise_levels([m.name for m in model.modalities], steps, strength={first.name: strength})
     made = model.sample(levels, noise, text, known, solver=args.solver)[depth.name]
     maps = F.interpolate(depth.decode(made, *known.get(depth.name, ())), shape, mode="bilinear").cpu()
-    maps = [ensemble(members) for members in maps.split(args.ensemble)]
+    maps = [torch.from_numpy(np.median(members, 0)) for members in maps.split(args.ensemble)]
     return [torch.where(k, x, y) for x, k, y in zip(*measured, maps, strict=True)] if measured else maps
 
 
@@ -246,7 +240,7 @@ def score_depth(args, model, encoders, device):
         if args.predictions:
             maps[I2D] = [saved_map(args, args.predictions, n, size, s) for n, s in zip(names, shapes, strict=True)]
         else:
-            maps[I2D] = estimate_depth(model, encoders, rgb, indices, args, args.steps)
+            maps[I2D] = estimate_depth(model, encoders, rgb, indices, args, args.steps, strength=args.strength)
             if synthetic:
                 shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
                 maps[OTHER] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
@@ -492,9 +486,9 @@ def main():
     setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
     setting("--measured", 0.0, "depth: also complete this share of the true pixels, in their unit; 0 is not")
-    setting("--strength", 1.0, "follow: how far the depth given is trusted, from 0, not looked at, to 1, clean")
+    setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, not looked at, to 1, clean")
     setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
-    setting("--ensemble", 1, "samples of each depth map, aligned to each other; their median counts")
+    setting("--ensemble", 1, "samples of each depth map; their median counts")
     setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
     setting(
         "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"

@@ -1,5 +1,6 @@
 """Sampling: the sampler's mathematics, every task as a table, and sample.py as a user runs it."""
 
+import argparse
 import itertools
 import json
 import shlex
@@ -281,6 +282,16 @@ def test_fill_takes_the_nearest_known_pixel():
         apart = ((places - (y, x)) ** 2).sum(1)
         nearest = places[apart == apart.min()]
         assert made[y, x] in depth[nearest[:, 0], nearest[:, 1]]
+
+
+def test_an_ensemble_is_the_median_of_its_members():
+    network, encoders, rgb = build(RGB, DEPTH), data.PixelsAndBytes(32), torch.rand(2, 3, 16, 16) * 2 - 1
+    args = argparse.Namespace(size=16, seed=0, ensemble=3, solver="euler")
+    made = evaluate.estimate_depth(network, encoders, rgb, [4, 5], args, 2)
+    args.ensemble = 1
+    each = [evaluate.estimate_depth(network, encoders, rgb, [4 + (k << 32), 5 + (k << 32)], args, 2) for k in range(3)]
+    for i in range(2):
+        close(made[i], torch.stack([maps[i] for maps in each]).median(0).values)
 
 
 # ---- sample.py ----

@@ -248,15 +248,6 @@ def test_large_maps_are_aligned_on_a_subsample_of_valid_pixels():
     assert seen == [("affine", len(cells)), ("lstsq", int(valid.sum()))]
 
 
-def test_ensemble_is_the_median_of_aligned_maps():
-    """Copies at other scales and shifts agree exactly; where one of five is wrong, the others outvote it."""
-    depth = torch.rand(1, 20, 20) + 0.5
-    maps = torch.stack([depth, depth * 2 + 1, depth * 0.1, depth * 3 - 0.2, depth + 5])
-    maps[3, 0, :5] += 9
-    maps[0, 0, 5, 5:9] = 0  # a hundredth of the first map at no depth at all: 1 / g must not let it rule
-    torch.testing.assert_close(evaluate.ensemble(maps), depth, rtol=2e-3, atol=2e-3)
-
-
 def test_bootstrap_interval_of_a_mean():
     values = np.random.default_rng(0).normal(3, 1, 400)
     low, high = evaluate.interval(values)
@@ -308,12 +299,13 @@ def test_colours_of_the_real_world_are_found_and_shuffled_ones_are_not():
 def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch):
     results = []
     for size in (2, 6):
-        line = f"--checkpoint {trained[1]} --images 6 --steps 2 --size 16 --device cpu --batch-size {size}"
+        line = f"--checkpoint {trained[1]} --images 6 --steps 2 --size 16 --device cpu --batch-size {size} --measured 1"
         run(evaluate, f"depth {line} --out {tmp_path}/{size}", monkeypatch)
         results.append(json.loads((tmp_path / f"{size}/results.json").read_text()))
     assert {"absrel", "delta1", "baseline_absrel", "shuffled_absrel", "steps", "images"} <= set(results[0])
     for key in ("absrel", "baseline_absrel", "shuffled_absrel"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4)
+    assert results[0]["completed_absrel"] == results[0]["filled_absrel"] == 0  # where all is measured
     for checkpoint in trained:
         line = f"--checkpoint {checkpoint} --images 8 --steps 2 --size 16 --device cpu --out {tmp_path}/image"
         run(evaluate, f"image {line}", monkeypatch)
