@@ -334,7 +334,7 @@ def read_file(path, folder=None):
 
 
 def png_depth(content, scale):
-    """16-bit PNG -> metres: value * scale, if no text fields tell more: scale (sample.py's), near and far (MoGe's).
+    """16-bit PNG -> metres: value * scale, if text fields do not tell: scale and unit (sample.py), near and far (MoGe).
 
     The latter's codes: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
     """
@@ -344,7 +344,7 @@ def png_depth(content, scale):
         raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
     codes = np.asarray(image)
     if "near" not in image.info:
-        return codes * np.float32(image.info.get("scale", scale))
+        return codes * np.float32(image.info["scale"] if {"scale", "unit"} <= image.info.keys() else scale)
     near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # unit: in early files
     metres = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
     metres[[0, 65535]] = 0, np.inf
@@ -901,7 +901,7 @@ def pick_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, AttributeError):  # the last of torch without CUDA
         fail(f"--device {name}: not available here; use --device auto")
     if device.type == "cpu" and sys.platform == "linux":
         # glibc hands every freed block over 32 MB back to the system, and faulting it in again costs more than the
@@ -1191,15 +1191,26 @@ def paint_rgb(rgb):
     return ((rgb.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
 
 
-def paint_depth(depth, valid=None):
-    """Depth (1, H, W) in any unit -> (H, W, 3) uint8, near is bright, black where missing; 2-98% of inverse depth."""
+def nearness(depth, valid=None):
+    """Depth (1, H, W) in any unit -> (1 / depth (H, W), its 2% and 98% percentiles over valid pixels, valid (H, W))."""
     depth = depth.detach().float().cpu().numpy()[0]
     valid = depth > 0 if valid is None else valid.cpu().numpy()[0]
-    nearness = 1 / np.maximum(depth, 1e-3)
-    low, high = np.percentile(nearness[valid], (2, 98)) if valid.any() else (0, 1)
-    level = np.clip((nearness - low) / max(high - low, 1e-9), 0, 1) * (len(ANCHORS) - 1)
-    color = np.stack([np.interp(level, range(len(ANCHORS)), channel) for channel in ANCHORS.T], -1)
-    return np.where(valid[..., None], color, 0).astype(np.uint8)
+    if not valid.any():
+        return np.zeros_like(depth), (0.0, 1.0), valid
+    near = 1 / np.maximum(depth, 1e-3 * max(np.median(depth[valid]), 1e-30))
+    return near, np.percentile(near[valid], (2, 98)), valid
+
+
+def paint_nearness(near, ends):
+    """(H, W) -> (H, W, 3) uint8, from the first of ends to the second."""
+    level = np.clip((near - ends[0]) / max(ends[1] - ends[0], 1e-9 * abs(ends[1])), 0, 1) * (len(ANCHORS) - 1)
+    return np.stack([np.interp(level, range(len(ANCHORS)), channel) for channel in ANCHORS.T], -1).astype(np.uint8)
+
+
+def paint_depth(depth, valid=None):
+    """Depth (1, H, W) in any unit -> (H, W, 3) uint8, near is bright, black where missing; 2-98% of inverse depth."""
+    near, ends, valid = nearness(depth, valid)
+    return np.where(valid[..., None], paint_nearness(near, ends), 0).astype(np.uint8)
 
 
 def enlarged(picture, side):
@@ -1213,15 +1224,14 @@ def enlarged(picture, side):
 
 def depth_picture(depth, valid, side=256):
     """paint_depth of (1, H, W) as an Image, with a scale bar beside it: the depths that its brightness stands for."""
-    painted = enlarged(paint_depth(depth, valid), side)
-    canvas = Image.new("RGB", (painted.width + 60, painted.height), "white")
+    painted, (_, (far, near), _) = enlarged(paint_depth(depth, valid), side), nearness(depth, valid)
+    canvas = Image.new("RGB", (painted.width + 60, max(painted.height, 64)), "white")
     canvas.paste(painted)
-    low, high = np.percentile(1 / depth[valid].clamp(min=1e-3).numpy(), (2, 98)) if valid.any() else (1, 1)
-    length, left = painted.height - 16, painted.width + 6
-    bar = torch.from_numpy(1 / np.linspace(high, low, length))[:, None].expand(1, -1, 10)
-    canvas.paste(Image.fromarray(paint_depth(bar)), (left, 8))
+    length, left = canvas.height - 16, painted.width + 6
+    bar = np.linspace(near, far, length)[:, None].repeat(10, 1)
+    canvas.paste(Image.fromarray(paint_nearness(bar, (far, near))), (left, 8))
     for share in (0, 0.5, 1):
-        number = f"{1 / (high + share * (low - high)):.3g}"
+        number = f"{1 / max(near + share * (far - near), 1e-30):.3g}"
         ImageDraw.Draw(canvas).text((left + 14, 8 + share * length), number, fill="black", font_size=12, anchor="lm")
     return canvas
 

@@ -248,6 +248,8 @@ def score_depth(args, model, encoders, device):
         if args.measured:
             chance = data.Draws((args.seed, "measured"), indices).rand(1, *size)
             sparse = values["depth"].cpu(), valid["depth"].cpu() & (chance < args.measured)
+            if lacking := [n for n, k in zip(names, sparse[1], strict=True) if not k.any()]:
+                data.fail(f"--measured {args.measured}: of {lacking[0]} no pixel is measured; give a larger share")
             maps[COMPLETED] = estimate_depth(model, encoders, rgb, indices, args, args.steps, sparse)
             maps[FILLED] = [
                 torch.from_numpy(fill(x[0].numpy(), k[0].numpy()))[None] for x, k in zip(*sparse, strict=True)
@@ -504,9 +506,12 @@ def main():
     args = p.parse_args()
     args.steps = args.steps or {"depth": I2D_STEPS, "image": 16, "follow": 16}[args.task]
     data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
-    for flag in ("measured", "strength"):
-        if not 0 <= getattr(args, flag) <= 1:
-            data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
+    for flag, default, tasks in (("measured", 0, ["depth"]), ("strength", 1, ["depth", "follow"])):
+        given = getattr(args, flag)
+        if not 0 <= given <= 1:
+            data.fail(f"--{flag} {given}: a share, from 0 to 1")
+        if given != default and (args.task not in tasks or args.predictions):
+            data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
     model = encoders = None
     if args.predictions and (args.save_predictions or args.task == "image"):

@@ -178,7 +178,7 @@ def noise_levels(names, steps, order=JOINT, strength=None):
         rows, first = {m: warp(grid, order * (m != made[0])) for m in made}, grid
     for m, s in strength.items():
         between = 0 < s < 1
-        rows[m] = warp(first, 2 * math.log2((1 - s) / s)) if between else (first > 0) * (1.0 - s)
+        rows[m] = warp(first, 2 * math.log2((1 - s) / max(s, 1e-9))) if between else (first > 0) * (1.0 - s)
     return rows
 
 
@@ -214,7 +214,9 @@ def normalize_depth(depth, valid, like=None):
 def restore_depth(d, depth=None, valid=None):
     """Contracted relative depth (B, 1, H, W) -> relative depth; in the unit of depth, if that is known on valid."""
     relative = uncontract(d)
-    return relative if depth is None else relative * depth_scale(relative, depth, valid)
+    if depth is None:
+        return relative
+    return relative * depth_scale(relative, depth, torch.ones_like(depth) > 0 if valid is None else valid)
 
 
 def depth_scale(relative, depth, valid):
@@ -223,10 +225,10 @@ def depth_scale(relative, depth, valid):
     return ratio.flatten(1).nanmedian(1).values.nan_to_num(1.0).view(-1, 1, 1, 1)
 
 
-def complete_depth(relative, depth, valid, points=1024):
+def complete_depth(relative, depth, valid):
     """Relative depth bent to pass through the depth that was measured on valid, in its unit. All (B, 1, H, W).
 
-    The logarithm of its error is interpolated between (at most so many) measured pixels by simple kriging, around its
+    The logarithm of its error is interpolated between (at most 1024) measured pixels by simple kriging, around its
     median, with a correlation that falls off as exp(-distance): in the image, whose longer side is 2, and in predicted
     log depth, times 2, so that a correction stays on its surface.
     """
@@ -235,7 +237,7 @@ def complete_depth(relative, depth, valid, points=1024):
     for r, z, known in zip(relative.clamp(min=1e-3), depth, valid, strict=True):
         at = known.flatten().nonzero()[:, 0]
         if 0 < len(at) < known.numel():
-            at = at[torch.linspace(0, len(at) - 1, min(len(at), points), device=at.device).long()]
+            at = at[torch.linspace(0, len(at) - 1, min(len(at), 1024), device=at.device).long()]
             features = torch.cat([place, 2 * r.log().view(-1, 1)], 1)
             covariance = lambda part: torch.exp(-torch.cdist(part, features[at]))  # noqa: B023
             error = (z / r).log().flatten()[at]
@@ -537,7 +539,7 @@ class DiT(nn.Module):
         steps = [dict(zip(modalities, map(float, column), strict=True)) for column in columns]
         everywhere = lambda values: torch.ones_like(values[:, :1], dtype=torch.bool)
         known = {m: (x, everywhere(x) if valid is None else valid) for m, (x, valid) in (known or {}).items()}
-        clean = {m: modalities[m].encode(*known[m]) for m in known}
+        clean, whole = {m: modalities[m].encode(*known[m]) for m in known}, {m for m in known if known[m][1].all()}
         both, guidance = torch.cat([text, torch.zeros_like(text)]), guidance or {}  # with the caption, and without
 
         def hold(x, t):
@@ -549,11 +551,14 @@ class DiT(nn.Module):
             at = {m: torch.full((len(texts),), t[m], device=text.device) for m in x}
             x0_hat = self({m: x[m].repeat(copies, 1, 1, 1) for m in x}, at, texts)
             split = {m: x0_hat[m].chunk(copies) for m in moving}
-            return {m: torch.lerp(v[-1], v[0], float(guidance[m]) if m in guided else 1.0) for m, v in split.items()}
+            made = {m: torch.lerp(v[-1], v[0], float(guidance[m]) if m in guided else 1.0) for m, v in split.items()}
+            for m in known.keys() & moving:
+                made[m] = clean[m] = modalities[m].encode(*known[m], like=made[m])
+            return made
 
         x = hold({m: noise[m] for m in modalities}, steps[0])
         for t, s in itertools.pairwise(steps):
-            moving = [m for m in x if s[m] < t[m]]
+            moving = [m for m in x if s[m] < t[m] and m not in whole]
             x0_hat = predict(x, t, moving)
             euler = lambda: x | {m: x0_hat[m] + s[m] / t[m] * (x[m] - x0_hat[m]) for m in moving}  # noqa: B023
             if solver == "heun":
@@ -561,8 +566,6 @@ class DiT(nn.Module):
                 ahead = predict(there, s, inner) if inner else {}
                 for m in ahead:  # to this an Euler step takes the mean of both slopes
                     x0_hat[m] = (x0_hat[m] + x[m] - t[m] / s[m] * (there[m] - ahead[m])) / 2
-            for m in known.keys() & moving:
-                x0_hat[m] = clean[m] = modalities[m].encode(*known[m], like=x0_hat[m])
             x = hold(euler(), s)
             if watch:
                 watch(x)

@@ -62,7 +62,7 @@ def parse():
     setting("--count", 4, "samples of every prompt for every input")
     setting("--ensemble", 1, "depth of an image is the median of so many")
     setting("--size", "", "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area")
-    setting("--steps", 0, f"steps of a pass; 0 is {I2D_STEPS} where the image is given, else 50")
+    setting("--steps", 0, f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50")
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
     setting("--cfg", 3.0, "classifier-free guidance of the image; 1 is none. The released model uses 4, this size less")
     setting("--cfg-depth", 1.0, "classifier-free guidance of the depth")
@@ -88,8 +88,10 @@ def parse():
         data.fail(f"--depth-strength {args.depth_strength}: beside an --image depth is measured, so kept; leave it out")
     if args.order and (args.image or args.depth):
         data.fail(f"--order {args.order}: what is given comes first (--image-strength, --depth-strength); leave it out")
-    if args.ensemble > 1 and not args.image:
+    if args.ensemble > 1 and (not args.image or args.refine == "rgb"):
         data.fail(f"--ensemble {args.ensemble}: it is for depth from an --image; leave it out")
+    if not all(0 <= scale < float("inf") for scale in (args.cfg, args.cfg_depth)):
+        data.fail(f"--cfg {args.cfg} --cfg-depth {args.cfg_depth}: guidance is a number from 0")
     if not 0 < args.fov < 180:
         data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
     if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
@@ -106,7 +108,7 @@ def read_order(args, names):
         if not isinstance(order, list) and not -14 <= order <= 14:
             data.fail(f"--order {args.order}: log2(alpha) is in -14..14; rgb,depth and depth,rgb are the limits")
     except ValueError:
-        order = args.order.split(",")
+        order = args.order.replace(" ", "").split(",")
         if sorted(set(order) & set(names)) != sorted(order):
             data.fail(f"--order {args.order}: choose joint, log2(alpha), or different ones of {', '.join(names)}")
     other = {"rgb": "depth", "depth": "rgb"}.get(args.refine)
@@ -136,8 +138,9 @@ def list_inputs(path, flag, suffixes):
     """A file -> {"": path}; a directory -> {name: path} of its files with these suffixes; .depth is not of the name."""
     if not Path(path).is_dir():
         return {"": path}
-    files = [p for p in sorted(Path(path).iterdir()) if p.suffix[1:].lower() in suffixes]
-    files = [p for p in files if flag == "--depth" or not p.stem.endswith((".depth", ".mask"))]
+    files = [p for p in sorted(Path(path).iterdir()) if p.suffix[1:].lower() in suffixes and p.name != "grid.png"]
+    maps = [p for p in files if p.stem.endswith(".depth")]  # beside images, as data.py writes them
+    files = (maps or files) if flag == "--depth" else [p for p in files if not p.stem.endswith((".depth", ".mask"))]
     found = {p.stem.removesuffix(".depth"): str(p) for p in files}
     if not found or len(found) < len(files):
         data.fail(f"{flag} {path}: {'two files of one name' if found else 'no file'} among its {', '.join(suffixes)}")
@@ -153,13 +156,17 @@ def list_jobs(args, length):
         data.fail(f"--prompts {args.prompts}: {getattr(error, 'strerror', None) or 'not a text file'}")
     prompts = prompts + [line.strip() for line in lines if line.strip()] or [""]
     for prompt in prompts:
+        if not prompt.isprintable():
+            data.fail(f"prompt {prompt[:24]!r}: holds what is no text")
         if length and (cut := data.left_out(prompt, length)):
-            data.fail(f'--prompt "{prompt[:24]}...": too long, the network would not read "{cut}"; shorten it')
+            data.fail(f'prompt "{prompt[:24]}...": too long, the network would not read "{cut}"; shorten it')
     kinds = {"image": data.IMAGES, "depth": data.MAPS}
     inputs = {m: list_inputs(path, f"--{m}", kinds[m]) for m in kinds if (path := getattr(args, m))}
     stems = sorted(set.intersection(*map(set, inputs.values()))) if inputs else [""]
     if not stems:
-        data.fail(f"--depth {args.depth}: no file has the name of one of --image {args.image}")
+        data.fail(
+            f"--depth {args.depth}: no file of the name of one of --image {args.image}; give files, or directories"
+        )
     jobs = []
     for stem in stems:
         paths = {m: inputs[m][stem] if m in inputs else "" for m in kinds}
@@ -170,44 +177,50 @@ def list_jobs(args, length):
 
 
 def read_inputs(job, args, config, area):
-    """Fill in job.given and job.seen -> the latter's size (H, W), which keeps the shape in about this area."""
-    try:
-        if job.image:
-            rgb, shape = data.parse(job.image, lambda: data.load_rgb(data.read_file(job.image)))
-            job.given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, torch.ones(1, *shape) > 0
-        if job.depth:
-            depth = data.parse(job.depth, lambda: data.read_depth(job.depth, data.read_file(job.depth)))
-            job.given["depth"] = tuple(torch.from_numpy(x)[None] for x in depth)
-    except data.BadSample as error:
-        data.fail(f"--{'depth' if 'rgb' in job.given or not job.image else 'image'} {error}")
-    shape, *others = {tuple(valid.shape[1:]): 0 for _, valid in job.given.values()}
-    if others:
-        data.fail(f"--depth {job.depth}: its shape {others[0]} is not that of --image, {shape}; give one of that shape")
+    """Fill in job.given and job.seen -> the latter's size (H, W), which keeps the shape in about this area.
+
+    Raises data.BadSample, whose message begins with the file's name.
+    """
+    if job.image:
+        rgb, shape = data.parse(job.image, lambda: data.load_rgb(data.read_file(job.image)))
+        job.given["rgb"] = torch.from_numpy(rgb.copy()).movedim(-1, 0) / 127.5 - 1, torch.ones(1, *shape) > 0
+    if job.depth:
+        depth, valid = data.parse(job.depth, lambda: data.read_depth(job.depth, data.read_file(job.depth)))
+        job.given["depth"], whole = (torch.from_numpy(depth)[None], torch.from_numpy(valid)[None]), valid.all()
+        if job.image and depth.shape != shape:
+            data.refuse(
+                f"{job.depth}: its shape {depth.shape} is not that of {job.image}, {shape}; give one of that shape"
+            )
+        if job.image and whole:
+            data.refuse(f"{job.depth}: misses no pixel, so beside --image nothing is left to generate; leave one out")
+        if whole and args.refine == "depth" and args.depth_strength == 1:
+            data.refuse(f"{job.depth}: is whole and clean, nothing to --refine; lower --depth-strength")
+        shape = depth.shape
     if min(shape) < config.patch:
-        data.fail(
-            f"{job.image or job.depth}: {shape} pixels are less than a patch of {config.patch}; give a larger one"
-        )
+        data.refuse(f"{job.image or job.depth}: {shape} pixels, less than a patch of {config.patch}; give a larger one")
     size = config.fit(*shape, area**0.5)
     if job.image:
         seen = F.interpolate(job.given["rgb"][0][None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
         job.seen["rgb"] = seen, torch.ones(1, *size) > 0
     if job.depth:
-        depth, valid = (x[0].numpy() for x in job.given["depth"])
-        job.seen["depth"] = tuple(
-            torch.from_numpy(x)[None] for x in data.nearest(depth, valid, size, (0, 0, *shape[::-1]))
-        )
-        if valid.all() and job.image:
-            data.fail(f"--depth {job.depth}: beside --image nothing is left to generate, no pixel is missing; give one")
-        if valid.all() and args.refine == "depth" and args.depth_strength == 1:
-            data.fail("--refine depth: it is given, whole and clean; lower --depth-strength")
+        seen = data.nearest(depth, valid, size, (0, 0, shape[1], shape[0]))
+        job.seen["depth"] = tuple(torch.from_numpy(x)[None] for x in seen)
     return size
 
 
-def batches(jobs, args, config, size):
-    """(size, jobs of this size, read), as many as go through the network at a time."""
-    waiting = {}
+def batches(jobs, args, config, size, refused):
+    """(size, jobs of this size, read), as many as go through the network at a time.
+
+    An input that can't be used ends the program; in a directory it is told, left out, and added to the set refused.
+    """
+    waiting, many = {}, any(Path(path).is_dir() for path in (args.image, args.depth) if path)
     for job in jobs:
-        seen_at = read_inputs(job, args, config, size[0] * size[1]) if job.image or job.depth else size
+        try:
+            seen_at = read_inputs(job, args, config, size[0] * size[1]) if job.image or job.depth else size
+        except data.BadSample as error:
+            (data.tell if many else data.fail)(str(error)) if str(error) not in refused else None
+            refused.add(str(error))
+            continue
         waiting.setdefault(seen_at, []).append(job)
         if len(waiting[seen_at]) * args.ensemble >= args.batch_size:
             yield seen_at, waiting.pop(seen_at)
@@ -238,7 +251,9 @@ def generate(model, encoders, jobs, size, args, order, watch):
     text = encoders.encode_text([job.prompt for job in jobs for _ in members]).to(device)
 
     def run(order, strength, known):
-        levels = noise_levels(list(entries), args.steps or (I2D_STEPS if "rgb" in strength else 50), order, strength)
+        levels = noise_levels(
+            list(entries), args.steps or (I2D_STEPS if strength.get("rgb") == 1 else 50), order, strength
+        )
         share = 1 / (len(levels["rgb"]) - 1) / (2 if args.refine else 1)  # of all steps
         guidance, tell = {"rgb": args.cfg, "depth": args.cfg_depth}, lambda x: watch(x, share)
         x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell)
@@ -318,24 +333,35 @@ def command(settings, defaults):
     """The command line that makes one sample again."""
     words = ["python", "sample.py", "--count", "1"]
     for key, value in settings.items():
-        if value not in (defaults[key], [""]):
-            words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
-    return shlex.join(map(str, words))
+        if key == "cfg_interval":
+            words += ["--cfg-interval", *map(str, value)]
+        elif value not in (defaults[key], [""]):
+            words.append(f"--{key.replace('_', '-')}={value[0] if isinstance(value, list) else value}")
+    return shlex.join(words)
+
+
+def read_metadata(folder):
+    """What write has written last, or None if the sample is not there, or damaged."""
+    try:
+        return {"settings": {}, "checkpoint_step": None} | json.loads((folder / "metadata.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def contact_sheet(out, jobs, labels, columns=8, most=24):
-    """Image of the first samples on disk: image above depth above caption, one block of rows after the other."""
-    rows, beside = [], []
+    """Image of the first samples on disk, captions below; labels {"image", "given", "depth": text beside its row}."""
+    read_map = lambda path: data.paint_depth(torch.from_numpy(data.read_depth(path, data.read_file(path))[0])[None])
     readers = {
-        "rgb.png": lambda path: np.asarray(Image.open(path)),
-        "depth.npy": lambda path: data.paint_depth(torch.from_numpy(np.load(path))[None]),
+        "image": lambda job: np.asarray(Image.open(out / job.name / "rgb.png")),
+        "given": lambda job: read_map(job.depth),
+        "depth": lambda job: read_map(str(out / job.name / "depth.npy")),
     }
+    rows, beside = [], []
     for start in range(0, min(len(jobs), most), columns):
         block = jobs[start : start + columns]
-        for (file, read), label in zip(readers.items(), labels, strict=True):
-            if (out / block[0].name / file).exists():
-                rows.append([read(out / job.name / file) for job in block])
-                beside.append(label)
+        for key, label in labels.items():
+            rows.append([readers[key](job) for job in block])
+            beside.append(label)
         rows.append([f"{job.name} {job.prompt}" for job in block])
         beside.append("")
     return data.draw_grid(rows, beside)
@@ -367,23 +393,26 @@ def main():
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
 
     out, jobs, todo = Path(args.out), list_jobs(args, 0 if config.text_dim else config.text_length), []
-    common, settings = {k: v for k, v in vars(args).items() if k not in OF_THE_CALL}, {}
+    common, told = {k: v for k, v in vars(args).items() if k not in OF_THE_CALL}, {}
     for job in jobs:
         own = {"prompt": [job.prompt], "image": job.image, "depth": job.depth, "seed": job.seed}
-        settings[job.name], done = common | own, out / job.name / "metadata.json"
-        if not done.exists():
+        told[job.name] = {"settings": common | own, "checkpoint_step": state.get("step")}
+        done = read_metadata(out / job.name)
+        if not done:
             todo.append(job)
         elif not args.resume:
             data.fail(f"--out {out}: already holds samples; go on with --resume, or choose another --out")
-        elif other := [
-            k for k, v in settings[job.name].items() if json.loads(done.read_bytes())["settings"].get(k) != v
-        ]:
-            data.fail(f"--resume: {done.parent} has another --{other[0].replace('_', '-')}; choose another --out")
+        elif other := [k for k, v in told[job.name]["settings"].items() if done["settings"].get(k) != v]:
+            data.fail(
+                f"--resume: {job.name} was made with another --{other[0].replace('_', '-')}; choose another --out"
+            )
+        elif done["checkpoint_step"] != state.get("step"):
+            data.fail(f"--resume: {job.name} was made when the checkpoint was at another step; choose another --out")
     data.make_folder(out)
 
-    frames, bar, layout = [], None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
-    for i, (seen_at, batch) in enumerate(batches(todo, args, config, size)):
-        bar = bar or tqdm(total=len(todo), bar_format=layout)  # bad input is told before it
+    frames, refused, bar, layout = [], set(), None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+    for i, (seen_at, batch) in enumerate(batches(todo, args, config, size, refused)):
+        bar = bar or tqdm(total=len(todo), bar_format=layout, leave=False)
 
         def watch(x, share, bar=bar, batch=batch, show=args.animate and i == 0):
             bar.update(min(share * len(batch), bar.total - bar.n))
@@ -392,20 +421,31 @@ def main():
                 frames.append(x | {"rgb": encoders.decode_image(x["rgb"])})
 
         for job, made in zip(batch, generate(model, encoders, batch, seen_at, args, order, watch), strict=True):
-            metadata = {"command": command(settings[job.name], defaults), "settings": settings[job.name]}
-            metadata |= {"depth_unit": "that of the depth given" if job.depth else "relative", "network_saw": seen_at}
+            as_given = job.depth and not (args.refine == "depth" and args.depth_strength < 1)
+            metadata = {"command": command(told[job.name]["settings"], defaults), **told[job.name]}
+            metadata |= {"depth_unit": "that of the depth given" if as_given else "relative", "network_saw": seen_at}
             write(data.make_folder(out / job.name), made, metadata | {"torch": torch.__version__}, args.fov)
             job.given, job.seen = {}, {}
     if bar:
         bar.close()
     if frames:
         animation(out / "animation.gif", frames)
-    how = {"rgb": "given" if args.image else "made", "depth": "given" if args.depth else "made"}
-    how |= {"depth": "completed"} if args.image and args.depth else {}
-    how |= {args.refine: "made again"} if args.refine else {}
-    labels = [f"image\n({how['rgb']})", f"depth\n({how['depth']})"]
-    contact_sheet(out, jobs, labels).save(out / "grid.png")
-    print(f"{len(todo)} samples in {out}; see {out}/grid.png")
+    there = [job for job in jobs if (out / job.name / "metadata.json").exists()]
+    if there:
+        files = {m: (out / there[0].name / name).exists() for m, name in (("image", "rgb.png"), ("depth", "depth.npy"))}
+        how = {"image": "given" if args.image else "made", "depth": "given" if args.depth else "made"}
+        how |= {"image" if args.refine == "rgb" else "depth": "made again"} if args.refine else {}
+        labels = {m: f"{m}\n({how[m]})" for m in how if files[m]}
+        if args.depth and (args.image or args.refine == "depth"):  # the depth given, and what came of it
+            labels = {
+                "image": labels["image"],
+                "given": "depth\n(given)",
+                "depth": labels["depth"].replace("given", "completed"),
+            }
+        contact_sheet(out, there, labels).save(out / "grid.png")
+    print(f"{len(there)} samples in {out}; see {out}/grid.png")
+    if refused:
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -193,15 +193,14 @@ def test_strength_runs_from_unseen_to_clean():
     close(rows[4], warp(grid, -14), 1e-2)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_one_after_the_other_is_two_tasks(first):
-    """The limits of the trajectory: text to image, then image to depth; and depth alone, then depth to image."""
-    network = build(RGB, NORMAL)
-    _, noise, _, text = inputs()
-    noise = {"rgb": noise["rgb"], "normal": torch.randn(2, 3, 16, 16)}
+@pytest.mark.parametrize(("first", "other"), [(0, DEPTH), (0, NORMAL), (1, NORMAL)])
+def test_one_after_the_other_is_two_tasks(first, other):
+    """The limits of the trajectory: text to image, then image to depth; and the other alone, then an image from it."""
+    network = build(RGB, other)
+    noise, text = {m.name: torch.randn(2, *m.shape((16, 16))) for m in network.modalities}, inputs()[-1]
     names = list(noise)
     order = [names[first], names[1 - first]]
-    options = {"guidance": {"rgb": 2.0, "normal": 1.5}}
+    options = {"guidance": {"rgb": 2.0, other.name: 1.5}}
     both = network.sample(noise_levels(names, 5, order), noise, text, **options)
     alone = network.sample(noise_levels(names, 5, order[:1]), noise, text, **options)[order[0]]
     close(both[order[0]], alone)
@@ -303,6 +302,9 @@ def checkpoint(tmp_path_factory):
     config, paths = Config(width=64, depth=2, head=16, patch=4, size=16, decoder_depth=1, text_length=32), []
     for modalities in ((RGB, DEPTH), (RGB,)):
         network = build(*modalities, config=config)
+        if DEPTH in modalities:  # all depth above 0, which stands for missing in files
+            network.decoders["depth"].head.weight.data.mul_(0.2)
+            network.decoders["depth"].head.bias.data.fill_(1.0)
         paths.append(tmp_path_factory.mktemp("weights") / "last.pt")
         state = {"config": asdict(network.config), "ema": network.state_dict(), "settings": {}}
         torch.save(state, paths[-1])
@@ -354,7 +356,7 @@ def test_resume_makes_what_is_missing_and_nothing_else(call, tmp_path, capsys):
     call("--prompt a --count 3 --steps 2 --out s")
     before = {i: (tmp_path / f"s/00{i}/depth.npy").read_bytes() for i in range(3)}
     stamp = (tmp_path / "s/000/metadata.json").stat().st_mtime_ns
-    (tmp_path / "s/001/metadata.json").unlink()
+    (tmp_path / "s/001/metadata.json").write_text('{"settings": ')
     for line, says in (("--steps 2", "already holds samples"), ("--steps 4 --resume", "another --steps")):
         with pytest.raises(SystemExit) as stopped:
             call(f"--prompt a --count 3 --out s {line}")
@@ -366,7 +368,7 @@ def test_resume_makes_what_is_missing_and_nothing_else(call, tmp_path, capsys):
     np.testing.assert_allclose(again, np.load(tmp_path / "x.npy"), rtol=1e-3)
 
 
-@pytest.mark.parametrize(("height", "width", "seen"), [(16, 32, (12, 24)), (40, 20, (24, 12))])
+@pytest.mark.parametrize(("height", "width", "seen"), [(16, 32, (12, 24)), (40, 20, (24, 12)), (4, 400, (4, 160))])
 def test_an_image_of_any_shape_gets_depth_in_its_own_pixels(height, width, seen, call, checkpoint, tmp_path):
     """The network sees the nearest size of that shape, upright, and its map comes back to every pixel of the image."""
     picture(tmp_path / "a.png", height, width)
@@ -415,6 +417,10 @@ def test_depth_given_stays_as_it_is_and_refining_keeps_what_was_measured(call, t
     assert (refined[:4] > 0).all()
     call("--depth d.npy --count 1 --steps 2 --refine depth --depth-strength 0.5 --out sketch")
     assert np.abs(np.load(tmp_path / "sketch/000/depth.npy")[4:] / depth[4:] - 1).mean() > 0.05
+    units = [
+        json.loads((tmp_path / out / "000/metadata.json").read_text())["depth_unit"] for out in ("again", "sketch")
+    ]
+    assert units == ["that of the depth given", "relative"]
 
 
 def test_refining_depth_is_image_to_depth_of_the_image_made(call, tmp_path):
@@ -424,6 +430,61 @@ def test_refining_depth_is_image_to_depth_of_the_image_made(call, tmp_path):
     np.testing.assert_allclose(joint, i2d, rtol=0.05, atol=0.02)  # the picture between them has 8 bits
     call("--count 1 --steps 3 --seed 5 --out unrefined")
     assert np.abs(np.load(tmp_path / "unrefined/000/depth.npy") - joint).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "--order depth", "--image a.png --image-strength 0.5", "--depth d.npy", "--depth d.npy --depth-strength 0.8"],
+)
+def test_the_image_is_made_again_from_the_depth(given, call, tmp_path):
+    """It is the depth's image, then: a depth to image of the depth made, on the same noise."""
+    picture(tmp_path / "a.png")
+    np.save(tmp_path / "d.npy", np.linspace(1, 5, 256, dtype=np.float32).reshape(16, 16))
+    call(f"{given} --refine rgb --count 1 --steps 3 --out s")
+    call("--depth s/000/depth.npy --count 1 --steps 3 --out again")
+    pixels = [np.asarray(Image.open(tmp_path / f"{out}/000/rgb.png")).astype(int) for out in ("s", "again")]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 2
+
+
+def test_the_image_is_trusted_as_far_as_told(call, tmp_path):
+    picture(tmp_path / "a.png", seed=0), picture(tmp_path / "b.png", seed=1)
+    depths = {}
+    for strength in (0, 0.5, 1):
+        for name in "ab":
+            call(f"--image {name}.png --image-strength {strength} --count 1 --steps 4 --out {name}{strength}")
+            depths[name, strength] = np.load(tmp_path / f"{name}{strength}/000/depth.npy")
+    assert np.array_equal(depths["a", 0], depths["b", 0])
+    assert all(np.abs(depths["a", s] - depths["b", s]).mean() > 1e-3 for s in (0.5, 1))
+    assert np.abs(depths["a", 0.5] - depths["a", 1]).mean() > 1e-3
+
+
+def test_solver_and_guidance_reach_the_sampler(call, tmp_path):
+    flags = ["", "--solver heun", "--cfg-depth 2", "--cfg 1", "--cfg-interval 0 0.1", "--cfg-depth 1 --cfg 3"]
+    for i, flag in enumerate(flags):
+        call(f"--prompt a --count 1 --steps 3 {flag} --out {i}")
+    made = [np.load(tmp_path / f"{i}/000/depth.npy") for i in range(6)]
+    assert np.array_equal(made[0], made[5]) and not any(np.allclose(made[0], x, rtol=1e-3) for x in made[1:5])
+
+
+def test_in_a_directory_what_cannot_be_used_is_told_and_left_out(call, tmp_path, capsys):
+    """As data.py writes it, with PNG images, its own contact sheet, and a damaged file."""
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", seed=i)
+        np.save(tmp_path / f"{i}.depth.npy", np.where(np.random.default_rng(i).random((16, 16)) < 0.2, 2, 0))
+    picture(tmp_path / "grid.png", 40, 90)
+    (tmp_path / "1.png").write_text("no image")
+    with pytest.raises(SystemExit) as stopped:
+        call(f"--image {tmp_path} --depth {tmp_path} --count 2 --steps 1 --batch-size 1 --out s")
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert stopped.value.code == 2 and sum("1.png: not an image" in line for line in lines) == 1
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"0-000", "0-001", "2-000", "2-001", "grid.png"}
+
+
+def test_odd_values_come_back_in_the_command(call, tmp_path):
+    call("--prompt=-a --count 1 --steps 1 --cfg 1e-05 --order=-2 --out a")
+    told = json.loads((tmp_path / "a/000/metadata.json").read_text())
+    call(told["command"].removeprefix("python sample.py") + " --out b")
+    assert (tmp_path / "a/000/depth.npy").read_bytes() == (tmp_path / "b/000/depth.npy").read_bytes()
 
 
 def test_text_to_image_alone_by_order_or_by_checkpoint(call, tmp_path):
@@ -486,13 +547,20 @@ def test_depth_colours_are_perceptually_uniform():
     assert (np.diff(lab[:, 0]) > 0).all() and steps.std() / steps.mean() < 0.2
 
 
-def test_the_scale_bar_tells_the_depths_of_its_ends():
-    """A map from 2 to 4: the bar's colours, top to bottom, are those of the depths beside it."""
-    depth = 1 / torch.linspace(0.5, 0.25, 100).view(1, 1, -1).repeat(1, 100, 1)
+def test_the_scale_bar_is_painted_as_the_depths_that_it_names():
+    """Of a map from 2 to 4, mostly: near end on top; half way in nearness, not in depth, lies in the middle."""
+    depth = 1 / torch.linspace(0.5, 0.25, 101).view(1, 1, -1).repeat(1, 101, 1)
+    _, (far, near), _ = data.nearness(depth)
+    assert 1 / near == pytest.approx(1 / 0.495) and 1 / far == pytest.approx(1 / 0.255)  # 2% to 98%
     painted = np.asarray(data.depth_picture(depth, depth > 0)).astype(int)
-    height, width = 300, 300
+    height = width = 303
     assert painted.shape == (height, width + 60, 3)
     bar = painted[8 : height - 8, width + 8]
-    assert (bar[0] > 230).all() is np.True_ or bar[0].sum() > bar[-1].sum() + 400
-    middle = painted[150, width + 8]
-    assert np.abs(middle - painted[0, 150]).max() <= 12  # half way in nearness
+    for share, column in ((0, 8), (0.5, 151), (1, 294)):  # the same depths in the map
+        assert np.abs(bar[round(share * (len(bar) - 1))] - painted[0, column]).max() <= 12
+    assert data.depth_picture(depth[:, :3], depth[:, :3] > 0).size == (363, 64)  # a flat one has room for its bar
+
+
+def test_colours_depend_on_no_unit():
+    depth = torch.rand(1, 20, 20) + 0.5
+    assert np.array_equal(data.paint_depth(depth), data.paint_depth(depth * 1e-6))
