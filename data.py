@@ -1316,13 +1316,19 @@ def main():
     parser.add_argument("--count", type=int, default=8, help="number of samples (default: %(default)s)")
     layouts = ("folder", "shards", "moge")
     parser.add_argument("--layout", choices=layouts, default="folder", help="of the files (default: %(default)s)")
+    measured = "share of depth pixels to keep, to try completion on (default: %(default)s)"
+    parser.add_argument("--measured", type=float, default=1.0, help=measured)
     args = parser.parse_args()
     at_least(args, size=1, count=1)
+    if not 0 < args.measured <= 1:
+        fail(f"--measured {args.measured}: a share above 0, up to 1")
     out, size = make_folder(args.out), (args.size, args.size)
     for index in (".index.txt", "metadata.jsonl"):  # of another layout
         (out / index).unlink(missing_ok=True)
     scenes = draw_scenes(args.split, range(args.count))
     values, valid, captions = World(args.split, size).samples(range(args.count))
+    values["depth"] *= Draws("measured", range(args.count)).rand(1, *size) < args.measured
+    valid["depth"] = values["depth"] > 0
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
     mask = valid["depth"][:8]

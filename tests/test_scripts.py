@@ -306,6 +306,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
     for key in ("absrel", "baseline_absrel", "shuffled_absrel"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4)
     assert results[0]["completed_absrel"] == results[0]["filled_absrel"] == 0  # where all is measured
+    some = f"depth --checkpoint {trained[1]} --images 6 --size 16 --device cpu --out {tmp_path}/some --measured 0.2"
+    for align in ("none", "affine"):
+        run(evaluate, f"{some} --align {align}", monkeypatch)
+        results.append(json.loads((tmp_path / "some/results.json").read_text()))
+    assert results[2]["completed_absrel"] == results[3]["completed_absrel"]  # in metres, whatever is aligned
+    assert results[2]["filled_absrel"] == results[3]["filled_absrel"] and results[2]["absrel"] != results[3]["absrel"]
     for checkpoint in trained:
         line = f"--checkpoint {checkpoint} --images 8 --steps 2 --size 16 --device cpu --out {tmp_path}/image"
         run(evaluate, f"image {line}", monkeypatch)
@@ -406,6 +412,8 @@ def test_depth_following(trained, world, tmp_path, monkeypatch):
     )
     assert ours["absrel"] == pytest.approx(ours["other_absrel"], rel=0.3)  # an untrained network follows nothing
     assert ours["absrel"] > 0 and len(list((tmp_path / "maps/generated").glob("*.png"))) == 12
+    unseen = results(f"{line} --checkpoint {trained[1]} --steps 2 --strength 0", tmp_path, monkeypatch)
+    assert unseen["absrel"] != ours["absrel"]
     assert results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
     for path in (tmp_path / "maps/real").glob("*.npy"):
         np.save(tmp_path / "maps/generated" / path.name, np.load(path) * 2 + 1)
