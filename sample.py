@@ -232,11 +232,8 @@ def generate(model, encoders, jobs, size, args, order, watch):
 
     Each task is a table of noise levels and what is known: model.noise_levels and DiT.sample tell.
     """
-    entries, members, device = (
-        {m.name: m for m in model.modalities},
-        range(args.ensemble),
-        model.text_tokenizer.weight.device,
-    )
+    entries, members = {m.name: m for m in model.modalities}, range(args.ensemble)
+    device = model.text_tokenizer.weight.device
     known = {}
     for m in jobs[0].seen:
         parts = zip(*(job.seen[m] for job in jobs for _ in members), strict=True)
@@ -251,9 +248,8 @@ def generate(model, encoders, jobs, size, args, order, watch):
     text = encoders.encode_text([job.prompt for job in jobs for _ in members]).to(device)
 
     def run(order, strength, known):
-        levels = noise_levels(
-            list(entries), args.steps or (I2D_STEPS if strength.get("rgb") == 1 else 50), order, strength
-        )
+        steps = args.steps or (I2D_STEPS if strength.get("rgb") == 1 else 50)
+        levels = noise_levels(list(entries), steps, order, strength)
         share = 1 / (len(levels["rgb"]) - 1) / (2 if args.refine else 1)  # of all steps
         guidance, tell = {"rgb": args.cfg, "depth": args.cfg_depth}, lambda x: watch(x, share)
         x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell)
@@ -403,11 +399,9 @@ def main():
         elif not args.resume:
             data.fail(f"--out {out}: already holds samples; go on with --resume, or choose another --out")
         elif other := [k for k, v in told[job.name]["settings"].items() if done["settings"].get(k) != v]:
-            data.fail(
-                f"--resume: {job.name} was made with another --{other[0].replace('_', '-')}; choose another --out"
-            )
+            data.fail(f"--resume: {job.name} was made with another --{other[0].replace('_', '-')}; change --out")
         elif done["checkpoint_step"] != state.get("step"):
-            data.fail(f"--resume: {job.name} was made when the checkpoint was at another step; choose another --out")
+            data.fail(f"--resume: {job.name} was made when the checkpoint was at another step; change --out")
     data.make_folder(out)
 
     frames, refused, bar, layout = [], set(), None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
@@ -432,16 +426,11 @@ def main():
         animation(out / "animation.gif", frames)
     there = [job for job in jobs if (out / job.name / "metadata.json").exists()]
     if there:
-        files = {m: (out / there[0].name / name).exists() for m, name in (("image", "rgb.png"), ("depth", "depth.npy"))}
-        how = {"image": "given" if args.image else "made", "depth": "given" if args.depth else "made"}
-        how |= {"image" if args.refine == "rgb" else "depth": "made again"} if args.refine else {}
-        labels = {m: f"{m}\n({how[m]})" for m in how if files[m]}
-        if args.depth and (args.image or args.refine == "depth"):  # the depth given, and what came of it
-            labels = {
-                "image": labels["image"],
-                "given": "depth\n(given)",
-                "depth": labels["depth"].replace("given", "completed"),
-            }
+        labels = {"image": f"image\n({'given' if args.image and args.refine != 'rgb' else 'made'})"}
+        labels |= {"given": "depth\n(given)"} if args.depth else {}
+        labels |= {"depth": "depth\n(made)"} if not args.depth or args.image or args.refine == "depth" else {}
+        files = {"image": "rgb.png", "given": "metadata.json", "depth": "depth.npy"}
+        labels = {key: label for key, label in labels.items() if (out / there[0].name / files[key]).exists()}
         contact_sheet(out, there, labels).save(out / "grid.png")
     print(f"{len(there)} samples in {out}; see {out}/grid.png")
     if refused:
