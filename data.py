@@ -1194,10 +1194,10 @@ def paint_rgb(rgb):
 def nearness(depth, valid=None):
     """Depth (1, H, W) in any unit -> (1 / depth (H, W), its 2% and 98% percentiles over valid pixels, valid (H, W))."""
     depth = depth.detach().float().cpu().numpy()[0]
-    valid = depth > 0 if valid is None else valid.cpu().numpy()[0]
+    valid = (depth > 0) & np.isfinite(depth) if valid is None else valid.cpu().numpy()[0]
     if not valid.any():
         return np.zeros_like(depth), (0.0, 1.0), valid
-    near = 1 / np.maximum(depth, 1e-3 * max(np.median(depth[valid]), 1e-30))
+    near = 1 / np.maximum(np.where(valid, depth, np.inf), 1e-3 * max(np.median(depth[valid]), 1e-30))
     return near, np.percentile(near[valid], (2, 98)), valid
 
 
@@ -1320,8 +1320,8 @@ def main():
     parser.add_argument("--measured", type=float, default=1.0, help=measured)
     args = parser.parse_args()
     at_least(args, size=1, count=1)
-    if not 0 < args.measured <= 1:
-        fail(f"--measured {args.measured}: a share above 0, up to 1")
+    if not 0 < args.measured <= 1 or (args.measured < 1 and args.layout == "moge"):
+        fail(f"--measured {args.measured}: a share above 0, up to 1; below 1 for the layouts folder and shards")
     out, size = make_folder(args.out), (args.size, args.size)
     for index in (".index.txt", "metadata.jsonl"):  # of another layout
         (out / index).unlink(missing_ok=True)
@@ -1329,6 +1329,8 @@ def main():
     values, valid, captions = World(args.split, size).samples(range(args.count))
     values["depth"] *= Draws("measured", range(args.count)).rand(1, *size) < args.measured
     valid["depth"] = values["depth"] > 0
+    if not valid["depth"].flatten(1).any(1).all():
+        fail(f"--measured {args.measured}: a scene keeps no pixel; give a larger share")
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
     mask = valid["depth"][:8]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import I2D_STEPS, Config, DiT, noise_levels, normalize_depth, uncontract
+from model import I2D_STEPS, Config, DiT, complete_depth, noise_levels, normalize_depth, uncontract
 
 BENCHMARKS = {  # last part of --data: (size at which depth is scored, MoGe's but for ScanNet; depth kept up to, metres)
     "nyuv2": ((480, 640), 10.0),
@@ -57,7 +57,7 @@ def samples_of(args, size, device, with_depth=True):
 # ---- Depth ----
 
 I2D, BLIND, OTHER = "image to depth", "mean depth map, input-blind", "given another scene's image"
-COMPLETED, FILLED = "completed, not aligned", "nearest measured pixel, not aligned"
+COMPLETED, FILLED = "completed, not aligned", "nearest measured, not aligned"
 KEYS = {"": I2D, "completed_": COMPLETED, "filled_": FILLED, "baseline_": BLIND, "shuffled_": OTHER}
 
 
@@ -158,7 +158,7 @@ def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None, st
     made = model.sample(levels, noise, text, known, solver=args.solver)[depth.name]
     maps = F.interpolate(depth.decode(made, *known.get(depth.name, ())), shape, mode="bilinear").cpu()
     maps = [torch.from_numpy(np.median(members, 0)) for members in maps.split(args.ensemble)]
-    return [torch.where(k, x, y) for x, k, y in zip(*measured, maps, strict=True)] if measured else maps
+    return list(complete_depth(torch.stack(maps), *measured)) if measured else maps
 
 
 def fill(depth, known):
@@ -240,17 +240,19 @@ def score_depth(args, model, encoders, device):
         if args.predictions:
             maps[I2D] = [saved_map(args, args.predictions, n, size, s) for n, s in zip(names, shapes, strict=True)]
         else:
-            maps[I2D] = estimate_depth(model, encoders, rgb, indices, args, args.steps, strength=args.strength)
+            given = {"indices": indices, "args": args, "steps": args.steps, "strength": args.strength}
+            maps[I2D] = estimate_depth(model, encoders, rgb, **given)
             if synthetic:
                 shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
-                maps[OTHER] = estimate_depth(model, encoders, shifted, indices, args, args.steps)
+                maps[OTHER] = estimate_depth(model, encoders, shifted, **given)
                 previous = rgb[-1:]
         if args.measured:
             chance = data.Draws((args.seed, "measured"), indices).rand(1, *size)
             sparse = values["depth"].cpu(), valid["depth"].cpu() & (chance < args.measured)
-            if lacking := [n for n, k in zip(names, sparse[1], strict=True) if not k.any()]:
-                data.fail(f"--measured {args.measured}: of {lacking[0]} no pixel is measured; give a larger share")
-            maps[COMPLETED] = estimate_depth(model, encoders, rgb, indices, args, args.steps, sparse)
+            for n, k, whole in zip(names, sparse[1], valid["depth"].cpu(), strict=True):
+                if not k.any() or not (whole & ~k).any():
+                    data.fail(f"--measured {args.measured}: of {n} it is no pixel, or all; give another share")
+            maps[COMPLETED] = estimate_depth(model, encoders, rgb, **given, measured=sparse)
             maps[FILLED] = [
                 torch.from_numpy(fill(x[0].numpy(), k[0].numpy()))[None] for x, k in zip(*sparse, strict=True)
             ]
@@ -264,8 +266,10 @@ def score_depth(args, model, encoders, device):
                 save_map(args.save_predictions, n, prediction)
             for method in maps:
                 if method != OTHER or index > 0:  # nothing comes before the first image
-                    align = "none" if method in (COMPLETED, FILLED) else args.align
-                    *score, aligned = depth_metrics(maps[method][i], target, mask, align)
+                    if method in (COMPLETED, FILLED):  # where nothing was measured
+                        *score, aligned = depth_metrics(maps[method][i], target, mask & ~sparse[1][i], "none")
+                    else:
+                        *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
                     scores.setdefault(method, {})[n] = score
                     if method == I2D and index < 6:
                         error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1) * mask
@@ -487,7 +491,7 @@ def main():
     setting("--score-size", "", "HxW at which depth is scored; empty is a benchmark's own, or --size squared")
     setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
-    setting("--measured", 0.0, "depth: also complete this share of the true pixels, in their unit; 0 is not")
+    setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
     setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, not looked at, to 1, clean")
     setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
     setting("--ensemble", 1, "samples of each depth map; their median counts")

@@ -153,8 +153,7 @@ def sampling_grid(steps):
 
 def warp(t, log2_alpha):
     """Trajectory of Sec. 4.2: f_alpha(t) = alpha t / (1 + (alpha - 1) t). t in [0, 1]; log2_alpha > 0 lags behind t."""
-    alpha = 2.0**log2_alpha
-    return alpha * t / (1 + (alpha - 1) * t)
+    return t / (t + (1 - t) * 2.0**-log2_alpha)
 
 
 def noise_levels(names, steps, order=JOINT, strength=None):

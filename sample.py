@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import data
-from model import I2D_STEPS, JOINT, Config, DiT, noise_levels
+from model import I2D_STEPS, JOINT, Config, DiT, complete_depth, noise_levels
 
 ORDERS = {"": JOINT, "joint": JOINT, "image-first": ["rgb", "depth"], "depth-first": ["depth", "rgb"]}
 OF_THE_CALL = {"count", "out", "resume", "batch_size", "device", "animate", "prompts"}  # settings that no sample sees
@@ -92,6 +92,10 @@ def parse():
         data.fail(f"--ensemble {args.ensemble}: it is for depth from an --image; leave it out")
     if not all(0 <= scale < float("inf") for scale in (args.cfg, args.cfg_depth)):
         data.fail(f"--cfg {args.cfg} --cfg-depth {args.cfg_depth}: guidance is a number from 0")
+    if (args.image and args.refine == "depth") or (args.depth and not args.image and args.refine == "rgb"):
+        data.fail(f"--refine {args.refine}: it is made from what is given in the first pass; leave it out")
+    if args.image and args.image_strength == 1 and args.refine:
+        data.fail(f"--refine {args.refine}: the image is given, clean; leave it out, or lower --image-strength")
     if not 0 < args.fov < 180:
         data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
     if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
@@ -114,8 +118,6 @@ def read_order(args, names):
     other = {"rgb": "depth", "depth": "rgb"}.get(args.refine)
     if other and isinstance(order, list) and other not in order:
         data.fail(f"--refine {args.refine}: there is no {other} to make it from; add it to --order {args.order}")
-    if other and args.image and args.image_strength == 1:
-        data.fail(f"--refine {args.refine}: the image is given, clean; leave it out, or lower --image-strength")
     return order
 
 
@@ -167,6 +169,8 @@ def list_jobs(args, length):
         data.fail(
             f"--depth {args.depth}: no file of the name of one of --image {args.image}; give files, or directories"
         )
+    if alone := sorted(set().union(*inputs.values()) - set(stems)):
+        data.tell(f"{len(alone)} files are left out: {alone[0]} is not in both directories")
     jobs = []
     for stem in stems:
         paths = {m: inputs[m][stem] if m in inputs else "" for m in kinds}
@@ -260,7 +264,7 @@ def generate(model, encoders, jobs, size, args, order, watch):
     kept = {m for m in known if m != args.refine or strength.get(m, 1) == 1}  # a hint is made again as a whole
     if args.refine:
         finished = made if args.refine == "rgb" else made | {"rgb": encoders.encode_image(made["rgb"])}
-        others = {m: (finished[m], known[m][1] if strength.get(m) == 1 else None) for m in made if m != args.refine}
+        others = {m: (finished[m], None) for m in made if m != args.refine}
         measured = {m: known[m] for m in kept if m == args.refine}
         made[args.refine] = run(JOINT, dict.fromkeys(others, 1.0), others | measured)[args.refine]
     results = []
@@ -271,12 +275,16 @@ def generate(model, encoders, jobs, size, args, order, watch):
                 continue  # it stayed noise
             x = torch.from_numpy(np.median(made[m][i * len(members) :][: len(members)].float().cpu(), 0))
             x = F.interpolate(x[None], shape, mode="bicubic" if m == "rgb" else "bilinear")[0] if shape != size else x
-            if m not in kept:
-                result[m] = x, torch.ones(1, *shape) > 0
-            elif m in strength and m != args.refine:
+            if m in kept and strength.get(m) == 1 and m != args.refine:
                 result[m] = job.given[m]
-            else:  # completed
-                result[m] = torch.where(job.given[m][1], job.given[m][0], x), torch.ones(1, *shape) > 0
+                continue
+            if m in kept:  # in the files' pixels, of which the network has seen few
+                x = (
+                    complete_depth(x[None], *(part[None] for part in job.given[m]))[0]
+                    if m == "depth"
+                    else job.given[m][0]
+                )
+            result[m] = x, torch.ones(1, *shape) > 0
         results.append(result)
     return results
 

@@ -18,6 +18,7 @@ import evaluate
 import sample
 from model import (
     DEPTH,
+    I2D_STEPS,
     JOINT,
     RGB,
     Config,
@@ -330,7 +331,7 @@ def checkpoint(tmp_path_factory):
             network.decoders["depth"].head.weight.data.mul_(0.2)
             network.decoders["depth"].head.bias.data.fill_(1.0)
         paths.append(tmp_path_factory.mktemp("weights") / "last.pt")
-        state = {"config": asdict(network.config), "ema": network.state_dict(), "settings": {}}
+        state = {"config": asdict(network.config), "ema": network.state_dict(), "settings": {}, "step": 1}
         torch.save(state, paths[-1])
     return paths
 
@@ -376,7 +377,7 @@ def test_a_sample_has_everything_and_its_command_makes_it_again(call, tmp_path):
     assert Image.open(tmp_path / "a/animation.gif").n_frames == 3
 
 
-def test_resume_makes_what_is_missing_and_nothing_else(call, tmp_path, capsys):
+def test_resume_makes_what_is_missing_and_nothing_else(call, checkpoint, tmp_path, capsys):
     call("--prompt a --count 3 --steps 2 --out s")
     before = {i: (tmp_path / f"s/00{i}/depth.npy").read_bytes() for i in range(3)}
     stamp = (tmp_path / "s/000/metadata.json").stat().st_mtime_ns
@@ -387,6 +388,14 @@ def test_resume_makes_what_is_missing_and_nothing_else(call, tmp_path, capsys):
         assert stopped.value.code == 2 and says in capsys.readouterr().err
     call("--prompt a --count 4 --steps 2 --out s --resume --batch-size 1")
     assert (tmp_path / "s/000/metadata.json").stat().st_mtime_ns == stamp and (tmp_path / "s/003/rgb.png").exists()
+    trained_on = data.read_checkpoint(checkpoint[0]) | {"step": 2}
+    torch.save(trained_on, tmp_path / "last.pt")
+    told = json.loads((tmp_path / "s/000/metadata.json").read_text())
+    told["settings"]["checkpoint"] = "last.pt"
+    (tmp_path / "s/000/metadata.json").write_text(json.dumps(told))
+    with pytest.raises(SystemExit):
+        call("--checkpoint last.pt --prompt a --count 1 --steps 2 --out s --resume")
+    assert "another step" in capsys.readouterr().err
     again = np.load(tmp_path / "s/001/depth.npy")
     (tmp_path / "x.npy").write_bytes(before[1])
     np.testing.assert_allclose(again, np.load(tmp_path / "x.npy"), rtol=1e-3)
@@ -411,6 +420,22 @@ def test_an_image_of_any_shape_gets_depth_in_its_own_pixels(height, width, seen,
     depth = torch.nn.functional.interpolate(depth, (height, width), mode="bilinear")[0, 0]
     close(torch.from_numpy(np.load(tmp_path / "s/000/depth.npy")), depth, 1e-3)
     assert np.array_equal(Image.open(tmp_path / "s/000/rgb.png"), Image.open(tmp_path / "a.png"))
+
+
+def test_sparse_depth_of_more_pixels_than_the_network_sees_is_completed_in_these_pixels(call, tmp_path):
+    """A plane at 8 times the network's resolution: beside measured pixels, their neighbours are right too."""
+    picture(tmp_path / "a.png", 128, 128)
+    y, x = np.mgrid[:128, :128] / 128
+    plane = (1 / (0.5 + 0.3 * x + 0.2 * y)).astype(np.float32)
+    known = np.random.default_rng(0).random((128, 128)) < 0.03
+    np.save(tmp_path / "d.npy", np.where(known, plane, 0))
+    call("--image a.png --depth d.npy --count 1 --steps 1 --out s")
+    made = np.load(tmp_path / "s/000/depth.npy")
+    assert np.array_equal(made[known], plane[known])
+    beside = np.zeros_like(known)
+    beside[:, 1:] = known[:, :-1]
+    errors = [np.abs(made / plane - 1)[part & ~known].mean() for part in (beside, ~beside)]
+    assert errors[0] < errors[1] < 0.1
 
 
 def test_directories_are_paired_by_name_and_sparse_depth_is_completed_in_its_unit(call, tmp_path):
@@ -469,7 +494,7 @@ def test_refining_depth_is_image_to_depth_of_the_image_made(call, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    ["", "--order depth", "--image a.png --image-strength 0.5", "--depth d.npy", "--depth d.npy --depth-strength 0.8"],
+    ["", "--order depth", "--image a.png --image-strength 0.5"],
 )
 def test_the_image_is_made_again_from_the_depth(given, call, tmp_path):
     """It is the depth's image, then: a depth to image of the depth made, on the same noise."""
@@ -491,6 +516,17 @@ def test_the_image_is_trusted_as_far_as_told(call, tmp_path):
     assert np.array_equal(depths["a", 0], depths["b", 0])
     assert all(np.abs(depths["a", s] - depths["b", s]).mean() > 1e-3 for s in (0.5, 1))
     assert np.abs(depths["a", 0.5] - depths["a", 1]).mean() > 1e-3
+
+
+def test_steps_that_are_not_given_are_few_from_a_clean_image_and_many_else(call, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    asked, table = [], sample.noise_levels
+    monkeypatch.setattr(
+        sample, "noise_levels", lambda names, steps, *rest: asked.append(steps) or table(names, 2, *rest)
+    )
+    for i, line in enumerate(("--image a.png", "--image a.png --image-strength 0.9", "", "--refine depth")):
+        call(f"{line} --count 1 --out {i}")
+    assert asked == [I2D_STEPS, 50, 50, 50, I2D_STEPS]
 
 
 def test_solver_and_guidance_reach_the_sampler(call, tmp_path):

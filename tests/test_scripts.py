@@ -299,13 +299,14 @@ def test_colours_of_the_real_world_are_found_and_shuffled_ones_are_not():
 def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeypatch):
     results = []
     for size in (2, 6):
-        line = f"--checkpoint {trained[1]} --images 6 --steps 2 --size 16 --device cpu --batch-size {size} --measured 1"
+        line = (
+            f"--checkpoint {trained[1]} --images 6 --steps 2 --size 16 --device cpu --batch-size {size} --measured 0.5"
+        )
         run(evaluate, f"depth {line} --out {tmp_path}/{size}", monkeypatch)
         results.append(json.loads((tmp_path / f"{size}/results.json").read_text()))
     assert {"absrel", "delta1", "baseline_absrel", "shuffled_absrel", "steps", "images"} <= set(results[0])
-    for key in ("absrel", "baseline_absrel", "shuffled_absrel"):
+    for key in ("absrel", "baseline_absrel", "shuffled_absrel", "completed_absrel", "filled_absrel"):
         assert results[0][key] == pytest.approx(results[1][key], rel=1e-4)
-    assert results[0]["completed_absrel"] == results[0]["filled_absrel"] == 0  # where all is measured
     some = f"depth --checkpoint {trained[1]} --images 6 --size 16 --device cpu --out {tmp_path}/some --measured 0.2"
     for align in ("none", "affine"):
         run(evaluate, f"{some} --align {align}", monkeypatch)
@@ -517,7 +518,7 @@ BAD = [
     (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy --depth-strength 0.5", "measured"),
     (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy", "nothing is left"),
     (sample, "--checkpoint {forcing} --image {tmp}/good.png --refine depth", "--refine depth"),
-    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine depth", "nothing to --refine"),
     (sample, "--checkpoint {forcing} --order rgb --refine rgb", "--refine rgb"),
     (sample, "--checkpoint {forcing} --ensemble 3", "--ensemble 3"),
     (sample, "--checkpoint {forcing} --image {tmp}/dot.png", "2, 3) pixels"),
@@ -534,7 +535,12 @@ BAD = [
     (evaluate, "image --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
     (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured 0.5"),
     (evaluate, "depth --predictions {tmp}/maps --size 16 --measured 0.5", "--measured 0.5"),
-    (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "no pixel is measured"),
+    (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "it is no pixel"),
+    (data, "--out {tmp}/x --measured 0", "--measured 0"),
+    (data, "--out {tmp}/x --size 8 --measured 1e-9", "keeps no pixel"),
+    (data, "--out {tmp}/x --layout moge --measured 0.5", "--measured 0.5"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --image-strength 0.5 --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine rgb", "--refine rgb"),
     (sample, "--checkpoint {forcing} --cfg nan", "--cfg nan"),
     (
         sample,
