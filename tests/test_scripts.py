@@ -523,7 +523,7 @@ BAD = [
     (sample, "--checkpoint {forcing} --ensemble 3", "--ensemble 3"),
     (sample, "--checkpoint {forcing} --image {tmp}/dot.png", "2, 3) pixels"),
     (sample, "--checkpoint {forcing} --image {tmp}/maps", "no file"),
-    (sample, "--checkpoint {forcing} --image {tmp} --depth {tmp}/d.npy", "no file has the name"),
+    (sample, "--checkpoint {forcing} --image {tmp} --depth {tmp}/d.npy", "no file of the name"),
     (sample, "--checkpoint {forcing} --prompt " + "redder" * 30, "would not read"),
     (sample, "--checkpoint {forcing} --prompts {tmp}/none.txt", "none.txt"),
     (sample, "--checkpoint {forcing} --size 16x30", "--size 16x30"),
