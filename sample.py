@@ -222,7 +222,10 @@ def batches(jobs, args, config, size, refused):
         try:
             seen_at = read_inputs(job, args, config, size[0] * size[1]) if job.image or job.depth else size
         except data.BadSample as error:
-            (data.tell if many else data.fail)(str(error)) if str(error) not in refused else None
+            if not many:
+                data.fail(str(error))
+            if str(error) not in refused:
+                data.tell(str(error))
             refused.add(str(error))
             continue
         waiting.setdefault(seen_at, []).append(job)
@@ -279,11 +282,8 @@ def generate(model, encoders, jobs, size, args, order, watch):
                 result[m] = job.given[m]
                 continue
             if m in kept:  # in the files' pixels, of which the network has seen few
-                x = (
-                    complete_depth(x[None], *(part[None] for part in job.given[m]))[0]
-                    if m == "depth"
-                    else job.given[m][0]
-                )
+                values, valid = job.given[m]
+                x = values if valid.all() else complete_depth(x[None], values[None], valid[None])[0]
             result[m] = x, torch.ones(1, *shape) > 0
         results.append(result)
     return results

@@ -434,8 +434,7 @@ def test_sparse_depth_of_more_pixels_than_the_network_sees_is_completed_in_these
     assert np.array_equal(made[known], plane[known])
     beside = np.zeros_like(known)
     beside[:, 1:] = known[:, :-1]
-    errors = [np.abs(made / plane - 1)[part & ~known].mean() for part in (beside, ~beside)]
-    assert errors[0] < errors[1] < 0.1
+    assert np.abs(made / plane - 1)[beside & ~known].mean() < 2e-3  # pasted in, 5e-3
 
 
 def test_directories_are_paired_by_name_and_sparse_depth_is_completed_in_its_unit(call, tmp_path):
