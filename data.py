@@ -1082,8 +1082,14 @@ def read_checkpoint(path, check=True):
     return state
 
 
+NANO = "assets/nano.pt"  # trained on the built-in world, of the nano preset; README has the commands
+
+
 def load_checkpoint(path, flag="--checkpoint"):
-    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged."""
+    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged. An empty path is NANO's."""
+    if not path:
+        tell(f"{flag} is not given: this is {NANO}, trained on the built-in world")
+        path = Path(__file__).parent / NANO
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:

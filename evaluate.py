@@ -1,4 +1,4 @@
-"""How good is it? Depth accuracy, image quality, and how images follow depth, each beside its references.
+"""How good is it? Depth accuracy, image quality, and how image and depth agree, each beside its references.
 
     python evaluate.py depth                                  image-to-depth on the built-in world
     python evaluate.py depth --data eval/NYUv2,eval/DIODE     on benchmarks, as MoGe's evaluation folders have them
@@ -8,6 +8,7 @@
     python evaluate.py image                                  text-to-image: Frechet distance and requested colours
     python evaluate.py image --data coco --features inception.pt       FID by a TorchScript feature extractor
     python evaluate.py follow                                 depth-to-image: has the image the depth it was given?
+    python evaluate.py joint --order -5                       image and depth made together: do they agree?
 
 AbsRel = mean |p - g| / g and delta1 = share with max(p/g, g/p) < 1.25, over the valid pixels of an image, after
 alignment; then the mean over images, with its 95% bootstrap interval. A call prints a table and writes results.json and
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import I2D_STEPS, Config, DiT, complete_depth, noise_levels, normalize_depth, uncontract
+from model import I2D_STEPS, JOINT, Config, DiT, complete_depth, noise_levels, normalize_depth, uncontract
 
 BENCHMARKS = {  # last part of --data: (size at which depth is scored, MoGe's but for ScanNet; depth kept up to, metres)
     "nyuv2": ((480, 640), 10.0),
@@ -261,7 +262,9 @@ def score_depth(args, model, encoders, device):
             if not mask.any():
                 data.fail(f"--data {args.data}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
             if not prediction[mask].isfinite().all():
-                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite where it is known")
+                data.fail(
+                    f"{args.predictions or args.checkpoint or data.NANO}: depth of {n} is not finite where it is known"
+                )
             if args.save_predictions:
                 save_map(args.save_predictions, n, prediction)
             for method in maps:
@@ -309,53 +312,65 @@ def evaluate_depth(args, model, encoders, device):
     return results, grids
 
 
-def evaluate_follow(args, model, encoders, device):
-    """Image from depth, then AbsRel of the depth found in it to the depth found in the real image (Sec. 4.3).
+AGREEMENT = {  # task: (depth maps that are scored, what they are scored on), a line of the table, and its reference's
+    "follow": (("generated", "real"), "found in generated and real image", "the same with another real image"),
+    "joint": (("made", "found"), "made with an image, found in it", "the same, found in another image"),
+}
 
-    --save-predictions DIR: DIR/generated and DIR/real get NAME.png, and NAME.npy, the depth that this network finds in
-    it. --predictions DIR: the depth maps in these places, by whatever estimator, are compared instead.
+
+def evaluate_agreement(args, model, encoders, device):
+    """Do image and depth agree (Sec. 4.3)? follow: the image is made from depth; AbsRel of the depth found in it to the
+    depth found in the real image. joint: both are made from the caption; AbsRel of the depth to what is found in the
+    image. Who finds it is --judge, or the network itself.
+
+    --save-predictions DIR: DIR/generated and DIR/real (made, found) get the maps as NAME.npy, and the images they were
+    found in as NAME.png. --predictions DIR: the maps in these places, by whatever estimator, are compared instead.
     """
+    kinds, *titles = AGREEMENT[args.task]
+    judge, eyes = open_network(args.judge, "--judge", args, device) if args.judge else (model, encoders)
     size, scores, rows, previous = (args.size, args.size), {"": [], "other": []}, [], None
     for values, valid, captions, names, _, indices in samples_of(args, size, device):
         if args.predictions:
             load = lambda kind: [saved_map(args, f"{args.predictions}/{kind}", n, size, size) for n in names]  # noqa: B023
-            maps = {kind: load(kind) for kind in ("real", "generated")}
+            maps = {kind: load(kind) for kind in kinds}
         else:
             first, depth, *_ = model.modalities
-            if not valid[depth.name].flatten(1).any(1).all():
+            known = {depth.name: (values[depth.name], valid[depth.name])} if args.task == "follow" else {}
+            if known and not valid[depth.name].flatten(1).any(1).all():
                 data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
             draws = data.Draws((args.seed, "follow"), indices)  # other noise than the estimates'
             noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in (first, depth)}
-            levels = noise_levels([first.name, depth.name], args.steps, strength={depth.name: args.strength})
-            text, known = (
-                encoders.encode_text(captions).to(device),
-                {depth.name: (values[depth.name], valid[depth.name])},
-            )
-            made = model.sample(levels, noise, text, known, {first.name: args.cfg}, solver=args.solver)[first.name]
-            pictures = {"real": values["rgb"], "generated": encoders.decode_image(made).clamp(-1, 1)}
+            levels = noise_levels([first.name, depth.name], args.steps, args.order, dict.fromkeys(known, args.strength))
+            text = encoders.encode_text(captions).to(device)
+            made = model.sample(levels, noise, text, known, {first.name: args.cfg}, solver=args.solver)
+            image = encoders.decode_image(made[first.name]).clamp(-1, 1)
+            pictures = {"generated": image, "real": values["rgb"]} if known else {"found": image}
+            maps = {} if known else {"made": list(depth.decode(made[depth.name]).cpu())}
             one = [0] * len(names)  # one noise for all estimates: what they share tells the images' difference alone
-            maps = {k: estimate_depth(model, encoders, x, one, args, I2D_STEPS) for k, x in pictures.items()}
+            maps |= {k: estimate_depth(judge, eyes, x, one, args, I2D_STEPS) for k, x in pictures.items()}
             for i in range(min(len(names), 8 - len(rows))):
+                given = [data.paint_depth(values["depth"][i], valid["depth"][i])] if known else []
                 depths = [data.paint_depth(d[i]) for d in maps.values()]
-                given = data.paint_depth(values["depth"][i], valid["depth"][i])
-                rows.append([*(data.paint_rgb(x[i]) for x in pictures.values()), given, *depths])
+                rows.append([*(data.paint_rgb(x[i]) for x in pictures.values()), *given, *depths])
+        scored, scored_on = (maps[kind] for kind in kinds)
         for i, n in enumerate(names):
-            if not all(m[i].isfinite().all() for m in maps.values()) or not (maps["real"][i] > 0).any():
-                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite, or nowhere above 0")
+            if not all(m[i].isfinite().all() for m in maps.values()) or not (scored_on[i] > 0).any():
+                whose = args.predictions or args.checkpoint or data.NANO
+                data.fail(f"{whose}: depth of {n} is not finite, or nowhere above 0")
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
-                Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
-            for key, target in (("", maps["real"][i]), ("other", previous)):
+                if kind in pictures:
+                    Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
+            for key, target in (("", scored_on[i]), ("other", previous)):
                 if target is not None:  # nearer than a hundredth of the mean is no surface
                     known = target > 0.01 * target.mean()
-                    scores[key].append(depth_metrics(maps["generated"][i], target, known, args.align)[:2])
-            previous = maps["real"][i]
+                    scores[key].append(depth_metrics(scored[i], target, known, args.align)[:2])
+            previous = scored_on[i]
     print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}")
     print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
-    results = print_row("found in generated and real image", scores[""])
+    results = print_row(titles[0], scores[""])
     if scores["other"]:
-        others = print_row("the same with another real image", scores["other"])
-        results |= {f"other_{key}": value for key, value in others.items()}
+        results |= {f"other_{key}": value for key, value in print_row(titles[1], scores["other"]).items()}
     return results, {"": (rows, [str(i + 1) for i in range(len(rows))])}
 
 
@@ -441,7 +456,7 @@ def evaluate_image(args, model, encoders, device):
     size, synthetic = (args.size, args.size), args.data == "synthetic"
     extract = load_features(args.features, device) if args.features else features
     first, world = model.modalities[0].name, data.World("val", size, device)
-    levels = noise_levels([m.name for m in model.modalities], args.steps)  # the released trajectory
+    levels = noise_levels([m.name for m in model.modalities], args.steps, args.order)
     made, real, other = Moments(), Moments(), Moments()
     colors, real_colors, asked, rows = [], [], [], [[], []]
     for values, _, captions, _, _, indices in samples_of(args, size, device, with_depth=False):
@@ -477,14 +492,28 @@ def evaluate_image(args, model, encoders, device):
     return results, {"": (rows, ["real", "from its\ncaption"])}
 
 
+def open_network(path, flag, args, device):
+    """Checkpoint -> (its averaged network, its encoders), on the device. args.size, if 0, becomes its own."""
+    state = data.load_checkpoint(path, flag)
+    model = DiT(Config(**state["config"])).requires_grad_(False)
+    model.load_state_dict(state["ema"])
+    encoders = data.open_encoders(args.encoders, device, model.config, state["settings"].get("encoders", ""))
+    args.size = args.size or model.config.size
+    if args.size % model.config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch of {path}, {model.config.patch}")
+    if args.task != "image" and "depth" not in [m.name for m in model.modalities]:
+        data.fail(f"{flag} {path}: a text-to-image checkpoint knows no depth; give one of train_forcing.py")
+    return model.to(device), encoders
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=("depth", "image", "follow"))
+    p.add_argument("task", choices=("depth", "image", "follow", "joint"))
 
     def setting(flag, default, help, **kwargs):
         p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
 
-    setting("--checkpoint", "runs/forcing/last.pt", "what a training script wrote")
+    setting("--checkpoint", "", f"what a training script wrote; empty is {data.NANO}, of the built-in world")
     data.source_settings(setting)
     setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
     setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
@@ -493,6 +522,8 @@ def main():
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
     setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
     setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, not looked at, to 1, clean")
+    setting("--order", JOINT, "image, joint: log2(alpha) of the trajectory; above 0 the image comes first")
+    setting("--judge", "", "follow, joint: checkpoint that finds the depth in the images; empty is the measured one")
     setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
     setting("--ensemble", 1, "samples of each depth map; their median counts")
     setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
@@ -508,11 +539,14 @@ def main():
         "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
     )
     args = p.parse_args()
-    args.steps = args.steps or {"depth": I2D_STEPS, "image": 16, "follow": 16}[args.task]
+    args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
     data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
-    for flag, default, tasks in (("measured", 0, ["depth"]), ("strength", 1, ["depth", "follow"])):
+    if not -14 <= args.order <= 14:
+        data.fail(f"--order {args.order}: log2(alpha) is in -14..14")
+    limits = ("measured", 0, ["depth"]), ("strength", 1, ["depth", "follow"]), ("order", JOINT, ["image", "joint"])
+    for flag, default, tasks in limits:
         given = getattr(args, flag)
-        if not 0 <= given <= 1:
+        if flag != "order" and not 0 <= given <= 1:
             data.fail(f"--{flag} {given}: a share, from 0 to 1")
         if given != default and (args.task not in tasks or args.predictions):
             data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
@@ -521,22 +555,12 @@ def main():
     if args.predictions and (args.save_predictions or args.task == "image"):
         data.fail("--predictions: there is nothing to save or to generate beside them")
     if not args.predictions:
-        state = data.load_checkpoint(args.checkpoint)
-        model = DiT(Config(**state["config"])).requires_grad_(False)
-        model.load_state_dict(state["ema"])
-        model.to(device)
-        encoders = data.open_encoders(args.encoders, device, model.config, state["settings"].get("encoders", ""))
-        args.size = args.size or model.config.size
-        if args.size % model.config.patch:
-            data.fail(f"--size {args.size}: must be a multiple of the network's patch, {model.config.patch}")
-        if args.task != "image" and "depth" not in [m.name for m in model.modalities]:
-            known = "a text-to-image checkpoint knows no depth; give one of train_forcing.py"
-            data.fail(f"--checkpoint {args.checkpoint}: {known}")
+        model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
     elif not args.size and (
-        args.task == "follow" or not (args.score_size or all(map(benchmark, args.data.split(","))))
+        args.task in AGREEMENT or not (args.score_size or all(map(benchmark, args.data.split(","))))
     ):
         data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
-    tasks = {"depth": evaluate_depth, "image": evaluate_image, "follow": evaluate_follow}
+    tasks = {"depth": evaluate_depth, "image": evaluate_image} | dict.fromkeys(AGREEMENT, evaluate_agreement)
     results, grids = tasks[args.task](args, model, encoders, device)
     (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
     for name, (rows, labels) in grids.items():

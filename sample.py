@@ -40,7 +40,7 @@ def parse():
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
         p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kind | kwargs)
 
-    setting("--checkpoint", "runs/forcing/last.pt", "what a training script wrote")
+    setting("--checkpoint", "", f"what a training script wrote; empty is {data.NANO}, of the built-in world")
     setting("--prompt", [], "what the picture shows; may be given several times", type=str, action="append")
     setting("--prompts", "", "file of more prompts, one a line")
     setting("--image", "", "image, or directory of images, to generate depth from")
