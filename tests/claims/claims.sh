@@ -27,7 +27,7 @@ networks="
 t2i              -             $t2i
 method           -             $forcing --init @t2i $modes --sparsity dense
 shared           shared        $forcing --init @t2i $modes --sparsity dense
-untaught         -             $forcing --init @t2i $modes --sparsity dense $alone
+plain            -             $forcing --init @t2i $modes --sparsity dense $alone
 
 sparse-10        -             $forcing --init @t2i $modes --sparsity 0.1 $alone
 sparse-2         -             $forcing --init @t2i $modes --sparsity 0.02 $alone
@@ -38,7 +38,7 @@ filled-2         filled        $forcing --init @t2i $modes --sparsity 0.02 $alon
 
 t2i-short        -             train_t2i.py --steps 500 --batch-size 8 --lr 3e-3
 short            -             $forcing --init @t2i-short $modes --sparsity dense $alone
-scratch          -             $forcing --init none $modes --sparsity dense
+plain-scratch    -             $forcing --init none $modes --sparsity dense
 
 t2i-narrow       presets       $t2i --preset narrow
 narrow           presets       $forcing --init @t2i-narrow $modes --sparsity dense $alone
@@ -75,7 +75,7 @@ measurements="
 2   method       steps-32      evaluate.py depth --steps 32
 2   shared       steps-32      evaluate.py depth --steps 32
 
-3,4,5,9 untaught depth         evaluate.py depth
+3,4,5,9 plain    depth         evaluate.py depth
 3,9 sparse-10    depth         evaluate.py depth
 3   sparse-2     depth         evaluate.py depth
 3   lidar        depth         evaluate.py depth
@@ -83,7 +83,7 @@ measurements="
 3   filled-10    depth         evaluate.py depth
 3   filled-2     depth         evaluate.py depth
 
-4,5 scratch      depth         evaluate.py depth
+4,5 plain-scratch depth         evaluate.py depth
 4   short        depth         evaluate.py depth
 
 5   narrow       depth         evaluate.py depth
@@ -99,8 +99,8 @@ measurements="
 6   method       order--5      evaluate.py joint --steps 32 --order -5
 
 7   t2i          image         evaluate.py image
-7   untaught     image         evaluate.py image
-7   untaught     drift         drift.py --teacher @t2i
+7   plain        image         evaluate.py image
+7   plain        drift         drift.py --teacher @t2i
 7   method       drift         drift.py --teacher @t2i
 
 8   method       follow-0.5    evaluate.py follow --strength 0.5
@@ -112,16 +112,22 @@ measurements="
 9   zeros        depth         evaluate.py depth
 9   velocity     depth         evaluate.py depth
 9   unmixed      depth         evaluate.py depth
-9   detokenizer-0 depth        evaluate.py depth
-9   detokenizer-2 depth        evaluate.py depth
+9   detokenizer-0 depth         evaluate.py depth
+9   detokenizer-2 depth         evaluate.py depth
 9   modes-none   depth         evaluate.py depth
 9   modes-paper  depth         evaluate.py depth
 9   modes-i2d    depth         evaluate.py depth
-9   untaught     judged        evaluate.py follow --judge @untaught
-9   unmixed      judged        evaluate.py follow --judge @untaught
-9   modes-none   judged        evaluate.py follow --judge @untaught
-9   modes-paper  judged        evaluate.py follow --judge @untaught
-9   modes-i2d    judged        evaluate.py follow --judge @untaught
+9   plain        judged        evaluate.py follow --judge @plain
+9   unmixed      judged        evaluate.py follow --judge @plain
+9   modes-none   judged        evaluate.py follow --judge @plain
+9   modes-paper  judged        evaluate.py follow --judge @plain
+9   modes-i2d    judged        evaluate.py follow --judge @plain
+9   detokenizer-0 judged        evaluate.py follow --judge @plain
+9   detokenizer-2 judged        evaluate.py follow --judge @plain
+9   logit-normal judged        evaluate.py follow --judge @plain
+9   velocity     judged        evaluate.py follow --judge @plain
+9   sparse-10    judged        evaluate.py follow --judge @plain
+9   zeros        judged        evaluate.py follow --judge @plain
 "
 
 row() {  # of a network: its patch and command, single spaces
