@@ -543,11 +543,12 @@ def main():
     data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
     if not -14 <= args.order <= 14:
         data.fail(f"--order {args.order}: log2(alpha) is in -14..14")
-    limits = ("measured", 0, ["depth"]), ("strength", 1, ["depth", "follow"]), ("order", JOINT, ["image", "joint"])
-    for flag, default, tasks in limits:
-        given = getattr(args, flag)
-        if flag != "order" and not 0 <= given <= 1:
-            data.fail(f"--{flag} {given}: a share, from 0 to 1")
+    for flag in ("measured", "strength"):
+        if not 0 <= getattr(args, flag) <= 1:
+            data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
+    uses = {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"], "judge": AGREEMENT}
+    for flag, tasks in uses.items():
+        given, default = getattr(args, flag), p.get_default(flag)
         if given != default and (args.task not in tasks or args.predictions):
             data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)

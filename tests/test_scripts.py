@@ -421,6 +421,22 @@ def test_depth_following(trained, world, tmp_path, monkeypatch):
     assert found["absrel"] < 1e-3 and found["delta1"] == 1
 
 
+def test_joint_agreement(trained, world, tmp_path, monkeypatch):
+    """The depth made with an image, scored on the depth found in it: by this network, another, or another's maps."""
+    line = f"joint --size 16 --data {world}/folder"
+    here = f"{line} --checkpoint {trained[1]} --steps 2"
+    ours = results(f"{here} --save-predictions {tmp_path}/maps", tmp_path, monkeypatch)
+    assert results(f"{here} --judge {trained[1]}", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
+    assert results(f"{here} --judge {evaluate.data.NANO}", tmp_path, monkeypatch)["absrel"] != ours["absrel"]
+    assert results(f"{here} --order -5", tmp_path, monkeypatch)["absrel"] != ours["absrel"]
+    assert results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
+    for path in (tmp_path / "maps/found").glob("*.npy"):  # both kinds of maps belong to the images beside these
+        assert path.with_suffix(".png").is_file()
+        np.save(tmp_path / "maps/made" / path.name, np.load(path) * 2 + 1)
+    found = results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)
+    assert found["absrel"] < 1e-3 and found["delta1"] == 1 and found["other_absrel"] > 1e-3
+
+
 # ---- Frozen encoders ----
 
 TOY = f"--encoders {ROOT}/tests/toy_encoders.py"
@@ -532,6 +548,11 @@ BAD = [
     (evaluate, "depth --checkpoint {forcing} --measured 2", "--measured 2"),
     (evaluate, "follow --checkpoint {forcing} --strength -0.1", "--strength -0.1"),
     (evaluate, "image --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
+    (evaluate, "joint --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
+    (evaluate, "follow --checkpoint {forcing} --order 0", "--order 0"),
+    (evaluate, "joint --checkpoint {forcing} --order 99", "--order 99"),
+    (evaluate, "follow --checkpoint {forcing} --judge {t2i}", "no depth"),
+    (evaluate, "depth --checkpoint {forcing} --judge {forcing}", "--judge"),
     (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured 0.5"),
     (evaluate, "depth --predictions {tmp}/maps --size 16 --measured 0.5", "--measured 0.5"),
     (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "it is no pixel"),

@@ -9,6 +9,7 @@ is as far the other way it "doesn't hold here"; else it is "too small to tell".
 
 import json
 import statistics
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def chart(path, title, x_title, y_title, series, references):
         text(width - right - 170 * (len(series) - 1 - i), 20, name, 13, COLORS[i], anchor="rm")
     line([(left, top), (left, height - bottom), (width - right, height - bottom)], INK)
     for label, x in at_x.items():
-        text(x, height - bottom + 7, label, 13, anchor="ma", align="center")
+        words = "\n".join(textwrap.wrap(label, max(6, (width - left - right) // len(labels) // 7)))
+        text(x, height - bottom + 7, words, 12, anchor="ma", align="center")
     text((left + width) / 2, height - 8, x_title, anchor="ms")
     text(left - 58, 10, title, 15)
     text(left - 58, 38, y_title, 13, "#555555", anchor="lm")
@@ -131,7 +133,7 @@ class Claim:
 
 def pairs(text):
     """Lines "words = path" -> {words: path}."""
-    return dict(line.strip().split(" = ") for line in text.strip().splitlines()) if text else {}
+    return dict(map(str.strip, line.split("=")) for line in text.strip().splitlines())
 
 
 def section(number, claim):
@@ -171,17 +173,20 @@ CLAIMS = [
     Claim(
         "One model, every direction",
         "The paper: one network generates image and depth together, depth from images, and images from depth "
-        "(Sec. 3.2).",
-        columns=" = ",
+        "(Sec. 3.2). Each beside what it is blind to its input: the share of requested colours that appear (more is "
+        "better); AbsRel (less is better) of depth from images; of the depth found in an image made from depth to that "
+        "found in the real one, the depth being given or not looked at; of depth to that found in the image it was made "
+        "with.",
+        columns="measured =",
         rows="""
-            text to image: requested colours that appear (more is better) = method/image/following
-            ... of shuffled prompts = method/image/shuffled_following
-            image to depth: AbsRel = method/depth/absrel
-            ... of the mean depth map = method/depth/baseline_absrel
-            depth to image: AbsRel of the depth found in it = method/follow-1/absrel
-            ... without seeing the depth = method/follow-0/absrel
-            joint: AbsRel of the depth to that found in the image = method/order-5/absrel
-            ... in another image = method/order-5/other_absrel
+            colours, of its prompt = method/image/following
+            of another prompt = method/image/shuffled_following
+            depth, from its image = method/depth/absrel
+            mean depth map = method/depth/baseline_absrel
+            image, from its depth = method/follow-1/absrel
+            from no depth = method/follow-0/absrel
+            both, to each other = method/order-5/absrel
+            to another image = method/order-5/other_absrel
         """,
         comparisons="""
             the image has the colours asked for: method/image/following > method/image/shuffled_following
@@ -189,7 +194,7 @@ CLAIMS = [
             the image has the depth: method/follow-1/absrel < method/follow-0/absrel
             image and depth agree: method/order-5/absrel < method/order-5/other_absrel
         """,
-        y="each task and what it would be without its input",
+        y="share of colours (two on the left), AbsRel (others)",
     ),
     Claim(
         "Independent noise levels matter",
