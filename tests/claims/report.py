@@ -151,7 +151,12 @@ def section(number, claim):
         verdicts.append(verdict)
         comparisons.append(f"- {words}: {text}")
     few = f"{verdicts.count('holds')} of {len(verdicts)} comparisons hold"
-    head = [f"### {number}. {claim.title}: {verdicts[0] if len(set(verdicts)) == 1 else few}", "", claim.paper, ""]
+    head = [
+        f"### {number}. {claim.title}: {verdicts[0] if len(set(verdicts)) == 1 else few}",
+        "",
+        textwrap.fill(claim.paper, 135),
+        "",
+    ]
     series = {
         name: [(label, list(values(row + column).values())) for label, row in rows.items()]
         for name, column in list(columns.items())[: claim.shown]
@@ -175,7 +180,7 @@ CLAIMS = [
         "The paper: one network generates image and depth together, depth from images, and images from depth "
         "(Sec. 3.2). Each beside what it is blind to its input: the share of requested colours that appear (more is "
         "better); AbsRel (less is better) of depth from images; of the depth found in an image made from depth to that "
-        "found in the real one, the depth being given or not looked at; of depth to that found in the image it was made "
+        "found in the real one, with the depth given or not looked at; of depth to that found in the image it was made "
         "with.",
         columns="measured =",
         rows="""
