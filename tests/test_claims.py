@@ -169,9 +169,9 @@ def test_claims_are_measured_once_and_again_when_a_command_has_changed(tmp_path)
         return done.stdout.splitlines(), calls.read_text().splitlines()
 
     said, called = claims("--list", "4")
-    assert said[-1] == "done: 0 measurements, left: 3" and len(said) == 4 and not called
+    assert said[-1] == "0 measurements done, 3 left" and len(said) == 4 and not called
     said, called = claims("4")
-    assert said == ["done: 3 measurements, left: 0"]
+    assert said == ["3 measurements done, 0 left"]
     trained = [line for line in called if "/train_" in line]
     assert len(trained) == 5 and len(called) == 8  # two text-to-image networks, three of the second stage
     assert all("--seed 7" in line for line in trained) and any("--init none" in line for line in trained)

@@ -164,7 +164,7 @@ run() {  # network, seed, folder for what it writes, command
     mkdir -p "$3"
     echo "$(date +%T) seed $2, $1: $4" >&2
     # shellcheck disable=SC2086  # a command is words
-    $python "$(code "$patch")"/$command --out "$3" >"$3/log" 2>&1 </dev/null || { tail -n 5 "$3/log" >&2; exit 1; }
+    $python "$(code "$patch")"/$command --out "$3" >"$3/log" 2>&1 </dev/null || { tail -n 5 "$3/log" >&2; echo "claims.sh: stopped; $3/log says why" >&2; exit 1; }
 }
 
 train() {  # network, seed
@@ -204,6 +204,7 @@ while read -r claims network name command; do
     for seed in $seeds; do
         if grep -qsF "\"$(recipe "$network")$command\"" "$results/$network/$name.$seed.json"; then
             done=$((done + 1))
+            [ -z "$list" ] || echo "done: claim $claims, seed $seed, $network: $command"
         elif [ -n "$list" ]; then
             left=$((left + 1))
             echo "left: claim $claims, seed $seed, $network: $command"
@@ -213,4 +214,4 @@ while read -r claims network name command; do
         fi
     done
 done <<<"$measurements"
-echo "done: $done measurements, left: $left"
+echo "$done measurements done, $left left"
