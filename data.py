@@ -881,6 +881,19 @@ def parse_size(text, flag):
     return int(match[1]), int(match[2] or match[1])
 
 
+def parse_order(text, names):
+    """--order: log2(alpha), or different ones of names -> a float in -14..14, or their list. Exit code 2 otherwise."""
+    try:
+        order = float(text)
+        if not -14 <= order <= 14:
+            fail(f"--order {text}: log2(alpha) is in -14..14; rgb,depth and depth,rgb are the limits")
+    except ValueError:
+        order = text.replace(" ", "").split(",")
+        if sorted(set(order) & set(names)) != sorted(order):
+            fail(f"--order {text}: choose joint, log2(alpha), or different ones of {', '.join(names)}")
+    return order
+
+
 def at_least(args, **lows):
     """Refuse settings below their lowest meaningful value."""
     for name, low in lows.items():
@@ -1082,14 +1095,13 @@ def read_checkpoint(path, check=True):
     return state
 
 
-NANO = "assets/nano.pt"  # trained on the built-in world, of the nano preset; README has the commands
+NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
 
 
 def load_checkpoint(path, flag="--checkpoint"):
-    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged. An empty path is NANO's."""
-    if not path:
-        tell(f"{flag} is not given: this is {NANO}, trained on the built-in world")
-        path = Path(__file__).parent / NANO
+    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged."""
+    if path == NANO:
+        tell(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:

@@ -262,9 +262,7 @@ def score_depth(args, model, encoders, device):
             if not mask.any():
                 data.fail(f"--data {args.data}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
             if not prediction[mask].isfinite().all():
-                data.fail(
-                    f"{args.predictions or args.checkpoint or data.NANO}: depth of {n} is not finite where it is known"
-                )
+                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite where it is known")
             if args.save_predictions:
                 save_map(args.save_predictions, n, prediction)
             for method in maps:
@@ -312,7 +310,7 @@ def evaluate_depth(args, model, encoders, device):
     return results, grids
 
 
-AGREEMENT = {  # task: (depth maps that are scored, what they are scored on), a line of the table, and its reference's
+AGREEMENT = {  # task: ((maps that are scored, maps they are scored on), title of the row, title of its reference)
     "follow": (("generated", "real"), "found in generated and real image", "the same with another real image"),
     "joint": (("made", "found"), "made with an image, found in it", "the same, found in another image"),
 }
@@ -347,7 +345,7 @@ def evaluate_agreement(args, model, encoders, device):
             pictures = {"generated": image, "real": values["rgb"]} if known else {"found": image}
             maps = {} if known else {"made": list(depth.decode(made[depth.name]).cpu())}
             one = [0] * len(names)  # one noise for all estimates: what they share tells the images' difference alone
-            maps |= {k: estimate_depth(judge, eyes, x, one, args, I2D_STEPS) for k, x in pictures.items()}
+            maps |= {k: estimate_depth(judge, eyes, x, one, args, args.judge_steps) for k, x in pictures.items()}
             for i in range(min(len(names), 8 - len(rows))):
                 given = [data.paint_depth(values["depth"][i], valid["depth"][i])] if known else []
                 depths = [data.paint_depth(d[i]) for d in maps.values()]
@@ -355,7 +353,7 @@ def evaluate_agreement(args, model, encoders, device):
         scored, scored_on = (maps[kind] for kind in kinds)
         for i, n in enumerate(names):
             if not all(m[i].isfinite().all() for m in maps.values()) or not (scored_on[i] > 0).any():
-                whose = args.predictions or args.checkpoint or data.NANO
+                whose = args.predictions or args.judge or args.checkpoint
                 data.fail(f"{whose}: depth of {n} is not finite, or nowhere above 0")
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
@@ -363,10 +361,11 @@ def evaluate_agreement(args, model, encoders, device):
                     Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
             for key, target in (("", scored_on[i]), ("other", previous)):
                 if target is not None:  # nearer than a hundredth of the mean is no surface
-                    known = target > 0.01 * target.mean()
-                    scores[key].append(depth_metrics(scored[i], target, known, args.align)[:2])
+                    surface = target > 0.01 * target.mean()
+                    scores[key].append(depth_metrics(scored[i], target, surface, args.align)[:2])
             previous = scored_on[i]
-    print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}")
+    finder = args.predictions or f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
+    print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}; depth found by {finder}")
     print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
     results = print_row(titles[0], scores[""])
     if scores["other"]:
@@ -513,7 +512,7 @@ def main():
     def setting(flag, default, help, **kwargs):
         p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
 
-    setting("--checkpoint", "", f"what a training script wrote; empty is {data.NANO}, of the built-in world")
+    setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
     data.source_settings(setting)
     setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
     setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
@@ -522,8 +521,11 @@ def main():
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
     setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
     setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, not looked at, to 1, clean")
-    setting("--order", JOINT, "image, joint: log2(alpha) of the trajectory; above 0 the image comes first")
-    setting("--judge", "", "follow, joint: checkpoint that finds the depth in the images; empty is the measured one")
+    setting(
+        "--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 the image comes first; or rgb,depth or depth,rgb"
+    )
+    setting("--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them")
+    setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the depth that is found")
     setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
     setting("--ensemble", 1, "samples of each depth map; their median counts")
     setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
@@ -540,16 +542,16 @@ def main():
     )
     args = p.parse_args()
     args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
-    data.at_least(args, images=0, size=0, steps=1, batch_size=1, ensemble=1, workers=0)
-    if not -14 <= args.order <= 14:
-        data.fail(f"--order {args.order}: log2(alpha) is in -14..14")
+    data.at_least(args, images=0, size=0, steps=1, judge_steps=1, batch_size=1, ensemble=1, workers=0)
     for flag in ("measured", "strength"):
         if not 0 <= getattr(args, flag) <= 1:
             data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
-    uses = {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"], "judge": AGREEMENT}
+    uses = dict.fromkeys(("judge", "judge_steps"), AGREEMENT)
+    uses |= {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"]}
     for flag, tasks in uses.items():
         given, default = getattr(args, flag), p.get_default(flag)
         if given != default and (args.task not in tasks or args.predictions):
+            flag = flag.replace("_", "-")
             data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
     model = encoders = None
@@ -557,6 +559,7 @@ def main():
         data.fail("--predictions: there is nothing to save or to generate beside them")
     if not args.predictions:
         model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
+        args.order = data.parse_order(args.order, [m.name for m in model.modalities])
     elif not args.size and (
         args.task in AGREEMENT or not (args.score_size or all(map(benchmark, args.data.split(","))))
     ):

@@ -40,7 +40,7 @@ def parse():
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
         p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kind | kwargs)
 
-    setting("--checkpoint", "", f"what a training script wrote; empty is {data.NANO}, of the built-in world")
+    setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
     setting("--prompt", [], "what the picture shows; may be given several times", type=str, action="append")
     setting("--prompts", "", "file of more prompts, one a line")
     setting("--image", "", "image, or directory of images, to generate depth from")
@@ -107,14 +107,7 @@ def read_order(args, names):
     """--order -> log2(alpha), or a list of names. Refuses what a network of these modalities can't make."""
     if "depth" not in names and (args.image or args.depth or args.refine or args.order not in ("", "rgb")):
         data.fail(f"--checkpoint {args.checkpoint}: a text-to-image one knows no depth; give one of train_forcing.py")
-    try:
-        order = ORDERS[args.order] if args.order in ORDERS else float(args.order)
-        if not isinstance(order, list) and not -14 <= order <= 14:
-            data.fail(f"--order {args.order}: log2(alpha) is in -14..14; rgb,depth and depth,rgb are the limits")
-    except ValueError:
-        order = args.order.replace(" ", "").split(",")
-        if sorted(set(order) & set(names)) != sorted(order):
-            data.fail(f"--order {args.order}: choose joint, log2(alpha), or different ones of {', '.join(names)}")
+    order = ORDERS[args.order] if args.order in ORDERS else data.parse_order(args.order, names)
     other = {"rgb": "depth", "depth": "rgb"}.get(args.refine)
     if other and isinstance(order, list) and other not in order:
         data.fail(f"--refine {args.refine}: there is no {other} to make it from; add it to --order {args.order}")

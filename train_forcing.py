@@ -14,7 +14,7 @@ either. The image prediction is also kept near the frozen text-to-image teacher'
 depth can tell.
 
 The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality, training
-mode and range of t; speed), samples/ and the last checkpoints; sample.py and evaluate.py read last.pt, the newest.
+mode and range of t; speed), samples/ and the last checkpoints; --checkpoint of sample.py and evaluate.py is last.pt.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +95,10 @@ def test_holes_are_filled_by_the_nearest(patched):
     depth = torch.rand(3, 1, 12, 16, generator=torch.Generator().manual_seed(0)) + 1
     valid = torch.rand(3, 1, 12, 16, generator=torch.Generator().manual_seed(1)) < 0.1
     valid[2] = False
-    made, known = filled.fill(depth, valid)
-    assert known[:2].all() and not known[2].any() and torch.equal(made[valid], depth[valid])
+    wanted = torch.ones_like(valid)
+    wanted[1, :, :4] = False
+    made, known = filled.fill(depth, valid, wanted)
+    assert torch.equal(known[:2], wanted[:2]) and not known[2].any() and torch.equal(made[valid], depth[valid])
     for i in range(2):
         assert set(made[i].unique().tolist()) == set(depth[i][valid[i]].tolist())
         ours = evaluate.fill(depth[i, 0].numpy(), valid[i, 0].numpy())  # ties apart, another way to the same
@@ -142,51 +144,108 @@ def test_there_is_a_test_for_each_patch():
 # ---- claims.sh ----
 
 STUB = """#!/usr/bin/env python3
-import json, sys
+import json, os, sys
 from pathlib import Path
 if sys.argv[1] == "-":
     exec(sys.stdin.read().replace("import json, sys", "sys.argv = sys.argv[1:]"))
 else:
-    out = Path(sys.argv[sys.argv.index("--out") + 1])
+    value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+    out = Path(value("--out"))
     out.mkdir(exist_ok=True)
-    (out / "last.pt").touch()
+    if "--steps" in sys.argv and "train_" in sys.argv[1] and "STOPPED" not in os.environ:
+        (out / f"step-{int(value('--steps')):07}.pt").touch()
     (out / "results.json").write_text(json.dumps({"absrel": 0.1234567, "images": 128, "seed": 0, "cfg": 3.0}))
-    with open(CALLS, "a") as calls:
-        print(*sys.argv[1:], file=calls)
+    with open(os.environ["CALLS"], "a") as calls:
+        print(*sys.argv[1:], sep="|", file=calls)
 """
 
 
-def test_claims_are_measured_once_and_again_when_a_command_has_changed(tmp_path):
-    """With a stand-in for Python, which notes what it is called with."""
-    stub, calls = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(STUB.replace("CALLS", repr(str(calls))))
-    stub.chmod(0o755)
-    env = os.environ | {"PYTHON": str(stub), "WORK": f"{tmp_path}/work", "RESULTS": f"{tmp_path}/results", "SEEDS": "7"}
+@pytest.fixture
+def claims(tmp_path, monkeypatch):
+    """claims(*words): claims.sh of a copy of the repository, whose path has a space, with a stand-in for Python.
+
+    Returns (exit code, lines it printed, what went wrong, [script and arguments of each call of Python]).
+    """
+    repository, calls = tmp_path / "a copy", tmp_path / "calls"
+    shutil.copytree(CLAIMS, repository / "tests/claims", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / data.NANO]:
+        (repository / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, repository / path.relative_to(ROOT))
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(tmp_path / "python"))
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("SEEDS", "7")
 
     def claims(*words):
         calls.write_text("")
-        done = subprocess.run([CLAIMS / "claims.sh", *words], env=env, capture_output=True, text=True, check=True)
-        return done.stdout.splitlines(), calls.read_text().splitlines()
+        done = subprocess.run([repository / "tests/claims/claims.sh", *words], capture_output=True, text=True)
+        called = [line.split("|") for line in calls.read_text().splitlines()]
+        return done.returncode, done.stdout.splitlines(), done.stderr, [[Path(c[0]).name, *c[1:]] for c in called]
 
-    said, called = claims("--list", "4")
-    assert said[-1] == "0 measurements done, 3 left" and len(said) == 4 and not called
-    said, called = claims("4")
-    assert said == ["3 measurements done, 0 left"]
-    trained = [line for line in called if "/train_" in line]
+    claims.repository = repository
+    return claims
+
+
+def test_claims_are_measured_once_and_again_when_a_command_has_changed(claims):
+    code, said, _, called = claims("--list", "4")
+    assert (code, said[-1]) == (0, "0 measurements done, 3 left") and len(said) == 4 and not called
+    code, said, _, called = claims("4")
+    assert (code, said) == (0, ["3 measurements done, 0 left"])
+    trained = [call for call in called if call[0].startswith("train_")]
     assert len(trained) == 5 and len(called) == 8  # two text-to-image networks, three of the second stage
-    assert all("--seed 7" in line for line in trained) and any("--init none" in line for line in trained)
-    init = re.search(r"--init (\S+)/short", " ".join(trained).replace("t2i-short", "short"))
-    assert init and init[1] == f"{tmp_path}/work"
-    result = tmp_path / "results/plain/depth.7.json"
+    assert all(call[call.index("--seed") + 1] == "7" for call in trained)
+    inits = {call[call.index("--init") + 1] for call in trained if "--init" in call}
+    work = claims.repository / "runs/claims"
+    assert inits == {"none", f"{work}/t2i.7/last.pt", f"{work}/t2i-short.7/last.pt"}
+    result = claims.repository / "tests/claims/results/plain/depth.7.json"
     assert json.loads(result.read_text())["absrel"] == 0.123457
     assert json.loads(result.read_text()).keys() == {"made by", "absrel"}
-    assert claims("4")[1] == []
+    assert claims("4")[3] == []
     result.write_text(result.read_text().replace("--steps 1200", "--steps 1100"))
-    assert claims("--list", "4")[0][0] == "left: claim 3,4,5,9, seed 7, plain: evaluate.py depth"
-    assert [line.split()[0].split("/")[-1] for line in claims("4")[1]] == ["evaluate.py"]  # the network is as it was
-    (tmp_path / "work/short.7/recipe").write_text("another")
-    (tmp_path / "results/short/depth.7.json").unlink()
-    assert [line.split()[0].split("/")[-1] for line in claims("4")[1]] == ["train_forcing.py", "evaluate.py"]
+    assert "left: claim 3,4,5,9, seed 7, plain: evaluate.py depth --images 256" in claims("--list", "4")[1]
+    assert [call[0] for call in claims("4")[3]] == ["evaluate.py"]  # the network is as it was
+    (work / "short.7/recipe").write_text("another")
+    (result.parent.parent / "short/depth.7.json").unlink()
+    assert [call[0] for call in claims("4")[3]] == ["train_forcing.py", "evaluate.py"]
+
+
+def test_what_an_alternative_or_a_judge_is_belongs_to_its_recipe(claims):
+    script = claims.repository / "tests/claims/claims.sh"
+    text = script.read_text()
+    rows = ("9   zeros        depth ", "9   zeros        follow-1 ")
+    kept = [line for line in text.split('measurements="')[1].split('"')[0].splitlines() if line.startswith(rows)]
+    before, after = text.split('measurements="')
+    script.write_text(before + 'measurements="\n' + "\n".join(kept) + '\n"' + after.split('"', 1)[1])
+    left = lambda: claims("--list")[1][-1]
+    assert [call[0] for call in claims()[3]] == ["train_t2i.py", "train_forcing.py", "evaluate.py", "evaluate.py"]
+    assert left() == "2 measurements done, 0 left"
+    (claims.repository / data.NANO).write_bytes(b"another judge")
+    assert left() == "1 measurements done, 1 left"
+    patch = claims.repository / "tests/claims/zeros.patch"
+    patch.write_text("Other words.\n" + patch.read_text())
+    assert left() == "0 measurements done, 2 left"
+    assert [call[0] for call in claims()[3]] == ["train_forcing.py", "evaluate.py", "evaluate.py"]
+    model = claims.repository / "model.py"
+    model.write_text(model.read_text().replace("torch.where(valid, x_t, noise)", "torch.where(valid, x_t, noise * 1)"))
+    patch.write_text("New words.\n" + patch.read_text())
+    code, _, wrong, called = claims()
+    assert code == 2 and "zeros.patch no longer applies" in wrong and not called
+
+
+def test_a_training_that_was_stopped_is_not_done(claims, monkeypatch):
+    monkeypatch.setenv("STOPPED", "yes")
+    code, _, wrong, _ = claims("4")
+    assert code == 2 and "was stopped before step" in wrong
+    monkeypatch.delenv("STOPPED")
+    assert claims("4")[3][0][0] == "train_t2i.py"
+
+
+def test_claims_refuse_what_they_do_not_know(claims, monkeypatch):
+    code, _, wrong, _ = claims("10")
+    assert code == 2 and wrong.splitlines() == ["claims.sh: 10: give --list, or numbers of claims from 1 to 9"]
+    monkeypatch.setenv("SEEDS", "1,2")
+    assert claims("--list")[0] == 2
 
 
 def test_all_that_the_report_shows_is_measured():
@@ -197,35 +256,68 @@ def test_all_that_the_report_shows_is_measured():
         cells = {
             row + column for row in report.pairs(claim.rows).values() for column in report.pairs(claim.columns).values()
         }
-        cells |= set(re.findall(r"\S+/\S+/\S+", claim.comparisons + claim.reference))
-        shown = {(str(number), cell.rsplit("/", 1)[0]) for cell in cells} - {("7", "t2i/drift")}
+        cells |= {word for word in (claim.comparisons + claim.reference).split() if word.count("/") == 2}
+        shown = {(str(number), cell.rsplit("/", 1)[0]) for cell in cells}
         assert shown == {pair for pair in measured if pair[0] == str(number)}
 
 
 # ---- The report ----
 
 
-def test_verdicts(tmp_path, monkeypatch):
-    """Paired by seed: seeds may differ more than networks do. n = 3: 2.92 standard errors."""
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(network, measurement, AbsRel of each seed)."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
 
-    def write(network, numbers):
-        (tmp_path / network).mkdir()
+    def write(network, measurement, numbers, made_by="a command"):
+        (tmp_path / network).mkdir(exist_ok=True)
         for seed, number in enumerate(numbers):
-            (tmp_path / network / f"depth.{seed}.json").write_text(json.dumps({"absrel": number}))
+            result = {"made by": made_by, "absrel": number}
+            (tmp_path / network / f"{measurement}.{seed}.json").write_text(json.dumps(result))
 
-    write("a", [0.10, 0.20, 0.30])
-    write("b", [0.11, 0.22, 0.31])  # differences 0.01, 0.02, 0.01: mean 4 standard errors
-    write("c", [0.11, 0.19, 0.31])  # 0.01, -0.01, 0.01
-    cell = "{}/depth/absrel".format
-    assert report.values(cell("b")) == {0: 0.11, 1: 0.22, 2: 0.31}
-    assert report.compare(cell("a"), cell("b"), -1)[0] == "holds"
-    assert report.compare(cell("b"), cell("a"), -1)[0] == "doesn't hold here"
-    assert report.compare(cell("b"), cell("a"), 1)[0] == "holds"
-    assert report.compare(cell("a"), cell("c"), -1)[0] == "too small to tell"
-    assert report.compare(cell("a"), cell("none"), -1)[0] == "not measured"
-    assert "0.0133 ± 0.0033" in report.compare(cell("a"), cell("b"), -1)[1]
+    return write
+
+
+def test_verdicts(write):
+    """Paired by seed: seeds may differ more than networks do. n = 3: 2.92 standard errors."""
+    write("a", "depth", [0.10, 0.20, 0.30])
+    write("b", "depth", [0.11, 0.22, 0.31])  # differences 0.01, 0.02, 0.01: mean 4 standard errors
+    write("c", "depth", [0.11, 0.19, 0.31])  # 0.01, -0.01, 0.01
+    verdict = lambda relation: report.compare(f"words: {relation}")[1]
+    assert verdict("a/depth/absrel < b/depth/absrel") == "holds"
+    assert verdict("b/depth/absrel < a/depth/absrel") == "doesn't hold here"
+    assert verdict("b/depth/absrel > a/depth/absrel") == "holds"
+    assert verdict("a/depth/absrel < c/depth/absrel") == "too small to tell"
+    assert verdict("a/depth/absrel < none/depth/absrel") == "not measured"
+    assert verdict("a/depth/absrel < 0.9 * b/depth/absrel") == "too small to tell"
+    assert verdict("a/depth/absrel - b/depth/absrel < c/depth/absrel - c/depth/absrel") == "holds"
+    assert report.compare("words: a/depth/absrel < b/depth/absrel")[0] == "words"
+    assert "better by 0.0133 ± 0.0033, better in 3 of 3" in report.compare("x: a/depth/absrel < b/depth/absrel")[2]
     assert report.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100"
+
+
+def test_a_result_is_read_by_its_whole_name(write):
+    write("a", "follow-0", [0.3, 0.4])
+    write("a", "follow-0.95", [0.1, 0.2])
+    assert report.values("a/follow-0/absrel") == {0: 0.3, 1: 0.4}
+    assert report.values("a/follow-0.95/absrel") == {0: 0.1, 1: 0.2}
+
+
+def test_seeds_of_different_commands_are_not_averaged(write):
+    write("a", "depth", [0.3, 0.4])
+    write("a", "depth", [0.2], made_by="another command")
+    with pytest.raises(SystemExit, match="different commands"):
+        report.values("a/depth/absrel")
+
+
+def test_a_report_of_few_results_is_drawn(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "assets").mkdir()
+    for networks in (["plain"], ["plain", "narrow", "wide"]):
+        for network in networks:
+            write(network, "depth", [0.1])
+        text = "\n".join(report.section(5, report.CLAIMS[4]))
+        assert "not measured" in text and (tmp_path / "assets/claims/5.png").is_file()
 
 
 # ---- assets/nano.pt ----
@@ -238,7 +330,6 @@ def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
     assert path.stat().st_size < 8e6 and {x.dtype for x in state["ema"].values()} == {torch.float16}
 
     def results(line):
-        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split(), "--device", "cpu", "--out", str(tmp_path)])
         evaluate.main()
         assert data.NANO in capsys.readouterr().err
