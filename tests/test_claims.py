@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import data
 import evaluate
+import model
 
 ROOT = Path(__file__).parent.parent
 CLAIMS = ROOT / "tests/claims"
@@ -134,6 +136,23 @@ def test_plain_logit_normal_and_presets(patched):
     assert [model.PRESETS[n].width for n in ("narrow", "nano", "wide")] == [64, 128, 192]
     for name in ("narrow", "wide", "detokenizer-0"):
         model.DiT(model.PRESETS[name])
+
+
+def test_a_network_has_not_drifted_from_itself(tmp_path, monkeypatch):
+    def save(name, *modalities):
+        network = random_network(model, *modalities)
+        state = {"config": asdict(network.config), "ema": network.state_dict(), "settings": {}, "step": 1}
+        torch.save(state, tmp_path / name)
+
+    save("t2i.pt", model.RGB), save("forcing.pt", model.RGB, model.DEPTH)
+
+    def drift(checkpoint):
+        line = f"drift.py --checkpoint {tmp_path}/{checkpoint} --teacher {tmp_path}/t2i.pt --out {tmp_path}"
+        monkeypatch.setattr(sys, "argv", line.split())
+        load(CLAIMS / "drift.py")
+        return json.loads((tmp_path / "results.json").read_text())["drift"]
+
+    assert drift("t2i.pt") == 0 and drift("forcing.pt") > 0.01
 
 
 def test_there_is_a_test_for_each_patch():

@@ -428,7 +428,8 @@ def test_joint_agreement(trained, world, tmp_path, monkeypatch):
     ours = results(f"{here} --save-predictions {tmp_path}/maps", tmp_path, monkeypatch)
     assert results(f"{here} --judge {trained[1]}", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
     assert results(f"{here} --judge {evaluate.data.NANO}", tmp_path, monkeypatch)["absrel"] != ours["absrel"]
-    assert results(f"{here} --order -5", tmp_path, monkeypatch)["absrel"] != ours["absrel"]
+    for other in ("--order -5", "--order depth,rgb", "--judge-steps 4"):
+        assert results(f"{here} {other}", tmp_path, monkeypatch)["absrel"] != ours["absrel"]
     assert results(f"{line} --predictions {tmp_path}/maps", tmp_path, monkeypatch)["absrel"] == ours["absrel"]
     for path in (tmp_path / "maps/found").glob("*.npy"):  # both kinds of maps belong to the images beside these
         assert path.with_suffix(".png").is_file()
@@ -551,6 +552,8 @@ BAD = [
     (evaluate, "joint --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
     (evaluate, "follow --checkpoint {forcing} --order 0", "--order 0"),
     (evaluate, "joint --checkpoint {forcing} --order 99", "--order 99"),
+    (evaluate, "joint --checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
+    (evaluate, "image --checkpoint {t2i} --order rgb,depth", "--order rgb,depth"),
     (evaluate, "follow --checkpoint {forcing} --judge {t2i}", "no depth"),
     (evaluate, "depth --checkpoint {forcing} --judge {forcing}", "--judge"),
     (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured 0.5"),
