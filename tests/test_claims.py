@@ -354,7 +354,7 @@ def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
         assert data.NANO in capsys.readouterr().err
         return json.loads((tmp_path / "results.json").read_text())
 
-    found = results("depth --batch-size 64")
+    found = results("depth --images 64 --batch-size 64")
     assert found["absrel"] / found["baseline_absrel"] <= 0.35
     found = results("image --images 64 --batch-size 64")
     assert found["following"] >= 2 * found["shuffled_following"]

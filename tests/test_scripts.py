@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("stage", "source"),
-    [("t2i", "synthetic"), ("forcing", "synthetic"), ("t2i", "shards/{000..001}.tar"), ("forcing", "folder")],
+    [("forcing", "synthetic"), ("t2i", "shards/{000..001}.tar"), ("forcing", "folder")],
 )
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, source, trained, world, tmp_path, monkeypatch):
     script = {"t2i": train_t2i, "forcing": train_forcing}[stage]
