@@ -50,7 +50,7 @@ def spread(numbers):
     """Mean ± standard deviation, as text."""
     numbers = list(numbers)
     if not numbers:
-        return "not measured"
+        return "-"
     mean = statistics.mean(numbers)
     digits = 3 if abs(mean) >= 0.2 else 4
     return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else "")
@@ -200,20 +200,20 @@ CLAIMS = [
         "made with it.",
         columns="measured =",
         rows="""
-            colours, of its prompt = plain/image/following
-            of another prompt = plain/image/shuffled_following
-            depth, from its image = plain/steps-2/absrel
-            mean depth map = plain/steps-2/baseline_absrel
-            image, from its depth = plain/follow-1/absrel
-            from its prompt alone = plain/follow-0/absrel
-            both, to each other = plain/order-5/absrel
-            to another image = plain/order-5/other_absrel
+            colours, of its prompt = plain-long/image/following
+            of another prompt = plain-long/image/shuffled_following
+            depth, from its image = plain-long/steps-2/absrel
+            mean depth map = plain-long/steps-2/baseline_absrel
+            image, from its depth = plain-long/follow-1/absrel
+            from its prompt alone = plain-long/follow-0/absrel
+            both, to each other = plain-long/order-5/absrel
+            to another image = plain-long/order-5/other_absrel
         """,
         comparisons="""
-            the image has the colours asked for: plain/image/following > plain/image/shuffled_following
-            the depth is the image's: plain/steps-2/absrel < plain/steps-2/baseline_absrel
-            the image has the depth: plain/follow-1/absrel < plain/follow-0/absrel
-            image and depth agree: plain/order-5/absrel < plain/order-5/other_absrel
+            the image has the colours asked for: plain-long/image/following > plain-long/image/shuffled_following
+            the depth is the image's: plain-long/steps-2/absrel < plain-long/steps-2/baseline_absrel
+            the image has the depth: plain-long/follow-1/absrel < plain-long/follow-0/absrel
+            image and depth agree: plain-long/order-5/absrel < plain-long/order-5/other_absrel
         """,
         y="AbsRel",
         skip=2,
@@ -231,14 +231,14 @@ CLAIMS = [
             depth to image, 16 steps = /follow-1/absrel
         """,
         rows="""
-            a level for each = plain
-            one level for both = shared
+            a level for each = plain-long
+            one level for both = shared-long
         """,
         comparisons="""
-            image to depth, 2 steps against 2: plain/steps-2/absrel < shared/steps-2/absrel
-            2 steps against 8: plain/steps-2/absrel < shared/steps-8/absrel
-            2 steps against 32: plain/steps-2/absrel < shared/steps-32/absrel
-            depth to image: plain/follow-1/absrel < shared/follow-1/absrel
+            image to depth, 2 steps against 2: plain-long/steps-2/absrel < shared-long/steps-2/absrel
+            2 steps against 8: plain-long/steps-2/absrel < shared-long/steps-8/absrel
+            2 steps against 32: plain-long/steps-2/absrel < shared-long/steps-32/absrel
+            depth to image: plain-long/follow-1/absrel < shared-long/follow-1/absrel
         """,
         y="AbsRel",
         shown=4,
@@ -331,21 +331,21 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
             in another image = /other_absrel
         """,
         rows="""
-            depth, then image = plain/depth-first
-            -5 = plain/order--5
-            -2 = plain/order--2
-            0 = plain/order-0
-            2 = plain/order-2
-            5 = plain/order-5
-            image, then depth = plain/image-first
+            depth, then image = plain-long/depth-first
+            -5 = plain-long/order--5
+            -2 = plain-long/order--2
+            0 = plain-long/order-0
+            2 = plain-long/order-2
+            5 = plain-long/order-5
+            image, then depth = plain-long/image-first
         """,
         comparisons="""
-            image, then depth against depth, then image: plain/image-first/absrel < plain/depth-first/absrel
-            the same, found in 32 steps: plain/image-first-fine/absrel < plain/depth-first-fine/absrel
-            5 against -5: plain/order-5/absrel < plain/order--5/absrel
-            the same, found in 32 steps: plain/order-5-fine/absrel < plain/order--5-fine/absrel
-            5 against 0: plain/order-5/absrel < plain/order-0/absrel
-            the same, found in 32 steps: plain/order-5-fine/absrel < plain/order-0-fine/absrel
+            image, then depth against depth, then image: plain-long/image-first/absrel < plain-long/depth-first/absrel
+            the same, found in 32 steps: plain-long/image-first-fine/absrel < plain-long/depth-first-fine/absrel
+            5 against -5: plain-long/order-5/absrel < plain-long/order--5/absrel
+            the same, found in 32 steps: plain-long/order-5-fine/absrel < plain-long/order--5-fine/absrel
+            5 against 0: plain-long/order-5/absrel < plain-long/order-0/absrel
+            the same, found in 32 steps: plain-long/order-5-fine/absrel < plain-long/order-0-fine/absrel
         """,
         y="AbsRel of the depth made to the depth found in the image made with it",
         x="log2(alpha): below 0 depth resolves first, above 0 the image",
@@ -381,19 +381,19 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         "the depth found in the generated to that found in the real image.",
         columns="AbsRel = /absrel",
         rows="""
-            0 = plain/follow-0
-            0.5 = plain/follow-0.5
-            0.7 = plain/follow-0.7
-            0.85 = plain/follow-0.85
-            0.95 = plain/follow-0.95
-            1 = plain/follow-1
+            0 = plain-long/follow-0
+            0.5 = plain-long/follow-0.5
+            0.7 = plain-long/follow-0.7
+            0.85 = plain-long/follow-0.85
+            0.95 = plain-long/follow-0.95
+            1 = plain-long/follow-1
         """,
         comparisons="""
-            0.5 against 0: plain/follow-0.5/absrel < plain/follow-0/absrel
-            0.7 against 0.5: plain/follow-0.7/absrel < plain/follow-0.5/absrel
-            0.85 against 0.7: plain/follow-0.85/absrel < plain/follow-0.7/absrel
-            0.95 against 0.85: plain/follow-0.95/absrel < plain/follow-0.85/absrel
-            1 against 0.95: plain/follow-1/absrel < plain/follow-0.95/absrel
+            0.5 against 0: plain-long/follow-0.5/absrel < plain-long/follow-0/absrel
+            0.7 against 0.5: plain-long/follow-0.7/absrel < plain-long/follow-0.5/absrel
+            0.85 against 0.7: plain-long/follow-0.85/absrel < plain-long/follow-0.7/absrel
+            0.95 against 0.85: plain-long/follow-0.95/absrel < plain-long/follow-0.85/absrel
+            1 against 0.95: plain-long/follow-1/absrel < plain-long/follow-0.95/absrel
         """,
         y="AbsRel of depth found in the generated to depth found in the real image",
         x="strength of the depth given",
@@ -406,7 +406,7 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         "detokenizer block also adds 0.2M parameters.",
         columns="""
             image to depth = /depth/absrel
-            depth to image = /follow-1/absrel
+            depth to image, 2,400 steps = -long/follow-1/absrel
         """,
         rows="""
             unchanged = plain
@@ -427,9 +427,9 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
             x-prediction against velocity: plain/depth/absrel < velocity/depth/absrel
             noise against zeros in missing pixels (10% known): sparse-10/depth/absrel < zeros/depth/absrel
             mixing against none, image to depth: plain/depth/absrel < unmixed/depth/absrel
-            mixing against none, depth to image: plain/follow-1/absrel < unmixed/follow-1/absrel
+            mixing against none, depth to image: plain-long/follow-1/absrel < unmixed-long/follow-1/absrel
             20% each held clean against none, image to depth: modes-paper/depth/absrel < modes-none/depth/absrel
-            the same, depth to image: modes-paper/follow-1/absrel < modes-none/follow-1/absrel
+            the same, depth to image: modes-paper-long/follow-1/absrel < modes-none-long/follow-1/absrel
         """,
         y="AbsRel",
         shown=2,
