@@ -422,8 +422,8 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
             x-prediction against velocity: plain/depth/absrel < velocity/depth/absrel
             noise against zeros in missing pixels (10% known): sparse-10/depth/absrel < zeros/depth/absrel
             mixing against none: plain/depth/absrel < unmixed/depth/absrel
-            25%, 50% held clean against none, image to depth: plain-long/depth/absrel < modes-none-long/depth/absrel
-            25%, 50% held clean against none, depth to image: plain-long/follow-1/absrel < modes-none-long/follow-1/absrel
+            25%, 50% clean against none, image to depth: plain-long/depth/absrel < modes-none-long/depth/absrel
+            25%, 50% clean against none, depth to image: plain-long/follow-1/absrel < modes-none-long/follow-1/absrel
         """,
         y="AbsRel",
         shown=2,
