@@ -340,7 +340,8 @@ def evaluate_agreement(args, model, encoders, device):
             noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in (first, depth)}
             levels = noise_levels([first.name, depth.name], args.steps, args.order, dict.fromkeys(known, args.strength))
             text = encoders.encode_text(captions).to(device)
-            made = model.sample(levels, noise, text, known, {first.name: args.cfg}, solver=args.solver)
+            guidance = {first.name: args.cfg}
+            made = model.sample(levels, noise, text, known, guidance, solver=args.solver, hints=known)
             image = encoders.decode_image(made[first.name]).clamp(-1, 1)
             pictures = {"generated": image, "real": values["rgb"]} if known else {"found": image}
             maps = {} if known else {"made": list(depth.decode(made[depth.name]).cpu())}

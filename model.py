@@ -521,13 +521,16 @@ class DiT(nn.Module):
         return x0_hat
 
     @torch.no_grad()
-    def sample(self, levels, noise, text, known=None, guidance=None, interval=(0, 1), solver="euler", watch=None):
+    def sample(
+        self, levels, noise, text, known=None, guidance=None, interval=(0, 1), solver="euler", watch=None, hints=()
+    ):
         """Generate, by the table levels {m: S + 1 noise levels}, which is the whole task (Sec. 4.2): from 1 down to 0
         for what is generated, zeros for what is given, ones for what nobody knows; what it lacks is not there at all.
 
         noise {m: (B, C, H, W)}; text as in forward. known {m: (stored values (B, C, H, W), valid (B, 1, H, W) bool, or
         None for everywhere)}: at every step these values are set to (1 - t) x0 + t noise, at their row's t. So a row of
-        zeros conditions, a row that falls early is a hint, and sparse values are completed, in their own units.
+        zeros conditions, a row that falls early is a hint, and sparse values are completed, in their own units; but of
+        modalities among hints, as in training, what is missing stays noise (Sec. 3.2).
         guidance {m: scale} of classifier-free guidance, while interval[0] <= t <= interval[1]; 1 is none. solver
         "euler" is x_s = x0_hat + (s/t) (x_t - x0_hat); "heun", of second order, predicts twice in all steps but the
         last. watch(x) is called after each step. Returns {m: (B, C, H, W)}, for Modality.decode. Raises ValueError if
@@ -538,7 +541,8 @@ class DiT(nn.Module):
         steps = [dict(zip(modalities, map(float, column), strict=True)) for column in columns]
         everywhere = lambda values: torch.ones_like(values[:, :1], dtype=torch.bool)
         known = {m: (x, everywhere(x) if valid is None else valid) for m, (x, valid) in (known or {}).items()}
-        clean, whole = {m: modalities[m].encode(*known[m]) for m in known}, {m for m in known if known[m][1].all()}
+        clean = {m: modalities[m].encode(*known[m]) for m in known}
+        still = {m for m in known if m in hints or known[m][1].all()}
         both, guidance = torch.cat([text, torch.zeros_like(text)]), guidance or {}  # with the caption, and without
 
         def hold(x, t):
@@ -557,7 +561,7 @@ class DiT(nn.Module):
 
         x = hold({m: noise[m] for m in modalities}, steps[0])
         for t, s in itertools.pairwise(steps):
-            moving = [m for m in x if s[m] < t[m] and m not in whole]
+            moving = [m for m in x if s[m] < t[m] and m not in still]
             x0_hat = predict(x, t, moving)
             euler = lambda: x | {m: x0_hat[m] + s[m] / t[m] * (x[m] - x0_hat[m]) for m in moving}  # noqa: B023
             if solver == "heun":

@@ -252,7 +252,7 @@ def generate(model, encoders, jobs, size, args, order, watch):
         levels = noise_levels(list(entries), steps, order, strength)
         share = 1 / (len(levels["rgb"]) - 1) / (2 if args.refine else 1)  # of all steps
         guidance, tell = {"rgb": args.cfg, "depth": args.cfg_depth}, lambda x: watch(x, share)
-        x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell)
+        x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell, strength)
         made = {m: entries[m].decode(x[m], *known.get(m, ())) for m in x}
         return made | {"rgb": encoders.decode_image(made["rgb"]).clamp(-1, 1)}
 
@@ -271,7 +271,7 @@ def generate(model, encoders, jobs, size, args, order, watch):
                 continue  # it stayed noise
             x = torch.from_numpy(np.median(made[m][i * len(members) :][: len(members)].float().cpu(), 0))
             x = F.interpolate(x[None], shape, mode="bicubic" if m == "rgb" else "bilinear")[0] if shape != size else x
-            if m in kept and strength.get(m) == 1 and m != args.refine:
+            if m in strength and m != args.refine:
                 result[m] = job.given[m]
                 continue
             if m in kept:  # in the files' pixels, of which the network has seen few

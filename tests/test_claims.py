@@ -232,19 +232,20 @@ def test_claims_are_measured_once_and_again_when_a_command_has_changed(claims):
 def test_what_an_alternative_or_a_judge_is_belongs_to_its_recipe(claims):
     script = claims.repository / "tests/claims/claims.sh"
     text = script.read_text()
-    rows = ("9   zeros        depth ", "9   unmixed-long follow-1 ")
+    rows = ("9   zeros        depth ", "2   shared-long  follow-1 ")
     kept = [line for line in text.split('measurements="')[1].split('"')[0].splitlines() if line.startswith(rows)]
     before, after = text.split('measurements="')
     script.write_text(before + 'measurements="\n' + "\n".join(kept) + '\n"' + after.split('"', 1)[1])
     left = lambda: claims("--list")[1][-1]
-    assert [call[0] for call in claims()[3]] == ["train_t2i.py", *["train_forcing.py", "evaluate.py"] * 2]
+    zeros, shared = ["train_forcing.py", "evaluate.py"], ["train_t2i.py", *["train_forcing.py"] * 2, "evaluate.py"]
+    assert [call[0] for call in claims()[3]] == shared + zeros
     assert left() == "2 measurements done, 0 left"
     (claims.repository / data.NANO).write_bytes(b"another judge")
     assert left() == "1 measurements done, 1 left"
     patch = claims.repository / "tests/claims/zeros.patch"
     patch.write_text("Other words.\n" + patch.read_text())
     assert left() == "0 measurements done, 2 left"
-    assert [call[0] for call in claims()[3]] == ["train_forcing.py", "evaluate.py", "evaluate.py"]
+    assert [call[0] for call in claims()[3]] == ["evaluate.py", *zeros]
     model = claims.repository / "model.py"
     model.write_text(model.read_text().replace("torch.where(valid, x_t, noise)", "torch.where(valid, x_t, noise * 1)"))
     patch.write_text("New words.\n" + patch.read_text())

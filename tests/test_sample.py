@@ -25,6 +25,7 @@ from model import (
     Modality,
     complete_depth,
     contract,
+    corrupt,
     noise_levels,
     normalize_depth,
     restore_depth,
@@ -116,6 +117,21 @@ def test_known_values_are_at_their_own_noise_level_at_every_step():
             close(torch.where(valid, noisy["normal"], 0), torch.where(valid, wanted, 0), 1e-5)
             assert noisy["normal"].isfinite().all()
         assert torch.equal(torch.where(valid, made["normal"], 0), torch.where(valid, values, 0))
+    assert not torch.equal(made["normal"][~valid.expand_as(values)], noise["normal"][~valid.expand_as(values)])
+
+
+def test_what_a_hint_lacks_stays_noise_as_in_training():
+    network, seen = build(RGB, DEPTH), []
+    x, noise, _, text = inputs()
+    valid = torch.rand(2, 1, 16, 16) < 0.5
+    network.register_forward_pre_hook(lambda module, given: seen.append(given[:2]))
+    for strength in (0.3, 0.9, 1.0):
+        levels = noise_levels(NAMES, 4, strength={"depth": strength})
+        network.sample(levels, noise, text, {"depth": (x["depth"], valid)}, hints=["depth"], solver="heun")
+    clean = normalize_depth(x["depth"], valid)
+    assert len(seen) == 3 * 7
+    for noisy, t in seen:
+        close(noisy["depth"], corrupt(clean, noise["depth"], t["depth"], valid), 1e-5)
 
 
 def test_guidance_of_one_is_no_guidance_and_guidance_extrapolates():
@@ -469,7 +485,9 @@ def test_depth_given_stays_as_it_is_and_refining_keeps_what_was_measured(call, t
     depth[:4] = 0
     np.save(tmp_path / "d.npy", depth)
     call("--depth d.npy --count 1 --steps 2 --out d2i")
-    assert np.array_equal(np.load(tmp_path / "d2i/000/depth.npy"), depth)  # missing stays missing
+    call("--depth d.npy --count 1 --steps 2 --depth-strength 0.5 --out hint")
+    for out in ("d2i", "hint"):  # missing stays missing
+        assert np.array_equal(np.load(tmp_path / f"{out}/000/depth.npy"), depth)
     call("--depth d.npy --count 1 --steps 2 --refine depth --out again")
     refined = np.load(tmp_path / "again/000/depth.npy")
     np.testing.assert_allclose(refined[4:], depth[4:], rtol=1e-3)

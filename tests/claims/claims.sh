@@ -8,8 +8,8 @@
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
 # It can be stopped at any time and goes on where it was. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json, with
-# all commands that made it; when these or a patch have changed it is made again. Networks and logs are in runs/claims (WORK),
-# with a copy of the scripts for each patch. An alternative to the method is a patch beside this file.
+# all commands that made it; when these, a patch or assets/nano.pt have changed it is made again (not when the scripts have:
+# delete it then). Networks and logs are in runs/claims (WORK), with a copy of the scripts for each patch. An alternative to the method is a patch beside this file.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims work=$(realpath -m "${WORK:-runs/claims}") python=${PYTHON:-python} seeds=${SEEDS:-0 1 2}
@@ -104,15 +104,17 @@ measurements="
 7   few-taught   drift         drift.py --teacher @t2i/last.pt
 7   few-untaught drift         drift.py --teacher @t2i/last.pt
 
-8   plain-long   follow-0.5    $follow --strength 0.5
 8   plain-long   follow-0.7    $follow --strength 0.7
 8   plain-long   follow-0.85   $follow --strength 0.85
 8   plain-long   follow-0.95   $follow --strength 0.95
+8   plain-long   follow-0.992  $follow --strength 0.992
 
 9   detokenizer-0 depth        $depth
 9   detokenizer-2 depth        $depth
 9   logit-normal depth         $depth
 9   velocity     depth         $depth
+9   velocity     steps-32      $depth --steps 32
+9   plain        steps-32      $depth --steps 32
 9   zeros        depth         $depth
 9   unmixed      depth         $depth
 
