@@ -8,8 +8,9 @@
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
 # It can be stopped at any time and goes on where it was. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json, with
-# all commands that made it; when these, a patch or assets/nano.pt have changed it is made again (not when the scripts have:
-# delete it then). Networks and logs are in runs/claims (WORK), with a copy of the scripts for each patch. An alternative to the method is a patch beside this file.
+# all commands that made it; when these, a patch or assets/nano.pt have changed it is made again (not when the scripts have: then
+# delete it). Networks and logs are in runs/claims (WORK), with a copy of the scripts for each patch. An alternative to the method
+# is a patch beside this file.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims work=$(realpath -m "${WORK:-runs/claims}") python=${PYTHON:-python} seeds=${SEEDS:-0 1 2}
