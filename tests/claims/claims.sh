@@ -63,8 +63,8 @@ logit-normal     logit-normal  $plain --sparsity dense
 velocity         velocity      $plain --sparsity dense
 unmixed          unmixed       $plain --sparsity dense
 zeros            zeros         $plain --sparsity 0.1
-modes-none-2400  -             $forcing --init @t2i/last.pt $alone --p-i2d 0 --p-d2i 0 --sparsity dense --steps 2400
-modes-none-long  -             $more --init @modes-none-2400/last.pt --p-i2d 0 --p-d2i 0
+modes-none       -             $forcing --init @t2i/last.pt $alone --p-i2d 0 --p-d2i 0 --sparsity dense
+modes-paper      -             $forcing --init @t2i/last.pt $alone --p-i2d 0.2 --p-d2i 0.2 --sparsity dense
 "
 
 # Depth in generated images is found by a network that is not compared. In two steps, as by default, it is smooth, and so is depth
@@ -80,8 +80,8 @@ measurements="
 4   short        depth         $depth
 
 1   plain-long   image         evaluate.py image
-1,2,9 plain-long depth         $depth
-1,2,8,9 plain-long   follow-1      $follow
+1,2 plain-long   depth         $depth
+1,2,8 plain-long follow-1      $follow
 1,8 plain-long   follow-0      $follow --strength 0
 1,6 plain-long   order-5       $joint --order 5
 
@@ -116,6 +116,8 @@ measurements="
 9   velocity     depth         $depth
 9   velocity     steps-32      $depth --steps 32
 9   plain        steps-32      $depth --steps 32
+9   modes-none   depth         $depth
+9   modes-paper  depth         $depth
 9   zeros        depth         $depth
 9   unmixed      depth         $depth
 
@@ -130,9 +132,6 @@ measurements="
 6   plain-long   order--5      $joint --order -5
 6   plain-long   image-first   $joint --order rgb,depth
 6   plain-long   depth-first   $joint --order depth,rgb
-
-9   modes-none-long depth      $depth
-9   modes-none-long follow-1   $follow
 "
 
 fail() {  # with one line, and exit code 2
