@@ -23,7 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -615,11 +614,13 @@ class DiT(nn.Module):
         matrices = self.matrices() if optimizer == "muon" else []
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters() if id(p) not in chosen]
-        make = lambda kind, parameters, **settings: (
-            ZeroRedundancyOptimizer(parameters, kind, lr=lr, weight_decay=0.0, **settings)
-            if shard
-            else kind(parameters, lr=lr, weight_decay=0.0, **settings)
-        )
+        make = lambda kind, parameters, **settings: kind(parameters, lr=lr, weight_decay=0.0, **settings)
+        if shard:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # takes seconds, which few need
+
+            make = lambda kind, parameters, **settings: ZeroRedundancyOptimizer(
+                parameters, kind, lr=lr, weight_decay=0.0, **settings
+            )
         optimizers = [make(torch.optim.AdamW, rest, betas=(0.9, 0.95), fused=True)]
         if matrices:
             if matrices[0].device.type == "cpu":  # a private name: should torch change it, steps are slower, not wrong
@@ -650,7 +651,7 @@ def orthogonalize(gradient, coefficients, steps, eps):
 
 def matmul_peak(device, dtype=torch.float32, repeats=10):
     """FLOP/s of the best of repeated large square matmuls on the device: what utilisation is measured against."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = 8192 if device.type == "cuda" else 1024
     a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     synchronize = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
     for _ in range(repeats):
