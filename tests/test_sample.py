@@ -485,7 +485,12 @@ def test_depth_given_stays_as_it_is_and_refining_keeps_what_was_measured(call, t
     depth[:4] = 0
     np.save(tmp_path / "d.npy", depth)
     call("--depth d.npy --count 1 --steps 2 --out d2i")
+    seen = []
+    see = lambda module, given: seen.append(given[0]["depth"][0, 0]) if isinstance(module, sample.DiT) else None
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
     call("--depth d.npy --count 1 --steps 2 --depth-strength 0.5 --out hint")
+    hook.remove()
+    assert torch.equal(seen[0][:4], seen[1][:4]) and not torch.equal(seen[0][4:], seen[1][4:])
     for out in ("d2i", "hint"):  # missing stays missing
         assert np.array_equal(np.load(tmp_path / f"{out}/000/depth.npy"), depth)
     call("--depth d.npy --count 1 --steps 2 --refine depth --out again")

@@ -404,6 +404,18 @@ def test_frechet_distance_with_a_torchscript_file(trained, world, tmp_path, monk
     )
 
 
+def test_missing_depth_is_noise_while_a_hint_is_followed(trained, tmp_path, monkeypatch):
+    seen, missing = [], ~data.World("val", (16, 16)).samples(range(32))[1]["depth"]
+    see = lambda module, given: seen.append(given[0]["depth"][:32]) if isinstance(module, evaluate.DiT) else None
+    line = f"follow --images 32 --batch-size 32 --size 16 --steps 3 --strength 0.9 --judge-steps 1 --out {tmp_path}/out"
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    run(evaluate, f"{line} --checkpoint {trained[1]}", monkeypatch)
+    hook.remove()
+    first, second, third = seen[:3]  # as the image is made
+    assert missing.any() and all(torch.equal(first[missing], x[missing]) for x in (second, third))
+    assert not (first == third)[~missing].any()
+
+
 def test_depth_following(trained, world, tmp_path, monkeypatch):
     """Ours, then another estimator's maps in the same places: the same map in both is followed perfectly."""
     line = f"follow --size 16 --data {world}/folder"
