@@ -252,7 +252,7 @@ def generate(model, encoders, jobs, size, args, order, watch):
         levels = noise_levels(list(entries), steps, order, strength)
         share = 1 / (len(levels["rgb"]) - 1) / (2 if args.refine else 1)  # of all steps
         guidance, tell = {"rgb": args.cfg, "depth": args.cfg_depth}, lambda x: watch(x, share)
-        x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell, strength)
+        x = model.sample(levels, noise, text, known, guidance, args.cfg_interval, args.solver, tell, hints=strength)
         made = {m: entries[m].decode(x[m], *known.get(m, ())) for m in x}
         return made | {"rgb": encoders.decode_image(made["rgb"]).clamp(-1, 1)}
 
