@@ -99,7 +99,9 @@ def chart(path, title, x_title, y_title, series, references):
     for name, y in references.items():
         for x in range(left, width - right, 10):
             line([(x, at_y(y)), (x + 5, at_y(y))], "#777777", 1.5)
-        text(width - right - 2, at_y(y) - 3, name, 12, "#555555", anchor="rb")
+        corner = scale * (width - right - 2), scale * (at_y(y) - 4)
+        draw.rectangle(draw.textbbox(corner, name, font_size=scale * 12, anchor="rb"), "white")  # over a grid line
+        draw.text(corner, name, "#555555", font_size=scale * 12, anchor="rb")
     for i, points in enumerate(series.values()):
         shift = min(34, 10 if x_title else 0.8 * (width - left - right) / len(labels) / len(series))
         shift *= i - (len(series) - 1) / 2
