@@ -188,7 +188,7 @@ def section(number, claim):
         chart(path, claim.title, claim.x, claim.y, series, references)
         picture = [f"![{claim.title}](assets/claims/{path.name})", ""]
     lines = [f"- {words}: {text}{', ' * bool(text)}**{verdict}**" for words, verdict, text in comparisons]
-    remark = [claim.remark, ""] if claim.remark else []
+    remark = [textwrap.fill(claim.remark, 135), ""] if claim.remark else []
     return head + table + ["", *picture, *lines, "", *remark, f"Command: `tests/claims/claims.sh {number}`", ""]
 
 
@@ -245,6 +245,8 @@ CLAIMS = [
         """,
         y="AbsRel",
         shown=4,
+        remark="With one level, an image made from depth (0.175) is no nearer to it than one from the prompt alone "
+        "(0.178, claim 1): replacement does not condition it at all.",
     ),
     Claim(
         "Sparse depth suffices",
@@ -275,6 +277,9 @@ CLAIMS = [
         """,
         y="AbsRel, image to depth",
         reference="mean depth map, input-blind = plain/depth/baseline_absrel",
+        remark="Of what dense depth gains, 10% of the pixels keep 92%, scan lines 88%, SfM points 77%, 2% of the "
+        "pixels 76%. Steps are equal, so 2% have had a fiftieth of the supervision; more steps of it were not tried. "
+        "Filling the holes is worse, and where little is known much worse: the network learns what it invents.",
     ),
     Claim(
         "Image pretraining transfers",
