@@ -121,17 +121,17 @@ measurements="
 9   zeros        depth         $depth
 9   unmixed      depth         $depth
 
-5   narrow       depth         $depth
-5   narrow-scratch depth       $depth
-5   wide         depth         $depth
-5   wide-scratch depth         $depth
-
 6   plain-long   order-2       $joint --order 2
 6   plain-long   order-0       $joint --order 0
 6   plain-long   order--2      $joint --order -2
 6   plain-long   order--5      $joint --order -5
 6   plain-long   image-first   $joint --order rgb,depth
 6   plain-long   depth-first   $joint --order depth,rgb
+
+5   narrow       depth         $depth
+5   narrow-scratch depth       $depth
+5   wide         depth         $depth
+5   wide-scratch depth         $depth
 "
 
 fail() {  # with one line, and exit code 2
