@@ -138,6 +138,14 @@ def test_plain_logit_normal_and_presets(patched):
         model.DiT(model.PRESETS[name])
 
 
+def test_rooms_are_scenes_of_the_world_with_one_object(patched):
+    rooms, world = (module.draw_scenes("train", range(64)) for module in (patched("rooms", "data.py"), data))
+    assert (rooms["count"] == 1).all() and not rooms["outside"].any()
+    assert (world["count"] > 1).any() and world["outside"].any()
+    for key in ("shape", "color", "floor", "fov", "height"):
+        assert torch.equal(rooms[key], world[key])
+
+
 def test_a_network_has_not_drifted_from_itself(tmp_path, monkeypatch):
     def save(name, *modalities):
         network = random_network(model, *modalities)

@@ -53,9 +53,9 @@ t2i-wide         presets       train_t2i.py $run --steps 2000 --preset wide
 wide             presets       $forcing --init @t2i-wide/last.pt $alone $modes --sparsity dense
 wide-scratch     presets       $forcing --init none --preset wide $modes --sparsity dense
 
-scenes           -             data.py --split train --count 256
-few-taught       -             $forcing --init @t2i/last.pt $modes --sparsity dense --data @scenes --workers 0
-few-untaught     -             $plain --sparsity dense --data @scenes --workers 0
+rooms            rooms         data.py --split train --count 256
+rooms-taught     -             $forcing --init @t2i/last.pt $modes --sparsity dense --data @rooms --workers 0
+rooms-untaught   -             $plain --sparsity dense --data @rooms --workers 0
 
 detokenizer-0    presets       $plain --sparsity dense --preset detokenizer-0
 detokenizer-2    presets       $plain --sparsity dense --preset detokenizer-2
@@ -100,10 +100,10 @@ measurements="
 3   filled-2     depth         $depth
 
 7   t2i          image         evaluate.py image
-7   few-taught   image         evaluate.py image
-7   few-untaught image         evaluate.py image
-7   few-taught   drift         drift.py --teacher @t2i/last.pt
-7   few-untaught drift         drift.py --teacher @t2i/last.pt
+7   rooms-taught image         evaluate.py image
+7   rooms-untaught image         evaluate.py image
+7   rooms-taught drift         drift.py --teacher @t2i/last.pt
+7   rooms-untaught drift         drift.py --teacher @t2i/last.pt
 
 8   plain-long   follow-0.7    $follow --strength 0.7
 8   plain-long   follow-0.85   $follow --strength 0.85
