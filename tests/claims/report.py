@@ -362,7 +362,8 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         " at most half of what is lost without it. 128 captions; drift, on 256 scenes, is the RMS difference of the "
         "image's velocity from the text-to-image network's, over the RMS of that: it is what Eq. 8 minimises. (First,"
         " the 256 scenes were of the whole world: nothing was lost, with or without; Frechet distance 1.055 ± 0.165 "
-        "and 1.155 ± 0.121, requested colours 0.984 ± 0.004 and 0.980 ± 0.014, drift 0.292 and 0.307. That could not tell.)",
+        "and 1.155 ± 0.121, requested colours 0.984 ± 0.004 and 0.980 ± 0.014, drift 0.292 and 0.307. That could not "
+        "tell.)",
         columns="""
             Frechet distance = /image/frechet
             requested colours = /image/following
