@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every claim of the method in miniature, on Linux: train, measure, keep the numbers.
+# Nine claims of the method in miniature, on Linux: train, measure, keep the numbers.
 #
 #   tests/claims/claims.sh             what has no result yet, three seeds, one command after the other
 #   tests/claims/claims.sh --list      what is done, and what is left
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 here=tests/claims work=$(realpath -m "${WORK:-runs/claims}") python=${PYTHON:-python} seeds=${SEEDS:-0 1 2}
 results=$(realpath -m "${RESULTS:-$here/results}")
 
-# Small batches: at equal samples they learn more here. Dense depth, and no teacher where it is not the question. Depth-to-image is
+# Small batches: at equal samples they learn more here. Dense depth, and no teacher unless it is the question. Depth-to-image is
 # learnt late, and suddenly: it has a large share, and 4,000 steps in two runs (-long) where it is measured.
 run="--batch-size 8 --lr 3e-3 --seed SEED --resume --keep 1 --sample-every 100000"
 forcing="train_forcing.py $run --steps 1200"
@@ -67,8 +67,8 @@ modes-none       -             $forcing --init @t2i/last.pt $alone --p-i2d 0 --p
 modes-paper      -             $forcing --init @t2i/last.pt $alone --p-i2d 0.2 --p-d2i 0.2 --sparsity dense
 "
 
-# Depth in generated images is found by a network that is not compared. In two steps, as by default, it is smooth, and so is depth
-# that is made late in few steps: to agree with the latter must not be easier, so it is found in 32 where that is the question.
+# Depth in generated images is found by a network that is not compared. In its default two steps that is smooth, and so is depth
+# generated late in few steps. So that smoothness does not pass for agreement, it is found in 32 steps in $joint.
 depth="evaluate.py depth --images 256"
 follow="evaluate.py follow --judge assets/nano.pt"
 joint="evaluate.py joint --steps 32 --judge assets/nano.pt --judge-steps 32"

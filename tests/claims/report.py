@@ -165,13 +165,13 @@ def pairs(text):
 def section(number, claim):
     """A claim's lines in RESULTS.md; draws its figure."""
     columns, rows = pairs(claim.columns), pairs(claim.rows)
-    table = [f"| | {' | '.join(columns)} | n |", "| --- " * (len(columns) + 2) + "|"]
+    table = [f"| {claim.x} | {' | '.join(columns)} | n |", "| --- " * (len(columns) + 2) + "|"]
     for label, row in rows.items():
         found = [list(values(row + column).values()) for column in columns.values()]
         table.append(f"| {label} | {' | '.join(map(spread, found))} | {max(map(len, found))} |")
     comparisons = [compare(line) for line in claim.comparisons.strip().splitlines()]
     verdicts = [verdict for _, verdict, _ in comparisons]
-    counts = ", ".join(f"{v}: {verdicts.count(v)} of {len(verdicts)}" for v in VERDICTS if v in verdicts)
+    counts = ", ".join(f"{v} {verdicts.count(v)}/{len(verdicts)}" for v in VERDICTS if v in verdicts)
     head = [f"### {number}. {claim.title}: {verdicts[0] if len(set(verdicts)) == 1 else counts}", ""]
     head += [textwrap.fill(claim.text, 135), ""]
     series = {
@@ -195,11 +195,11 @@ def section(number, claim):
 CLAIMS = [
     Claim(
         "One model, every direction",
-        "The paper: one network generates image and depth together, depth from images, and images from depth "
-        "(Sec. 3.2). Each is shown beside what the network gives when it cannot see its input: the share of "
-        "requested colours that appear (more is better), then AbsRel (less is better): of depth from images; of "
-        "depth found in images made from depth to that found in real ones; of depth to that found in the image "
-        "made with it.",
+        "The paper: one network generates image and depth together, depth from images, and images from depth (Sec. "
+        "3.2). Each is beside a control (another prompt, the mean depth map, no depth, another image): the share of "
+        "requested colours that appear (higher is better), then AbsRel (lower is better): of depth from images; of "
+        "depth found in images made from depth, against that found in the real ones; of depth, against that found in "
+        "the image made with it.",
         columns="measured =",
         rows="""
             colours, of its prompt = plain-long/image/following
@@ -223,11 +223,11 @@ CLAIMS = [
     Claim(
         "Independent noise levels matter",
         "The paper: a noise level for each modality is what lets one network condition on any of them (Sec. 3). "
-        "Against the same network trained with one level for both, where what is given replaces what is made at "
-        "every step of sampling; it is nearly clean in the last of them alone, so there have to be many. The one "
-        "level is drawn uniformly: the method's distributions hardly draw low ones, where replacement works. (The "
-        "joint models that the paper compares with, JointDiT and UniCon, draw levels separately, too: its gap to "
-        "them, 57%, is not this one.)",
+        "Against the same network trained with one level for both: at every sampling step what is given, noised to "
+        "that level, replaces what was generated; it is nearly clean only in the last steps, so many are needed. The "
+        "one level is drawn uniformly: the method's distributions hardly draw low ones, where replacement works. "
+        "(The paper's joint baselines, JointDiT and UniCon, draw separate levels, too: its 57% lower AbsRel than "
+        "JointDiT's is not this gap.)",
         columns="""
             image to depth, 2 steps = /depth/absrel
             8 steps = /steps-8/absrel
@@ -239,21 +239,22 @@ CLAIMS = [
             one level for both = shared-long
         """,
         comparisons="""
-            image to depth, 2 steps against 32: plain-long/depth/absrel < shared-long/steps-32/absrel
-            32 steps against 32: plain-long/steps-32/absrel < shared-long/steps-32/absrel
+            image to depth, own levels in 2 steps against one level in 32: plain-long/depth/absrel < \
+shared-long/steps-32/absrel
+            image to depth, 32 steps each: plain-long/steps-32/absrel < shared-long/steps-32/absrel
             depth to image: plain-long/follow-1/absrel < shared-long/follow-1/absrel
         """,
         y="AbsRel",
         shown=4,
         remark="With one level, an image made from depth (0.175) is no nearer to it than one from the prompt alone "
-        "(0.178, claim 1): replacement does not condition it at all.",
+        "(0.178, claim 1): replacement hardly conditions it.",
     ),
     Claim(
-        "Sparse depth suffices",
-        "The paper: sparse real depth is enough, because noise fills its holes and the loss is taken on valid "
-        "pixels (Sec. 3.2). Training sees as much depth as the rows say; all are scored on dense depth. Enough "
-        "means here, as was fixed beforehand, at least nine tenths of what dense depth gains over the mean depth "
-        "map. Filling leaves the sky missing.",
+        "Sparse depth suffices, and noise beats filled holes",
+        "The paper: sparse real depth is enough, because noise fills its holes and the loss is taken on valid pixels "
+        "(Sec. 3.2). Training sees as much depth as the rows say; all are scored on dense depth. Enough, as fixed "
+        "beforehand, means at least nine tenths of what dense depth gains over the mean depth map. Filled maps still "
+        "lack the sky.",
         columns="""
             AbsRel, image to depth = /depth/absrel
             delta1 = /depth/delta1
@@ -277,15 +278,16 @@ CLAIMS = [
         """,
         y="AbsRel, image to depth",
         reference="mean depth map, input-blind = plain/depth/baseline_absrel",
-        remark="Of what dense depth gains, 10% of the pixels keep 92%, scan lines 88%, SfM points 77%, 2% of the "
-        "pixels 76%. Steps are equal, so 2% have had a fiftieth of the supervision; more steps of it were not tried. "
-        "Filling the holes is worse, and where little is known much worse: the network learns what it invents.",
+        remark="None of the four is shown to suffice: of dense depth's gain, 10% of the pixels keep 92%, scan lines "
+        "88%, SfM points 77%, 2% of the pixels 76%. Steps are equal, so 2% had a fiftieth of the supervision; more "
+        "steps were not tried. Filling is worse, and much worse where little is known: the network learns invented "
+        "values.",
     ),
     Claim(
         "Image pretraining transfers",
-        "The paper: Modality Forcing of a text-to-image network is better than from scratch (Sec. 4.1). Equal "
-        "steps of it, 1,200, after none, 500 and 2,000 of text-to-image: so the rows differ in all the steps that "
-        "they have had, too. The images of text-to-image come again in the second stage.",
+        "The paper: Modality Forcing works better from a text-to-image network than from scratch (Sec. 4.1). Here "
+        "1,200 steps of it follow 0, 500 or 2,000 of text-to-image, so the rows also differ in total steps. The "
+        "second stage starts over on the same images.",
         columns="""
             AbsRel, image to depth = /depth/absrel
             delta1 = /depth/delta1
@@ -305,8 +307,8 @@ CLAIMS = [
     ),
     Claim(
         "Larger is better",
-        "The paper: AbsRel 0.057, 0.051, 0.044 for 370M, 800M, 3.3B parameters after pretraining; without, it "
-        "stays near 0.06 (Figure 4). Equal samples, and the learning rate that was chosen for width 128.",
+        "The paper: AbsRel 0.057, 0.051, 0.044 for 370M, 800M, 3.3B parameters after pretraining; without, it stays "
+        "near 0.06 (Figure 4). Here: equal samples, at the learning rate chosen for width 128.",
         columns="""
             AbsRel after pretraining = /depth/absrel
             without pretraining = -scratch/depth/absrel
@@ -328,11 +330,11 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
     ),
     Claim(
         "Image-first trajectories give more consistent depth",
-        "The paper: depth agrees with the generated image best when the image resolves first (Sec. 4.2). AbsRel "
-        "of the depth made with an image to the depth that another network finds in that image, both in 32 steps. "
-        "Where the image comes first, few of them are left for depth, which makes it smooth, and AbsRel likes that; "
-        "so image and depth are also made one after the other, in 32 steps each, and this comparison decides. Sky "
-        "has depth here, as it never had in training, and an image that comes second sees it.",
+        "The paper: depth agrees with the generated image best when the image resolves first (Sec. 4.2). AbsRel of "
+        "the generated depth against the depth another network finds in the image, both in 32 steps. An image-first "
+        "trajectory leaves few of these for depth, which smooths it, and AbsRel rewards that; so the decisive "
+        "comparison makes image and depth one after the other, in 32 steps each. Generated depth also covers the "
+        "sky, which training depth never does, and an image made second is conditioned on it.",
         columns="""
             in its image = /absrel
             in another image = /other_absrel
@@ -351,19 +353,19 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
             5 against -5: plain-long/order-5/absrel < plain-long/order--5/absrel
             5 against 0: plain-long/order-5/absrel < plain-long/order-0/absrel
         """,
-        y="AbsRel of the depth made to the depth found in the image made with it",
+        y="AbsRel of generated depth, against the depth found in the image generated with it",
         x="log2(alpha): below 0 depth resolves first, above 0 the image",
     ),
     Claim(
         "Self-distillation preserves the text-to-image prior",
         "The paper: the loss of Eq. 8 keeps what the image generator knew, while depth is learnt from other data "
-        "(Sec. 3.3). Here depth comes with 256 rooms with one object in each; image generation is asked for what it "
-        "was pretrained on, up to three objects, and open ground. To preserve means, as was fixed beforehand, to lose"
-        " at most half of what is lost without it. 128 captions; drift, on 256 scenes, is the RMS difference of the "
-        "image's velocity from the text-to-image network's, over the RMS of that: it is what Eq. 8 minimises. (First,"
-        " the 256 scenes were of the whole world: nothing was lost, with or without; Frechet distance 1.055 ± 0.165 "
-        "and 1.155 ± 0.121, requested colours 0.984 ± 0.004 and 0.980 ± 0.014, drift 0.292 and 0.307. That could not "
-        "tell.)",
+        "(Sec. 3.3). Here depth comes with 256 rooms of one object each; prompts are from the pretraining world, "
+        "with up to three objects and open ground. To preserve means, as fixed beforehand, to lose at most half of "
+        "what is lost without it. Frechet distance (128 captions) is in evaluate.py's own features, not Inception's. "
+        "Drift (256 scenes, depth pure noise) is the RMS difference of the image velocity from the text-to-image "
+        "network's, over the latter's RMS: Eq. 8 unweighted, 0 for that network. (256 scenes of the whole world, "
+        "tried first, could not tell: nothing was lost, with or without: Frechet distance 1.055 ± 0.165 and 1.155 ± "
+        "0.121, requested colours 0.984 ± 0.004 and 0.980 ± 0.014, drift 0.292 and 0.307.)",
         columns="""
             Frechet distance = /image/frechet
             requested colours = /image/following
@@ -377,19 +379,19 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         comparisons="""
             Frechet distance, with against without: rooms-taught/image/frechet < rooms-untaught/image/frechet
             requested colours, with against without: rooms-taught/image/following > rooms-untaught/image/following
-            half of the Frechet distance: rooms-taught/image/frechet < 0.5 * rooms-untaught/image/frechet + 0.5 * \
+            at most half of the Frechet loss: rooms-taught/image/frechet < 0.5 * rooms-untaught/image/frechet + 0.5 * \
 t2i/image/frechet
-            half of the colours: rooms-taught/image/following > 0.5 * rooms-untaught/image/following + 0.5 * \
-t2i/image/following
+            at most half of the colour loss: rooms-taught/image/following > 0.5 * rooms-untaught/image/following + \
+0.5 * t2i/image/following
         """,
         y="Frechet distance to real images",
         reference="other real images = t2i/image/real_frechet",
     ),
     Claim(
         "Partial conditioning is graded",
-        "The paper: depth given partly noisy is followed the more, the earlier it resolves (Sec. 4.3): log2(alpha) "
-        "from -5 to -14, strengths from 0.85 to 0.992. AbsRel of the depth found in the generated to that found in "
-        "the real image.",
+        "The paper: a noisy depth condition is followed more closely the earlier it resolves (Sec. 4.3): log2(alpha) "
+        "from -5 to -14, here strengths from 0.85 to 0.992. AbsRel of depth found in the generated image, against "
+        "that found in the real one.",
         columns="AbsRel = /absrel",
         rows="""
             0 = plain-long/follow-0
@@ -406,17 +408,17 @@ t2i/image/following
             0.992 against 0.95: plain-long/follow-0.992/absrel < plain-long/follow-0.95/absrel
             1 against 0.992: plain-long/follow-1/absrel < plain-long/follow-0.992/absrel
         """,
-        y="AbsRel of depth found in the generated to depth found in the real image",
+        y="AbsRel of depth found in the generated image, against that found in the real one",
         x="strength of the depth given",
     ),
     Claim(
         "Design choices",
         "The paper: a detokenizer for depth, a plateau in the distribution of its noise levels, noise in missing "
-        "pixels, x-prediction, cross-stream mixing, 20% each of clean images and clean depth (Sec. 3.2, 4.1). "
-        "Each row changes one thing of the first; the last, of the one before it. A detokenizer block also adds "
-        "0.2M parameters, mixing 0.1M. Ours are held clean more often than the paper's for depth to image, which "
-        "1,200 steps do not teach. Velocity prediction has to take the noise out of its input, which weighs most in "
-        "few steps: 32 are compared, too.",
+        "pixels, x-prediction, cross-stream mixing, 20% each of clean images and clean depth (Sec. 3.2, 4.1). Each "
+        "row changes one thing of the first; the last, of the one above it. A detokenizer block also adds 0.2M "
+        "parameters, mixing 0.1M. Both modalities are held clean more often than in the paper, for depth-to-image, "
+        "though 1,200 steps do not teach it. Velocity prediction must cancel the noise in its input, which matters "
+        "most in few steps: 32 are compared, too.",
         columns="AbsRel, image to depth = /depth/absrel",
         rows="""
             unchanged = plain
@@ -428,7 +430,7 @@ t2i/image/following
             nothing held clean = modes-none
             20%, 20% held clean = modes-paper
             10% of the pixels = sparse-10
-            zeros in the others = zeros
+            10%, the others zero = zeros
         """,
         comparisons="""
             one detokenizer block against none: plain/depth/absrel < detokenizer-0/depth/absrel
