@@ -311,7 +311,7 @@ def refuse(message):
 
 
 def parse(name, reader, *args):
-    """reader(*args); whatever it cannot read is told as a BadSample that begins with name."""
+    """reader(*args); whatever it cannot read raises a BadSample that begins with name."""
     try:
         return reader(*args)
     except Exception as error:  # of a file's contents anything may be wrong
@@ -936,7 +936,7 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def tolerate(path):
-    """A full or failing disk is told, and is no reason to stop training."""
+    """A full or failing disk is reported and does not stop training."""
     try:
         yield
     except OSError as error:
@@ -1065,7 +1065,7 @@ def list_checkpoints(out):
 def save_checkpoint(out, state, keep):
     """write_whole step-<step>.pt, let last.pt point to it, remove all but the newest keep. Returns whether it could.
 
-    If not (a full disk, say), that is told, and the older ones stay.
+    If not (a full disk, say), it says so, and the older ones stay.
     """
     path, link = out / f"step-{state['step']:07}.pt", out / "partly-written"
     try:
@@ -1113,7 +1113,7 @@ def load_checkpoint(path, flag="--checkpoint"):
 def newest_checkpoint(out):
     """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
 
-    Damaged ones after it are told and renamed. Exit code 2 if there is no whole one, or the disk fails.
+    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one, or the disk fails.
     """
     paths, damaged = list_checkpoints(out), []
     for path in reversed(paths):

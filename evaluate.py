@@ -7,7 +7,7 @@
     python evaluate.py depth --measured 0.05                  and sparse depth completed, in its unit
     python evaluate.py image                                  text-to-image: Frechet distance and requested colours
     python evaluate.py image --data coco --features inception.pt       FID by a TorchScript feature extractor
-    python evaluate.py follow                                 depth-to-image: has the image the depth it was given?
+    python evaluate.py follow                                 depth-to-image: does the image have the given depth?
     python evaluate.py joint --order -5                       image and depth made together: do they agree?
 
 AbsRel = mean |p - g| / g and delta1 = share with max(p/g, g/p) < 1.25, over the valid pixels of an image, after
@@ -317,9 +317,9 @@ AGREEMENT = {  # task: ((maps that are scored, maps they are scored on), title o
 
 
 def evaluate_agreement(args, model, encoders, device):
-    """Do image and depth agree (Sec. 4.3)? follow: the image is made from depth; AbsRel of the depth found in it to the
-    depth found in the real image. joint: both are made from the caption; AbsRel of the depth to what is found in the
-    image. Who finds it is --judge, or the network itself.
+    """Do image and depth agree (Sec. 4.3)? follow: the image is made from depth; AbsRel of the depth found in it,
+    against that found in the real image. joint: both are made from the caption; AbsRel of the depth, against that found
+    in the image. --judge finds it, or the network itself.
 
     --save-predictions DIR: DIR/generated and DIR/real (made, found) get the maps as NAME.npy, and the images they were
     found in as NAME.png. --predictions DIR: the maps in these places, by whatever estimator, are compared instead.
@@ -521,7 +521,7 @@ def main():
     setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
     setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
-    setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, not looked at, to 1, clean")
+    setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean")
     setting(
         "--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 the image comes first; or rgb,depth or depth,rgb"
     )

@@ -72,7 +72,7 @@ def distillation_weight(t, low, high):
 
 
 def breakdown(m, totals, counts, t):
-    """A loss by what it is debugged with: training mode, and quarter of t. Sums, which add up over batches and ranks.
+    """One modality's loss by training mode and quarter of t, for debugging. Sums, which add up over batches and ranks.
 
     totals, counts (B,) of modality m's loss and scored values; t {m: (B,)}. Returns {group: (2,) total and count}:
     "" is all; with others in t, "_given_<other>" where that is held clean, "_joint" where none is; "_t0-0.25" ...
@@ -122,8 +122,8 @@ def draw_noise_levels(modalities, rand, present=None):
 
     With probability m.p_clean modality m is held at t = 0 (it conditions); otherwise, and for every other modality, t
     is drawn from m.timesteps, independently. rand() draws (B,) from U(0, 1). present {m: (B,) bool} tells the samples
-    in which a modality has any valid pixel (default: all): where it has none it is pure noise, t = 1, and no sample
-    holds clean all that it has.
+    in which a modality has any valid pixel (default: all): where it has none it is pure noise, t = 1. The only present
+    modality of a sample is never held clean.
     """
     choice, held = rand(), 0  # an index, or past the last: none
     for bound in itertools.accumulate(m.p_clean for m in modalities):
@@ -140,7 +140,7 @@ def draw_noise_levels(modalities, rand, present=None):
 
 # ---- Tables of noise levels: a task is a table (Sec. 4.2) ----
 
-JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth a little behind the image
+JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth far behind the image
 I2D_STEPS = 2  # depth from an image: more change little (RESULTS.md)
 
 
@@ -158,10 +158,10 @@ def warp(t, log2_alpha):
 def noise_levels(names, steps, order=JOINT, strength=None):
     """The table that DiT.sample follows: {m: noise levels, float64}, for the modalities called names.
 
-    order: log2(alpha); the first of those that are made runs through the grid, the others lag behind it by f_alpha. Or
-    a list of names, to be made one after the other, in steps each; who is not on it stays noise, t = 1.
-    strength {m: 0..1} of what is given: at 1 it is clean, at 0 not looked at, between it runs ahead of what is made by
-    log2(alpha) = 2 log2((1 - strength) / strength), or behind: -5 of the paper is 0.85, -14 is 0.992.
+    order: log2(alpha): the first generated modality runs through the grid, the others through f_alpha of it, behind if
+    it is > 0. Or a list of names, generated in turn, each in steps; a name not listed stays noise, t = 1.
+    strength {m: 0..1} of what is given: 1 is clean, 0 ignored; between, its row is f_alpha of the first generated
+    one's, log2(alpha) = 2 log2((1 - strength) / strength): the paper's -5 is 0.85, -14 is 0.992.
     """
     grid, strength = sampling_grid(steps), strength or {}
     made = [m for m in names if m not in strength]
@@ -198,7 +198,7 @@ def normalize_depth(depth, valid, like=None):
     """Depth in any unit (B, 1, H, W), valid (B, 1, H, W) bool -> divided by the mean over its valid pixels, contracted.
 
     Missing pixels become 0, and so does a wholly missing map. The scale is gone: what a model predicts is relative.
-    like (B, 1, H, W), a prediction of the result: missing pixels are completed from it, and the scale is its own.
+    like (B, 1, H, W), a prediction of the result: it fills missing pixels and sets the scale.
     """
     depth = torch.where(valid, depth, 0.0)
     scale = depth.sum((1, 2, 3), keepdim=True) / valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
@@ -224,11 +224,11 @@ def depth_scale(relative, depth, valid):
 
 
 def complete_depth(relative, depth, valid):
-    """Relative depth bent to pass through the depth that was measured on valid, in its unit. All (B, 1, H, W).
+    """Relative depth corrected to equal the depth measured on valid, in its unit. All (B, 1, H, W).
 
     The logarithm of its error is interpolated between (at most 1024) measured pixels by simple kriging, around its
-    median, with a correlation that falls off as exp(-distance): in the image, whose longer side is 2, and in predicted
-    log depth, times 2, so that a correction stays on its surface.
+    median, with a correlation that falls off as exp(-distance), over the pixel's place (longer side 2) and twice its
+    predicted log depth, so that a correction stays on its surface.
     """
     made, (rows, columns) = [], (torch.arange(n, device=depth.device) for n in depth.shape[2:])
     place = torch.cartesian_prod(rows, columns) * (2 / max(depth.shape[2:]))
@@ -260,7 +260,7 @@ class Modality:
     name: str
     channels: int
     stride: int = 1
-    """Image pixels to a value of this modality, per side: 1 is pixels, more the latents of a frozen encoder."""
+    """Image pixels per value of this modality, per side: 1 is pixels, more the latents of a frozen encoder."""
     decoder_depth: int = 0
     """Self-attention blocks over this modality's tokens alone, before its final layer (the detokenizer of Sec. 3.2)."""
     timesteps: str = "logit-normal"
@@ -277,12 +277,12 @@ class Modality:
     def encode(self, x, valid=None, like=None):
         """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> values the network diffuses, same shape.
 
-        like (B, C, H, W), a prediction of the result: what is missing is completed from it.
+        like (B, C, H, W), a prediction of the result: it fills what is missing.
         """
         return ENCODINGS[self.encoding][0](x, valid, like)
 
     def decode(self, x0, known=None, valid=None):
-        """Inverse of encode, up to what that gives up (depth: its scale), unless stored values are known on valid."""
+        """Inverse of encode; what that discards (depth: its scale) comes back if stored values are known on valid."""
         return ENCODINGS[self.encoding][1](x0, known, valid)
 
 
@@ -523,13 +523,14 @@ class DiT(nn.Module):
     def sample(
         self, levels, noise, text, known=None, guidance=None, interval=(0, 1), solver="euler", watch=None, hints=()
     ):
-        """Generate, by the table levels {m: S + 1 noise levels}, which is the whole task (Sec. 4.2): from 1 down to 0
-        for what is generated, zeros for what is given, ones for what nobody knows; what it lacks is not there at all.
+        """Generate by the table levels {m: S + 1 noise levels}, which is the whole task (Sec. 4.2): from 1 down to 0
+        for what is generated, zeros for what is given, ones for what stays noise. A modality that is not in the table
+        is left out of the network's input.
 
         noise {m: (B, C, H, W)}; text as in forward. known {m: (stored values (B, C, H, W), valid (B, 1, H, W) bool, or
         None for everywhere)}: at every step these values are set to (1 - t) x0 + t noise, at their row's t. So a row of
-        zeros conditions, a row that falls early is a hint, and sparse values are completed, in their own units; but of
-        modalities among hints, as in training, what is missing stays noise (Sec. 3.2).
+        zeros conditions, a row that falls early is a hint, and sparse values are completed, in their own units; but in
+        modalities among hints missing values stay noise, as in training (Sec. 3.2).
         guidance {m: scale} of classifier-free guidance, while interval[0] <= t <= interval[1]; 1 is none. solver
         "euler" is x_s = x0_hat + (s/t) (x_t - x0_hat); "heun", of second order, predicts twice in all steps but the
         last. watch(x) is called after each step. Returns {m: (B, C, H, W)}, for Modality.decode. Raises ValueError if
@@ -589,7 +590,7 @@ class DiT(nn.Module):
                 modulation.load_state_dict(self.modulations[first].state_dict())
 
     def checkpoint_activations(self):
-        """From now on keep of each block its input alone, and compute the rest again in the backward pass."""
+        """From now on keep only each block's input, and recompute the rest in the backward pass."""
         for block in self.all_blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 

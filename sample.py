@@ -50,17 +50,17 @@ def parse():
         "depth map or directory: .npy, .pfm, 16-bit .png; missing is 0, negative or not finite. Beside --image, in its "
         "pixels (of two directories: files of one name), it is measured depth, which is completed",
     )
-    setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 is not looked at")
-    setting("--depth-strength", 1.0, "how far the depth given is, if there is no image")
+    setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 ignored")
+    setting("--depth-strength", 1.0, "the same for --depth, without an image")
     setting(
         "--order",
         "",
-        "joint (the default: depth a little behind the image); log2(alpha) of Sec. 4.2, -14 to 14 (joint: 5); or names "
+        "joint (the default: depth far behind the image); log2(alpha) of Sec. 4.2, -14 to 14 (joint: 5); or names "
         "rgb,depth (image-first), depth,rgb (depth-first), rgb alone",
     )
-    setting("--refine", "", "rgb or depth: in a second pass make it again from the other", choices=("", "rgb", "depth"))
+    setting("--refine", "", "rgb or depth: regenerate it from the other in a second pass", choices=("", "rgb", "depth"))
     setting("--count", 4, "samples of every prompt for every input")
-    setting("--ensemble", 1, "depth of an image is the median of so many")
+    setting("--ensemble", 1, "samples whose median is an image's depth")
     setting("--size", "", "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area")
     setting("--steps", 0, f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50")
     setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
@@ -81,7 +81,7 @@ def parse():
     for flag in ("image", "depth"):
         strength = getattr(args, f"{flag}_strength")
         if not 0 <= strength <= 1:
-            data.fail(f"--{flag}-strength {strength}: from 0, not looked at, to 1, clean")
+            data.fail(f"--{flag}-strength {strength}: from 0, ignored, to 1, clean")
         if strength < 1 and not getattr(args, flag):
             data.fail(f"--{flag}-strength {strength}: of no --{flag}; give one")
     if args.image and args.depth_strength < 1:
@@ -208,7 +208,7 @@ def read_inputs(job, args, config, area):
 def batches(jobs, args, config, size, refused):
     """(size, jobs of this size, read), as many as go through the network at a time.
 
-    An input that can't be used ends the program; in a directory it is told, left out, and added to the set refused.
+    An input that can't be used ends the program; in a directory it is reported, left out, and added to refused.
     """
     waiting, many = {}, any(Path(path).is_dir() for path in (args.image, args.depth) if path)
     for job in jobs:

@@ -2,16 +2,15 @@
 
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
-    python train_forcing.py --data DIR      your own images and depth, as sparse as it is; data.py tells the layouts
+    python train_forcing.py --data DIR      your own images and depth, of any sparsity; data.py lists the layouts
     python train_forcing.py --resume        go on after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
     (two nodes, Slurm, and what can go wrong: README, "On a GPU node")
 
 The whole method is in the loop below: every modality draws its own noise level, is corrupted to it, predicted, and
-scored on its valid pixels. Held at t = 0 it conditions and costs nothing; missing pixels are noise, and cost nothing
-either. The image prediction is also kept near the frozen text-to-image teacher's (Eq. 8), the more so the less the
-depth can tell.
+scored on its valid pixels. Held at t = 0 it conditions and carries no loss; missing pixels are noise and carry none
+either. The image prediction is also kept near the frozen text-to-image teacher's (Eq. 8), most where depth is noise.
 
 The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality, training
 mode and range of t; speed), samples/ and the last checkpoints; --checkpoint of sample.py and evaluate.py is last.pt.
