@@ -55,6 +55,8 @@ wide-scratch     presets       $forcing --init none --preset wide $modes --spars
 
 rooms            rooms         data.py --split train --count 256
 rooms-taught     -             $forcing --init @t2i/last.pt $modes --sparsity dense --data @rooms --workers 0
+rooms-taught-10  -             $forcing --init @t2i/last.pt --distill-hi 5 --distill-lo 0.5 $modes --sparsity dense \
+                               --data @rooms --workers 0
 rooms-untaught   -             $plain --sparsity dense --data @rooms --workers 0
 
 detokenizer-0    presets       $plain --sparsity dense --preset detokenizer-0
@@ -102,6 +104,8 @@ measurements="
 7   t2i          image         evaluate.py image
 7   rooms-taught image         evaluate.py image
 7   rooms-untaught image         evaluate.py image
+7   rooms-taught-10 image        evaluate.py image
+7   rooms-taught-10 drift        drift.py --teacher @t2i/last.pt
 7   rooms-taught drift         drift.py --teacher @t2i/last.pt
 7   rooms-untaught drift         drift.py --teacher @t2i/last.pt
 

@@ -374,11 +374,15 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         rows="""
             the text-to-image network = t2i
             with self-distillation = rooms-taught
+            with ten times its weight = rooms-taught-10
             without = rooms-untaught
         """,
         comparisons="""
             Frechet distance, with against without: rooms-taught/image/frechet < rooms-untaught/image/frechet
             requested colours, with against without: rooms-taught/image/following > rooms-untaught/image/following
+            Frechet distance, with ten times the weight: rooms-taught-10/image/frechet < rooms-untaught/image/frechet
+            requested colours, with ten times the weight: rooms-taught-10/image/following > \
+rooms-untaught/image/following
             at most half of the Frechet loss: rooms-taught/image/frechet < 0.5 * rooms-untaught/image/frechet + 0.5 * \
 t2i/image/frechet
             at most half of the colour loss: rooms-taught/image/following > 0.5 * rooms-untaught/image/following + \
