@@ -367,8 +367,8 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         "tried first, could not tell: nothing was lost, with or without: Frechet distance 1.055 ± 0.165 and 1.155 ± "
         "0.121, requested colours 0.984 ± 0.004 and 0.980 ± 0.014, drift 0.292 and 0.307.)",
         columns="""
-            Frechet distance = /image/frechet
             requested colours = /image/following
+            Frechet distance = /image/frechet
             velocity drift = /drift/drift
         """,
         rows="""
@@ -388,8 +388,12 @@ t2i/image/frechet
             at most half of the colour loss: rooms-taught/image/following > 0.5 * rooms-untaught/image/following + \
 0.5 * t2i/image/following
         """,
-        y="Frechet distance to real images",
-        reference="other real images = t2i/image/real_frechet",
+        y="share of requested colours that appear",
+        reference="real images = t2i/image/real_following",
+        remark="The paper names no weights. Ours (0.5 where depth is noise, 0.05 where it is clean) keep nothing of what "
+        "was lost, ten times these 29% of the colours. The teacher is asked about rooms with one object alone, where "
+        "it and the data nearly agree; what other captions mean is forgotten beside it. The Frechet distance tells "
+        "nothing: between two sets of real images it is 0.62, and seeds differ by more than the rows.",
     ),
     Claim(
         "Partial conditioning is graded",
