@@ -390,10 +390,10 @@ t2i/image/frechet
         """,
         y="share of requested colours that appear",
         reference="real images = t2i/image/real_following",
-        remark="The paper names no weights. Ours (0.5 where depth is noise, 0.05 where it is clean) keep nothing of what "
-        "was lost, ten times these 29% of the colours. The teacher is asked about rooms with one object alone, where "
-        "it and the data nearly agree; what other captions mean is forgotten beside it. The Frechet distance tells "
-        "nothing: between two sets of real images it is 0.62, and seeds differ by more than the rows.",
+        remark="The paper names no weights. Ours (0.5 where depth is noise, 0.05 where it is clean) keep nothing that can "
+        "be measured, ten times these 29% of the colours that are lost. Eq. 8 asks the teacher about the second "
+        "stage's images and captions alone, where it and the data nearly agree, and not about any other caption. The "
+        "Frechet distance does not tell these networks apart: seeds differ by more.",
     ),
     Claim(
         "Partial conditioning is graded",
