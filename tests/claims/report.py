@@ -121,7 +121,7 @@ def chart(path, title, x_title, y_title, series, references):
         words = "\n".join(
             textwrap.wrap(label, max(6, (width - left - right) // len(labels) // 7), break_long_words=False)
         )
-        text(x, height - bottom + 7, words, 12, anchor="ma", align="center")
+        text(x, height - bottom + 7, words, 12 if len(labels) < 9 else 11, anchor="ma", align="center")
     text((left + width) / 2, height - 8, x_title, anchor="ms")
     text(left - 58, 10, title, 15)
     text(left - 58, 38, y_title, 13, "#555555", anchor="lm")
@@ -453,6 +453,9 @@ t2i/image/frechet
             20%, 20% against none: modes-paper/depth/absrel < modes-none/depth/absrel
         """,
         y="AbsRel, image to depth",
+        remark="Velocity prediction does not gain by steps, as was expected, but loses: 0.130 in 32 steps, "
+        "x-prediction 0.093. With zeros, training never shows a map that is noise everywhere, which is where sampling "
+        "begins; that is the argument for noise. With nothing held clean, one seed in three is far behind the others.",
     ),
 ]
 
