@@ -103,10 +103,10 @@ measurements="
 
 7   t2i          image         evaluate.py image
 7   rooms-taught image         evaluate.py image
-7   rooms-untaught image         evaluate.py image
 7   rooms-taught-10 image        evaluate.py image
-7   rooms-taught-10 drift        drift.py --teacher @t2i/last.pt
+7   rooms-untaught image         evaluate.py image
 7   rooms-taught drift         drift.py --teacher @t2i/last.pt
+7   rooms-taught-10 drift        drift.py --teacher @t2i/last.pt
 7   rooms-untaught drift         drift.py --teacher @t2i/last.pt
 
 8   plain-long   follow-0.7    $follow --strength 0.7
