@@ -392,8 +392,8 @@ t2i/image/frechet
         reference="real images = t2i/image/real_following",
         remark="The paper names no weights. Ours (0.5 where depth is noise, 0.05 where it is clean) keep nothing that "
         "can be measured; ten times these, added when that had been seen, 29% of the colours that are lost. Half of "
-        "the samples here hold depth clean, so that mostly the small weight applies. And Eq. 8 asks the teacher about the "
-        "second stage's images and captions alone, where it and the data nearly agree, and not about any other "
+        "the samples here hold depth clean, so that mostly the small weight applies. And Eq. 8 asks the teacher about "
+        "the second stage's images and captions alone, where it and the data nearly agree, and not about any other "
         "caption. The Frechet distance does not tell these networks apart: seeds differ by more.",
     ),
     Claim(
