@@ -34,6 +34,8 @@ plain-2400       -             $plain --sparsity dense --steps 2400
 plain-long       -             $more --init @plain-2400/last.pt $modes
 shared-2400      shared        $plain --sparsity dense --steps 2400
 shared-long      shared        $more --init @shared-2400/last.pt $modes
+unheld-2400      -             $plain --sparsity dense --steps 2400 --p-i2d 0 --p-d2i 0
+unheld-long      -             $more --init @unheld-2400/last.pt --p-i2d 0 --p-d2i 0
 
 sparse-10        -             $plain --sparsity 0.1
 sparse-2         -             $plain --sparsity 0.02
@@ -53,6 +55,7 @@ t2i-wide         presets       train_t2i.py $run --steps 2000 --preset wide
 wide             presets       $forcing --init @t2i-wide/last.pt $alone $modes --sparsity dense
 wide-scratch     presets       $forcing --init none --preset wide $modes --sparsity dense
 
+indoors          indoors       data.py --split val --count 128
 rooms            rooms         data.py --split train --count 256
 rooms-taught     -             $forcing --init @t2i/last.pt $modes --sparsity dense --data @rooms --workers 0
 rooms-taught-10  -             $forcing --init @t2i/last.pt --distill-hi 5 --distill-lo 0.5 $modes --sparsity dense \
@@ -93,6 +96,10 @@ measurements="
 2   shared-long  steps-8       $depth --steps 8
 2   shared-long  steps-32      $depth --steps 32
 2   shared-long  follow-1      $follow
+2   unheld-long  depth         $depth
+2   unheld-long  steps-8       $depth --steps 8
+2   unheld-long  steps-32      $depth --steps 32
+2   unheld-long  follow-1      $follow
 
 3,9 sparse-10    depth         $depth
 3   sparse-2     depth         $depth
@@ -131,6 +138,9 @@ measurements="
 6   plain-long   order--5      $joint --order -5
 6   plain-long   image-first   $joint --order rgb,depth
 6   plain-long   depth-first   $joint --order depth,rgb
+6   plain-long   indoors-image-first $joint --data @indoors --workers 0 --order rgb,depth
+6   plain-long   indoors-0     $joint --data @indoors --workers 0 --order 0
+6   plain-long   indoors-depth-first $joint --data @indoors --workers 0 --order depth,rgb
 
 5   narrow       depth         $depth
 5   narrow-scratch depth       $depth
