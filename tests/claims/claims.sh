@@ -4,7 +4,8 @@
 #   tests/claims/claims.sh             what has no result yet, three seeds, one command after the other
 #   tests/claims/claims.sh --list      what is done, and what is left
 #   tests/claims/claims.sh 3 7         these claims alone
-#   SEEDS=1 OMP_NUM_THREADS=1 tests/claims/claims.sh      one seed (on two cores, a call for each seed is a little faster)
+#   SEEDS=1 OMP_NUM_THREADS=1 tests/claims/claims.sh      seed 1 alone (on two cores, a call for each seed is a little faster)
+#   RESULTS=runs/again tests/claims/claims.sh 8           afresh: the committed results leave nothing to do (all: 8 hours)
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
 # It can be stopped at any time and goes on where it was. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json, with
