@@ -146,6 +146,15 @@ def test_rooms_are_scenes_of_the_world_with_one_object(patched):
         assert torch.equal(rooms[key], world[key])
 
 
+def test_indoors_are_the_same_objects_never_on_open_ground(patched):
+    indoors, world = (module.draw_scenes("val", range(64)) for module in (patched("indoors", "data.py"), data))
+    assert not indoors["outside"].any() and world["outside"].any()
+    for key in ("count", "shape", "color", "floor", "fov", "height"):
+        assert torch.equal(indoors[key], world[key])
+    objects = slice(0, data.OBJECTS)  # the last solid is the room
+    assert torch.equal(indoors["centre"][:, objects], world["centre"][:, objects])
+
+
 def test_a_network_has_not_drifted_from_itself(tmp_path, monkeypatch):
     def save(name, *modalities):
         network = random_network(model, *modalities)
