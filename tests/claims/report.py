@@ -229,7 +229,7 @@ CLAIMS = [
     ),
     Claim(
         "Independent noise levels matter",
-        "FINDING2",
+        "separate levels beat one, and holding modalities clean in training gains about as much again",
         "The paper: a noise level for each modality is what lets one network condition on any of them (Sec. 3). "
         "Against the same network trained with one level for both, so with nothing ever held clean: at every sampling "
         "step what is given, noised to that level, replaces what was generated (once, without resampling); it is "
@@ -262,7 +262,9 @@ unheld-long/depth/absrel < shared-long/steps-32/absrel
         y="AbsRel (lower is better)",
         shown=4,
         remark="With one level, an image made from depth in 16 steps (0.175; more were not tried) is no nearer to it "
-        "than one from the prompt alone (0.178, claim 1): replacement hardly conditions it. REMARK2",
+        "than one from the prompt alone (0.178, claim 1): replacement hardly conditions it. Of the "
+        "gain, separate levels alone have 55% in image to depth, 35% in depth to image; the rest comes of holding a "
+        "modality clean in training, which one level for both cannot do.",
     ),
     Claim(
         "Sparse depth suffices, and beats filled holes",
