@@ -75,7 +75,7 @@ def compare(line):
 def chart(path, title, x_title, y_title, series, references):
     """series {name: [(x label, [a value per seed])]}: a point per seed, and the means. references {name: y}."""
     scale, width, height = 2, 760, 400
-    left, right, top, bottom = 70, 20, 58, 62
+    left, right, top, bottom = 70, 20, 58, 72
     image = Image.new("RGB", (scale * width, scale * height), "white")
     draw = ImageDraw.Draw(image)
     text = lambda x, y, words, size=13, fill=INK, **kwargs: draw.text(
@@ -229,7 +229,7 @@ CLAIMS = [
     ),
     Claim(
         "Independent noise levels matter",
-        "separate levels beat one, and holding modalities clean in training gains about as much again",
+        "separate levels beat one, and holding modalities clean in training gains as much again, or more",
         "The paper: a noise level for each modality is what lets one network condition on any of them (Sec. 3). "
         "Against the same network trained with one level for both, so with nothing ever held clean: at every sampling "
         "step what is given, noised to that level, replaces what was generated (once, without resampling); it is "
