@@ -331,11 +331,12 @@ def test_the_average_is_no_part_of_the_graph(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(t2i, tmp_path, monkeypatch):
+def test_killed_at_any_moment(t2i, tmp_path):
     """kill -9 at random times, twice or KILLS times: in the end every number is that of a run left alone."""
     rng, kills, out = random.Random(0), int(os.environ.get("KILLS", 2)), tmp_path / "cut"
     line = f"{QUICK} --init {t2i} --steps {10 + 10 * kills} --checkpoint-every 1"
-    run(train_forcing, f"{line} --out {tmp_path}/whole", monkeypatch)
+    code, printed = finish(start("train_forcing", f"{line} --out {tmp_path}/whole"))  # as many threads as the others
+    assert code == 0, printed
     for kill in range(kills):
         process = start("train_forcing", f"{line} --resume --out {out}")
         while process.poll() is None and len(data.read_rows(out / "starts.jsonl")) <= kill:
