@@ -356,6 +356,10 @@ def test_a_report_of_few_results_is_drawn(write, tmp_path, monkeypatch):
             write(network, "depth", [0.1])
         text = "\n".join(report.section(5, report.CLAIMS[4]))
         assert "not measured" in text and (tmp_path / "assets/claims/5.png").is_file()
+    write("plain", "depth", [0.1, 0.2])
+    write("plain-scratch", "depth", [0.3])
+    row = next(line for line in report.section(5, report.CLAIMS[4]) if line.startswith("| 128 "))
+    assert row.endswith("| 1 |")  # the seeds that every cell of the row has
 
 
 # ---- assets/nano.pt ----

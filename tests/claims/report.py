@@ -263,7 +263,8 @@ unheld-long/depth/absrel < shared-long/steps-32/absrel
         shown=4,
         remark="With one level, an image made from depth in 16 steps (0.175; more were not tried) is no nearer to it "
         "than one from the prompt alone (0.178, claim 1): replacement hardly conditions it. Of the "
-        "gain, separate levels alone have 55% in image to depth, 35% in depth to image; the rest comes of holding a "
+        "gain, separate levels (and their distributions) have 55% in image to depth, 35% in depth to image; "
+        "the rest comes of holding a "
         "modality clean in training, which one level for both cannot do.",
     ),
     Claim(
@@ -302,8 +303,8 @@ unheld-long/depth/absrel < shared-long/steps-32/absrel
         reference="mean depth map, input-blind = plain/depth/baseline_absrel",
         remark="None of the four is shown to suffice: of dense depth's gain, 10% of the pixels keep 92%, scan lines "
         "88%, SfM points 77%, 2% of the pixels 76%. Steps are equal, so 2% had a fiftieth of the supervision; more "
-        "steps were not tried. Scan lines have twice the pixels of the 10% row and keep less: neighbours say little "
-        "new. Filling is worse, and much worse where little is known: the network learns invented values.",
+        "steps were not tried. Scan lines have twice the pixels of the 10% row and keep less: perhaps neighbours say "
+        "little new. Filling is worse, and much worse where little is known: the network learns invented values.",
     ),
     Claim(
         "Image pretraining transfers",
@@ -360,7 +361,7 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
     ),
     Claim(
         "Image-first trajectories give more consistent depth",
-        "yes: best where the image is made first; the lead over both at once is clear only without sky",
+        "yes: best where the image is made first; in equal steps its lead over both at once is clear only without sky",
         "The paper: depth agrees with the generated image best when the image resolves first (Sec. 4.2). AbsRel of the "
         "generated depth against the depth another network finds in the image, both in 32 steps. An image-first "
         "trajectory leaves few of these for depth (at 5, depth goes from t = 0.76 to 0 in the last), which smooths it, "
