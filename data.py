@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -78,14 +79,32 @@ OBJECTS = 3  # at most, in a scene
 ROOM = OBJECTS  # place of the room among the solids: seen from inside, it is floor, walls and ceiling
 
 
+def signed(bits):
+    """The int64 that has the bits of a number from 0 to 2^64 - 1: torch multiplies and adds int64 modulo 2^64."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+GOLDEN = signed(0x9E3779B97F4A7C15)  # SplitMix64's step from one state to the next
+
+
+def shift_right(z, count):
+    """z >> count of an int64 tensor, with zeros coming in from the left."""
+    return (z >> count) & ((1 << (64 - count)) - 1)
+
+
+def split_mix(z):
+    """SplitMix64's hash of its states: int64 of any shape -> random bits, int64 of that shape, equal on any device."""
+    z = (z ^ shift_right(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shift_right(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ shift_right(z, 31)
+
+
 def uniforms(split, indices, count):
-    """(B, count) float64 in [0, 1): SplitMix64 of (split, index, column): a scene does not depend on its batch."""
-    with np.errstate(over="ignore"):
-        key = np.asarray(indices, np.uint64)[:, None] * np.uint64(2 * count) + np.arange(count, dtype=np.uint64)
-        z = (key + np.uint64(SPLITS[split]) * np.uint64(0xD1B54A32D192ED03)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    """(B, count) float64 in [0, 1), a hash of (split, index, column): a scene does not depend on its batch."""
+    column = torch.arange(count)
+    place = torch.tensor(indices)[:, None] * (2 * count) + column
+    bits = split_mix((place + signed(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))) * GOLDEN)
+    return shift_right(bits, 11).double() * 2.0**-53
 
 
 def draw_scenes(split, indices):
@@ -95,7 +114,7 @@ def draw_scenes(split, indices):
     the ground (those beyond "count" out of sight), and the room: "centre", "half" (extent), "quadric" (B, 4, 3), "turn"
     (B, 4) about y.
     """
-    columns = iter(torch.from_numpy(uniforms(split, indices, 64)).float().unbind(1))
+    columns = iter(uniforms(split, indices, 64).float().unbind(1))
     draw = lambda low, high: next(columns) * (high - low) + low
     pick = lambda choices: draw(0, choices).long().clamp(max=choices - 1)
     each = lambda fn, *args: torch.stack([fn(*args) for _ in range(OBJECTS)], 1)
@@ -736,25 +755,37 @@ def training_indices(seed, step, batch_size, rank=0, world=1):
 
 
 class Draws:
-    """Random numbers that belong to samples: row i of every draw follows from (key, indices[i]) and the device alone.
+    """Random numbers that belong to samples: row i of a draw is a hash of (key, indices[i], number of the draw).
 
-    So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps.
+    So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps, and on
+    every device: uniform ones to the last bit, normal ones to rounding. A draw is SplitMix64 from B starting states.
     """
 
     def __init__(self, key, indices, device="cpu"):
-        seeds = (random.Random(f"{key} {i}").getrandbits(63) for i in indices)
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, signed=True)
+        self.streams = split_mix(torch.tensor(indices, device=device) * GOLDEN + key)  # (B,)
+        self.draws = 0
 
-    def draw(self, kind, shape):
-        return torch.stack([kind(shape, generator=g, device=g.device) for g in self.generators])
+    def bits(self, *shape):
+        """(B, *shape) int64, 64 random bits each. The next call gives others."""
+        self.draws += 1
+        start = split_mix(self.streams + self.draws)  # (B,)
+        place = torch.arange(math.prod(shape), device=start.device)
+        return split_mix(start[:, None] + place * GOLDEN).view(-1, *shape)
 
     def rand(self, *shape):
         """(B, *shape) from U[0, 1)."""
-        return self.draw(torch.rand, shape)
+        return shift_right(self.bits(*shape), 40) * 2.0**-24  # what float32 holds exactly
 
     def randn(self, *shape):
-        """(B, *shape) from N(0, 1)."""
-        return self.draw(torch.randn, shape)
+        """(B, *shape) from N(0, 1), by Box and Muller's transform: 64 bits are a radius and an angle, and give two."""
+        count = math.prod(shape)
+        bits = self.bits((count + 1) // 2)
+        radius = ((shift_right(bits, 32) + 1) * 2.0**-32).log().mul(-2).sqrt()
+        angle = (bits & 0xFFFFFFFF) * (2 * math.pi * 2.0**-32)
+        pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
+        return pairs[:, :count].reshape(-1, *shape)
 
 
 def to_device(rgb, depth, device):

@@ -13,6 +13,7 @@ References:
 Shapes: B batch, C channels, H W image, N tokens, D width, L bytes of text. Dictionaries are keyed by modality name.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -163,20 +164,26 @@ def noise_levels(names, steps, order=JOINT, strength=None):
     strength {m: 0..1} of what is given: 1 is clean, 0 ignored; between, its row is f_alpha of the first generated
     one's, log2(alpha) = 2 log2((1 - strength) / strength): the paper's -5 is 0.85, -14 is 0.992.
     """
-    grid, strength = sampling_grid(steps), strength or {}
-    made = [m for m in names if m not in strength]
+    grid = sampling_grid(steps)
+    strength = strength or {}
+    generated = [m for m in names if m not in strength]
     if isinstance(order, list):
-        turns, rest = [m for m in order if m in made], torch.ones(steps, dtype=grid.dtype)
-        before = lambda m: [rest] * turns.index(m)
-        after = lambda m: [0 * rest] * (len(turns) - 1 - turns.index(m))
-        rows = {m: torch.cat([*before(m), grid, *after(m)]) for m in turns}
-        rows = {m: rows.get(m, torch.ones(len(turns) * steps + 1)) for m in made}
-        first = rows[turns[0]]
+        turns = [m for m in order if m in generated]
+        length = max(1, len(turns)) * steps + 1
+        rows = {m: torch.ones(length, dtype=grid.dtype) for m in generated}
+        for i, m in enumerate(turns):
+            before = torch.ones_like(grid[1:]).repeat(i)
+            after = torch.zeros_like(grid[1:]).repeat(len(turns) - 1 - i)
+            rows[m] = torch.cat([before, grid, after])
+        first = rows[turns[0]] if turns else grid
     else:
-        rows, first = {m: warp(grid, order * (m != made[0])) for m in made}, grid
+        rows = {m: warp(grid, order * (m != generated[0])) for m in generated}
+        first = grid
     for m, s in strength.items():
-        between = 0 < s < 1
-        rows[m] = warp(first, 2 * math.log2((1 - s) / max(s, 1e-9))) if between else (first > 0) * (1.0 - s)
+        if 0 < s < 1:
+            rows[m] = warp(first, 2 * math.log2((1 - s) / s))
+        else:
+            rows[m] = (first > 0).to(grid.dtype) * (1 - s)
     return rows
 
 
@@ -386,37 +393,41 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class RMSNorm(nn.RMSNorm):
-    """Its float32 gain is cast to the input's dtype, since torch's fused kernel takes no mixture."""
-
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+def mixed_precision(device):
+    """A context in which matmuls and attention are in bfloat16 on CUDA. On other devices it changes nothing."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside."""
+    """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside.
+
+    The residual stream, norms and modulation are float32; under autocast only matmuls and attention are in bfloat16.
+    """
 
     def __init__(self, width, head):
         super().__init__()
         self.head, self.heads = head, [width // head, width // head // 4]  # query heads, key/value heads
         self.split = [width + width // 4, width // 4, 3 * width, 3 * width]  # q and k, v, gate, up: FFN is three widths
-        self.pre_norm = RMSNorm(width, eps=1e-6)
+        self.pre_norm = nn.RMSNorm(width, eps=1e-6)
         self.fused_in = nn.Linear(width, sum(self.split), bias=False)
         self.qk_scale = nn.Parameter(torch.ones(sum(self.heads), head))
         self.fused_out = nn.Linear(4 * width, width, bias=False)
-        self.post_norm = RMSNorm(width, eps=1e-6)
+        self.post_norm = nn.RMSNorm(width, eps=1e-6)
 
     def forward(self, x, modulation, rope):
-        """x (B, N, D); modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin). -> (B, N, D)."""
+        """x (B, N, D); modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin). -> (B, N, D).
+
+        All are float32 and x is contiguous, so that torch.compile makes one graph of all blocks.
+        """
         shift, scale, gate = modulation
         h = torch.addcmul(shift, self.pre_norm(x), 1 + scale)
         qk, v, ffn_gate, ffn_up = self.fused_in(h).split(self.split, -1)
         qk, v = qk.unflatten(-1, (-1, self.head)), v.unflatten(-1, (-1, self.head))
-        qk = rotate(F.rms_norm(qk, (self.head,)) * self.qk_scale, *rope).to(v.dtype)
+        qk = rotate(F.rms_norm(qk.float(), (self.head,)) * self.qk_scale, *rope).to(v.dtype)
         q, k, v = (y.transpose(1, 2) for y in (*qk.split(self.heads, 2), v))
         attention = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
         out = self.fused_out(torch.cat([attention, F.silu(ffn_gate) * ffn_up], -1))
-        return torch.addcmul(x, gate, self.post_norm(out))
+        return torch.addcmul(x, gate, self.post_norm(out.float()))
 
 
 class Decoder(nn.Module):
@@ -435,7 +446,8 @@ class Decoder(nn.Module):
         """x (B, n, D) and conditioning vector (B, D) -> (B, n, channels * patch^2)."""
         vector = F.silu(vector)[:, None]
         if self.blocks:
-            modulation = self.block_modulation(vector).chunk(3, -1)
+            modulation = self.block_modulation(vector).float().chunk(3, -1)
+            x = x.clone(memory_format=torch.contiguous_format)  # of the whole sequence it is a slice
             for block in self.blocks:
                 x = block(x, modulation, rope)
         shift, scale = self.modulation(vector).chunk(2, -1)
@@ -482,6 +494,11 @@ class DiT(nn.Module):
         noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8, or (B, L, text_dim) embeddings, zeros where
         there is none. Returns {m: (B, C, H, W)}.
         """
+        with mixed_precision(text.device):
+            return self.predict_x0(noisy, t, text)
+
+    def predict_x0(self, noisy, t, text):
+        """forward, in the precision that is set."""
         present = [m for m in self.modalities if m.name in noisy]
         names, first = [m.name for m in self.modalities], present[0]
         vectors = {}
@@ -506,8 +523,8 @@ class DiT(nn.Module):
         lengths = [part.shape[1] for part in tokens]
         angles = rope_angles(torch.cat(ids), self.config.head)[:, None]
         rope = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
-        modulation = torch.cat(modulations, 1).chunk(3, -1)
-        x = torch.cat(tokens, 1)
+        modulation = torch.cat(modulations, 1).float().chunk(3, -1)
+        x = torch.cat(tokens, 1).float()
         for block in self.blocks:
             x = block(x, modulation, rope)
 

@@ -10,6 +10,7 @@ import torch
 
 from data import (
     COLORS,
+    GOLDEN,
     PATTERNS,
     SHAPES,
     Draws,
@@ -26,6 +27,7 @@ from data import (
     render,
     save_checkpoint,
     sparsify,
+    split_mix,
     training_indices,
 )
 from model import PRESETS, TEXT_PATCH
@@ -175,13 +177,53 @@ def test_ranks_share_a_step_without_overlap():
     assert whole[0] == 40 and not set(whole) & set(training_indices(1, 5, 8))
 
 
+def test_split_mix_is_the_published_generator():
+    """The first outputs of SplitMix64 with seed 1234567, as its public test vectors have them."""
+    outputs = split_mix(1234567 + torch.arange(1, 6) * GOLDEN)
+    expected = (
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    )
+    assert [output % (1 << 64) for output in outputs.tolist()] == list(expected)
+
+
 def test_what_a_sample_draws_does_not_depend_on_its_batch():
     together, alone = Draws(0, [4, 5, 6]), Draws(0, [6])
-    for kind, shape in (("rand", ()), ("randn", (1, 4, 4)), ("rand", (3,))):
-        assert torch.equal(getattr(together, kind)(*shape)[2:], getattr(alone, kind)(*shape))
+    for kind, shape in (("rand", ()), ("randn", (1, 4, 4)), ("rand", (3,)), ("randn", (3, 3)), ("randn", ())):
+        drawn = getattr(together, kind)(*shape)
+        assert drawn.shape == (3, *shape)
+        assert torch.equal(drawn[2:], getattr(alone, kind)(*shape))
     rows = torch.cat([Draws(key, [index]).randn(50) for key in (0, 1) for index in (0, 1, 1 << 32, 2 << 32)])
     assert len(torch.unique(rows, dim=0)) == 8  # of 64-bit indices every bit counts
-    assert abs(Draws(0, range(4000)).randn(4).mean().item()) < 4 / 16000**0.5
+
+
+def test_draws_are_independent_and_have_their_distributions():
+    """Kolmogorov's distance at a level of 1e-6; no correlation of values, draws, samples or neighbouring indices."""
+    draws = Draws(0, range(1000))
+    uniform, again = draws.rand(100), draws.rand(100)
+    normal, normal_again = draws.randn(100), draws.randn(100)
+    expected = torch.linspace(0, 1, 100_000, dtype=torch.float64)
+    for values in (uniform, torch.special.ndtr(normal.double())):
+        assert values.min() >= 0 and values.max() < 1
+        assert (values.flatten().double().sort().values - expected).abs().max() < 2.7 / 100_000**0.5
+    assert normal.abs().max() > 4
+    centred, centred_again = uniform - 0.5, again - 0.5
+    pairs = (
+        (centred, centred_again),
+        (centred[1:], centred[:-1]),
+        (centred[:, 1:], centred[:, :-1]),
+        (normal, normal_again),
+        (normal[1:], normal[:-1]),
+        (normal[:, 1:], normal[:, :-1]),
+        (normal[:, :50], normal[:, 50:]),  # cosine and sine of the same bits
+        (normal[:, :50] ** 2 - 1, normal[:, 50:] ** 2 - 1),
+    )
+    for a, b in pairs:
+        correlation = (a * b).mean() / (a.std() * b.std())
+        assert correlation.abs() < 5 / a.numel() ** 0.5
 
 
 def test_near_is_bright_and_missing_is_black():

@@ -438,23 +438,3 @@ def test_the_3b_preset_fits_eight_gpus_of_80_gb():
     plans = model.memory_plan(config, (256, 256), 16, 8, "muon", teacher)
     total = {flags: sum(parts.values()) / 2**30 for flags, parts in plans.items()}
     assert total[True, True] < 72 < total[False, True] < total[True, False]  # of about 79 GiB
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_flash_attention_takes_the_grouped_query_call():
-    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
-    with torch.device("cuda"):
-        network, inputs = model.example(config, (32, 32), 2)
-    with torch.autocast("cuda", torch.bfloat16), model.sdpa_kernel(model.SDPBackend.FLASH_ATTENTION):
-        assert all(x.isfinite().all() for x in network(*inputs).values())
-
-
-def test_blocks_stay_in_bfloat16_under_autocast(recwarn):
-    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
-    network, inputs = model.example(config, (32, 32), 2)
-    seen = set()
-    for block in network.all_blocks():
-        block.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        network(*inputs)
-    assert seen == {torch.bfloat16} and not [w for w in recwarn if "fused" in str(w.message)]

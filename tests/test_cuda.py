@@ -1,0 +1,144 @@
+"""What CUDA does that a CPU does not: other autocast rules, graphs compiled once, fused attention kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import model
+
+CONFIG = model.Config(width=64, depth=3, head=16, patch=4, size=16, decoder_depth=3, text_length=16)
+JOINT = CONFIG.with_modalities(model.RGB, model.DEPTH)
+IN_BFLOAT16 = {F.linear, F.scaled_dot_product_attention, torch.matmul}
+IN_FLOAT32 = {F.rms_norm, torch.rms_norm, F.layer_norm, F.softmax, torch.exp, torch.log, torch.sum, torch.pow}
+IN_THE_WIDEST = {torch.addcmul, torch.cat, torch.stack}
+
+
+class CudaAutocast(TorchFunctionMode):
+    """CUDA's autocast lists, on a CPU: as torch's page on automatic mixed precision has them, what the network uses."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu"):
+            if function in IN_BFLOAT16:
+                args, kwargs = cast((args, kwargs), torch.bfloat16)
+            if function in IN_FLOAT32:
+                args, kwargs = cast((args, kwargs), torch.float32)
+            if function in IN_THE_WIDEST and torch.float32 in dtypes_of((args, kwargs)):
+                args, kwargs = cast((args, kwargs), torch.float32)
+        return function(*args, **kwargs)
+
+
+def cast(tree, dtype):
+    def convert(leaf):
+        return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return torch.utils._pytree.tree_map(convert, tree)
+
+
+def dtypes_of(tree):
+    return {leaf.dtype for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+
+
+@pytest.fixture
+def network():
+    """A network whose every part does something: fresh ones begin with zeros."""
+    torch.manual_seed(0)
+    network = model.DiT(JOINT)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    noisy = {m.name: torch.randn(2, *m.shape((16, 16)), generator=generator) for m in JOINT.modalities}
+    t = {m: torch.rand(2, generator=generator) for m in noisy}
+    text = torch.randint(0, 255, (2, 16), dtype=torch.uint8, generator=generator)
+    return noisy, t, text
+
+
+def watch_blocks(network):
+    """A list that gets (block, dtype, strides) of each tensor that a block is given from now on."""
+    seen = []
+
+    def note(block, args):
+        x, modulation, rope = args
+        for tensor in (x, *modulation, *rope):
+            seen.append((block, tensor.dtype, tensor.stride()))
+
+    for block in network.all_blocks():
+        block.register_forward_pre_hook(note)
+    return seen
+
+
+def test_blocks_are_given_one_dtype_and_one_layout_by_the_rules_of_cuda(network):
+    seen = watch_blocks(network)
+    with torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        network(*inputs())
+    assert {dtype for _, dtype, _ in seen} == {torch.float32}
+    for blocks in (network.blocks, network.decoders["depth"].blocks):
+        layouts = [[strides for block, _, strides in seen if block is one] for one in blocks]
+        assert len(layouts) == 3 and layouts[0] == layouts[1] == layouts[2]
+
+
+def test_what_is_computed_does_not_hang_on_a_list_of_autocast(network):
+    """The lists of CPU and CUDA differ in rms_norm and addcmul; dtypes are explicit, so the results are the same."""
+    with torch.autocast("cpu", torch.bfloat16):
+        by_cpu = network(*inputs())
+        with CudaAutocast():
+            by_cuda = network(*inputs())
+    exact = network(*inputs())
+    for m in exact:
+        assert torch.equal(by_cpu[m], by_cuda[m])
+        assert not torch.equal(by_cpu[m], exact[m])  # autocast was on
+        assert (by_cpu[m] - exact[m]).norm() < 0.05 * exact[m].norm()
+
+
+def test_attention_and_matmuls_are_in_bfloat16_by_the_rules_of_cuda(network, monkeypatch):
+    seen, attention = set(), F.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.update({q.dtype, k.dtype, v.dtype})
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        network(*inputs())
+    assert seen == {torch.bfloat16}
+
+
+def test_three_graphs_of_trunk_detokenizer_and_teacher(network, monkeypatch):
+    """However many blocks there are, in bfloat16; each is compiled in the first step."""
+    graphs, compiler = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs, backend=backend))
+    teacher = model.DiT(CONFIG).requires_grad_(False)
+    network.compile_blocks()
+    teacher.compile_blocks()
+    noisy, t, text = inputs()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            x0_hat = network(noisy, t, text)
+            with torch.no_grad():
+                teacher({"rgb": noisy["rgb"]}, {"rgb": t["rgb"]}, text)
+        sum(x.sum() for x in x0_hat.values()).backward()
+        assert len(graphs) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_and_sampling_take_a_fused_attention_kernel():
+    """In float32 with grouped keys there is none, and the whole matrix of scores would be stored."""
+    with torch.device("cuda"):
+        network, (noisy, t, text) = model.example(JOINT, (16, 16), 2)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        x0_hat = network(noisy, t, text)
+        sum(x.sum() for x in x0_hat.values()).backward()
+        made = network.sample(model.noise_levels(["rgb", "depth"], 2), noisy, text, guidance={"rgb": 2.0})
+    assert all(x.isfinite().all() and x.dtype == torch.float32 for x in (*x0_hat.values(), *made.values()))
