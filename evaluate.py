@@ -231,7 +231,7 @@ def print_row(label, scores):
 def score_depth(args, model, encoders, device):
     """One dataset -> ({method: {image: (AbsRel, delta1)}}, pictures of the first six images, their labels, size)."""
     synthetic, (size, high) = args.data == "synthetic", benchmark(args.data) or ((args.size, args.size), 0.0)
-    size = data.parse_size(args.score_size, "--score-size") if args.score_size else size
+    size = data.parse_size(args.score_size) if args.score_size else size
     args.depth_max = args.depth_max or high
     source = data.open_source(args, "train" if synthetic else "val", size)
     blind = blind_map(source, 2048 if synthetic else args.images or 2048)
@@ -506,58 +506,98 @@ def open_network(path, flag, args, device):
     return model.to(device), encoders
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    p = data.Flags(__doc__)
     p.add_argument("task", choices=("depth", "image", "follow", "joint"))
-
-    def setting(flag, default, help, **kwargs):
-        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
-
-    setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
-    data.source_settings(setting)
-    setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
-    setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
-    setting("--score-size", "", "HxW at which depth is scored; empty is a benchmark's own, or --size squared")
-    setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
-    setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
-    setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
-    setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean")
-    setting(
+    p.setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
+    data.source_settings(p)
+    p.setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world", data.whole(0, 10**9))
+    p.setting(
+        "--size",
+        0,
+        "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's",
+        data.whole(0, data.MAX_SIDE),
+    )
+    p.setting(
+        "--score-size",
+        "",
+        "HxW at which depth is scored; empty is a benchmark's own, or --size squared",
+        data.size_text(2),
+    )
+    p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images", data.whole(0, 10**4))
+    p.setting(
+        "--solver",
+        "euler",
+        "euler, or heun (second order, two evaluations a step)",
+        data.one_of("euler", "heun"),
+    )
+    p.setting(
+        "--measured",
+        0.0,
+        "depth: also complete this share of the true pixels, and score the others in their unit",
+        data.number(0, 1),
+    )
+    p.setting(
+        "--strength",
+        1.0,
+        "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean",
+        data.number(0, 1),
+    )
+    p.setting(
         "--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 the image comes first; or rgb,depth or depth,rgb"
     )
-    setting("--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them")
-    setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the depth that is found")
-    setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
-    setting("--ensemble", 1, "samples of each depth map; their median counts")
-    setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
-    setting(
+    p.setting(
+        "--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them"
+    )
+    p.setting(
+        "--judge-steps",
+        I2D_STEPS,
+        "follow, joint: sampling steps of the depth that is found",
+        data.whole(1, 10**4),
+    )
+    p.setting(
+        "--align",
+        "affine",
+        "of depth, before it is scored: none, scale, affine or lstsq",
+        data.one_of("none", "scale", "affine", "lstsq"),
+    )
+    p.setting("--ensemble", 1, "samples of each depth map; their median counts", data.whole(1, 1000))
+    p.setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
+    p.setting(
         "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"
     )
-    setting("--cfg", 3.0, "guidance of generated images")
-    setting("--features", "", "TorchScript feature extractor of the Frechet distance, such as Inception's for FID")
-    setting("--batch-size", 16, "images at a time; changes no result")
-    setting("--seed", 0, "of the noise")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    setting(
+    p.setting("--cfg", 3.0, "guidance of generated images", data.number(0, 100))
+    p.setting(
+        "--features",
+        "",
+        "TorchScript feature extractor of the Frechet distance, such as Inception's for FID; TorchScript is code, which is "
+        "run and may write files, so give one that you trust",
+    )
+    p.setting("--batch-size", 16, "images at a time; changes no result", data.whole(1, 10**5))
+    p.setting("--seed", 0, "of the noise", data.SEED)
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+    p.setting(
         "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
     )
     args = p.parse_args()
+    data.check_depth_range(args)
     args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
-    data.at_least(args, images=0, size=0, steps=1, judge_steps=1, batch_size=1, ensemble=1, workers=0)
-    for flag in ("measured", "strength"):
-        if not 0 <= getattr(args, flag) <= 1:
-            data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
     uses = dict.fromkeys(("judge", "judge_steps"), AGREEMENT)
     uses |= {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"]}
     for flag, tasks in uses.items():
-        given, default = getattr(args, flag), p.get_default(flag)
-        if given != default and (args.task not in tasks or args.predictions):
-            flag = flag.replace("_", "-")
-            data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
-    out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
-    model = encoders = None
+        given = getattr(args, flag)
+        if given != p.get_default(flag) and (args.task not in tasks or args.predictions):
+            name = flag.replace("_", "-")
+            data.fail(f"--{name} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     if args.predictions and (args.save_predictions or args.task == "image"):
         data.fail("--predictions: there is nothing to save or to generate beside them")
+    return args
+
+
+def main():
+    args = parse()
+    out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
+    model = encoders = None
     if not args.predictions:
         model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
         args.order = data.parse_order(args.order, [m.name for m in model.modalities])
