@@ -32,6 +32,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -802,6 +803,8 @@ class PixelsAndBytes:
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
     encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
+
+    The first two may be of any floating dtype; nothing is NaN or infinite. A text_dim of 0 is bytes, as here.
     """
 
     image_channels, image_stride, text_dim = 3, 1, 0
@@ -818,22 +821,85 @@ class PixelsAndBytes:
         return encode_text(captions, self.text_length)
 
 
+ENCODER_NUMBERS = {  # of a plug-in: the range of each
+    "image_channels": (1, 4096),
+    "image_stride": (1, 256),
+    "text_dim": (0, 1 << 16),
+    "text_length": (1, 1 << 16),
+}
+
+
+def refuse_encoders(path, problem):
+    fail(f"--encoders {path}: {problem}; README shows a file that works")
+
+
+def guarded(path, name, function):
+    """function, the member of a plug-in called name. Whatever it raises is one line and exit code 2."""
+
+    def call(*args):
+        try:
+            return function(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, SystemExit) as error:
+            refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
+
+    return call
+
+
+def load_encoders(path, device):
+    """Run a plug-in, a Python file -> the seven members of what its load(device) returns, the functions guarded."""
+
+    def load():
+        spec = importlib.util.spec_from_file_location("encoders", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.load(device)
+
+    if not (path.endswith(".py") and Path(path).is_file()):
+        refuse_encoders(path, "no such file, or its name does not end in .py")
+    loaded, members = guarded(path, "load", load)(), types.SimpleNamespace()
+    for name, (low, high) in ENCODER_NUMBERS.items():
+        value = guarded(path, name, getattr)(loaded, name)
+        if not isinstance(value, int) or not low <= value <= high:
+            refuse_encoders(path, f"{name} is {value!r}, must be a whole number from {low} to {high}")
+        setattr(members, name, value)
+    for name in ("encode_image", "decode_image", "encode_text"):
+        setattr(members, name, guarded(path, name, guarded(path, name, getattr)(loaded, name)))
+    return members
+
+
+@torch.no_grad()
+def try_encoders(path, encoders, device, patch):
+    """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
+    height, width, stride = 4 * patch, 6 * patch, encoders.image_stride
+    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
+    rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
+
+    latents = encoders.encode_image(rgb)
+    check_encoded(path, "encode_image", latents, (2, encoders.image_channels, height // stride, width // stride))
+    check_encoded(path, "decode_image", encoders.decode_image(latents), (2, 3, height, width))
+    check_encoded(path, "encode_text", encoders.encode_text(["", "a red ball"]), text_shape)
+
+
+def check_encoded(path, name, found, shape):
+    """Refuse what the member called name has returned, unless it is a finite tensor of this shape."""
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+        returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
+    is_bytes = len(shape) == 2 and found.dtype == torch.uint8
+    if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
+        refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+
+
 def open_encoders(path, device, config, trained_with=None):
     """--encoders -> what its load(device) returns, or PixelsAndBytes. Exit code 2 if that fails.
 
     trained_with: the file that a checkpoint names ("" for none); what does not fit the checkpoint's config is refused.
     """
-    encoders = PixelsAndBytes(config.text_length)
+    encoders = load_encoders(path, device) if path else PixelsAndBytes(config.text_length)
     if path:
-        try:
-            spec = importlib.util.spec_from_file_location("encoders", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            encoders = module.load(device)
-            config.with_encoders(encoders)
-        except Exception as error:
-            detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            fail(f"--encoders {path}: {detail}; README shows a file that works")
+        try_encoders(path, encoders, device, config.with_encoders(encoders).patch)
     if trained_with and path and Path(trained_with).name != Path(path).name:
         tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:

@@ -15,6 +15,7 @@ edges left out) and metadata.json, whose command makes this sample again. grid.p
 
 import json
 import shlex
+import unicodedata
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,17 +162,27 @@ def list_inputs(path, flag, suffixes):
     return found
 
 
+def read_prompts(path):
+    """The lines of a text file, --prompts, that are not empty."""
+    try:
+        text = data.read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        data.fail(f"--prompts {path}: not a text file in UTF-8")
+    except data.BadSample as error:
+        data.fail(f"--prompts {path}: {error}")
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
 def list_jobs(args, length):
     """Every prompt for every input, args.count times. length: bytes of a prompt that the network reads, 0 is any."""
     prompts = list(args.prompt)
-    try:
-        lines = Path(args.prompts).read_text().splitlines() if args.prompts else []
-    except (OSError, ValueError) as error:
-        data.fail(f"--prompts {args.prompts}: {getattr(error, 'strerror', None) or 'not a text file'}")
-    prompts = prompts + [line.strip() for line in lines if line.strip()] or [""]
+    if args.prompts:
+        prompts += read_prompts(args.prompts)
+    prompts = prompts or [""]
     for prompt in prompts:
-        if not prompt.isprintable():
-            data.fail(f"prompt {prompt[:24]!r}: holds what is no text")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
+            data.fail(f"prompt {prompt[:24]!r}: holds a control character, or what is no text; leave it out")
         if length and (cut := data.left_out(prompt, length)):
             data.fail(f'prompt "{prompt[:24]}...": too long, the network would not read "{cut}"; shorten it')
     kinds = {"image": data.IMAGES, "depth": data.MAPS}
@@ -359,9 +370,12 @@ def command(settings, defaults):
 def read_metadata(folder):
     """What write has written last, or None if the sample is not there, or damaged."""
     try:
-        return {"settings": {}, "checkpoint_step": None} | json.loads((folder / "metadata.json").read_bytes())
-    except (OSError, ValueError, TypeError):
+        metadata = json.loads(data.read_file(folder / "metadata.json"))
+    except (ValueError, RecursionError):  # among them data.BadSample: it cannot be read
         return None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings", {}), dict):
+        return None
+    return {"settings": {}, "checkpoint_step": None} | metadata
 
 
 def contact_sheet(out, jobs, labels, columns=8, most=24):
