@@ -33,6 +33,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -717,20 +718,6 @@ def expand(pattern):
     return [path for n in numbers for path in expand(pattern[: found.start()] + n + pattern[found.end() :])]
 
 
-def source_settings(setting):
-    """The flags of every script that reads samples; setting(flag, default, help) adds one."""
-    setting(
-        "--data", "synthetic", "synthetic, a folder (metadata.jsonl, or MoGe's .index.txt), or 'shards/{000..999}.tar'"
-    )
-    setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)")
-    setting("--depth-min", 0.0, "depth up to this is missing, in metres")
-    setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit")
-    setting(
-        "--workers", 2, "processes that read files, of each rank (evaluation: one at most); the order depends on it"
-    )
-    setting("--encoders", "", "FILE.py of frozen encoders, to train on latents and text embeddings (see README)")
-
-
 def open_source(args, split, size, device="cpu", with_depth=True):
     """The flags of source_settings -> a source of samples at size (H, W). Files are shuffled in split "train" only."""
     if args.data == "synthetic":
@@ -847,6 +834,8 @@ class PixelsAndBytes:
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
     encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
+
+    The first two may be of any floating dtype; nothing is NaN or infinite. A text_dim of 0 is bytes, as here.
     """
 
     image_channels, image_stride, text_dim = 3, 1, 0
@@ -863,22 +852,85 @@ class PixelsAndBytes:
         return encode_text(captions, self.text_length)
 
 
+ENCODER_NUMBERS = {  # of a plug-in: the range of each
+    "image_channels": (1, 4096),
+    "image_stride": (1, 256),
+    "text_dim": (0, 1 << 16),
+    "text_length": (1, 1 << 16),
+}
+
+
+def refuse_encoders(path, problem):
+    fail(f"--encoders {path}: {problem}; README shows a file that works")
+
+
+def guarded(path, name, function):
+    """function, the member of a plug-in called name. Whatever it raises is one line and exit code 2."""
+
+    def call(*args):
+        try:
+            return function(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, SystemExit) as error:
+            refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
+
+    return call
+
+
+def load_encoders(path, device):
+    """Run a plug-in, a Python file -> the seven members of what its load(device) returns, the functions guarded."""
+
+    def load():
+        spec = importlib.util.spec_from_file_location("encoders", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.load(device)
+
+    if not (path.endswith(".py") and Path(path).is_file()):
+        refuse_encoders(path, "no such file, or its name does not end in .py")
+    loaded, members = guarded(path, "load", load)(), types.SimpleNamespace()
+    for name, (low, high) in ENCODER_NUMBERS.items():
+        value = guarded(path, name, getattr)(loaded, name)
+        if not isinstance(value, int) or not low <= value <= high:
+            refuse_encoders(path, f"{name} is {value!r}, must be a whole number from {low} to {high}")
+        setattr(members, name, value)
+    for name in ("encode_image", "decode_image", "encode_text"):
+        setattr(members, name, guarded(path, name, guarded(path, name, getattr)(loaded, name)))
+    return members
+
+
+@torch.no_grad()
+def try_encoders(path, encoders, device, patch):
+    """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
+    height, width, stride = 4 * patch, 6 * patch, encoders.image_stride
+    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
+    rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
+
+    latents = encoders.encode_image(rgb)
+    check_encoded(path, "encode_image", latents, (2, encoders.image_channels, height // stride, width // stride))
+    check_encoded(path, "decode_image", encoders.decode_image(latents), (2, 3, height, width))
+    check_encoded(path, "encode_text", encoders.encode_text(["", "a red ball"]), text_shape)
+
+
+def check_encoded(path, name, found, shape):
+    """Refuse what the member called name has returned, unless it is a finite tensor of this shape."""
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+        returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
+    is_bytes = len(shape) == 2 and found.dtype == torch.uint8
+    if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
+        refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+
+
 def open_encoders(path, device, config, trained_with=None):
     """--encoders -> what its load(device) returns, or PixelsAndBytes. Exit code 2 if that fails.
 
     trained_with: the file that a checkpoint names ("" for none); what does not fit the checkpoint's config is refused.
     """
-    encoders = PixelsAndBytes(config.text_length)
+    encoders = load_encoders(path, device) if path else PixelsAndBytes(config.text_length)
     if path:
-        try:
-            spec = importlib.util.spec_from_file_location("encoders", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            encoders = module.load(device)
-            config.with_encoders(encoders)
-        except Exception as error:
-            detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            fail(f"--encoders {path}: {detail}; README shows a file that works")
+        try_encoders(path, encoders, device, config.with_encoders(encoders).patch)
     if trained_with and path and Path(trained_with).name != Path(path).name:
         tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
@@ -890,26 +942,160 @@ def open_encoders(path, device, config, trained_with=None):
     return encoders
 
 
-# ---- Runs on disk ----
+# ---- Flags ----
+
+MAX_SIDE = 8192  # pixels
 
 
-def tell(message):
-    """One line on stderr, above a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+def number(low, high, above=False, kind=float):
+    """Type of a flag: text -> a number from low to high, or above low. NaN and infinity are out of every range."""
+    what = "a whole number" if kind is int else "a number"
+    span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}")
+        return value
+
+    return read
 
 
-def fail(message):
-    """One clear line on stderr, exit code 2."""
-    tell(message)
-    raise SystemExit(2)
+def whole(low, high):
+    """Type of a flag: text -> a whole number from low to high."""
+    return number(low, high, kind=int)
 
 
-def parse_size(text, flag):
-    """ "HxW", or one side, in pixels -> (H, W). Exit code 2 if it is neither."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if not match:
-        fail(f"{flag} {text}: give pixels, as a side (64) or as HxW (48x64)")
-    return int(match[1]), int(match[2] or match[1])
+SEED = whole(0, 2**31 - 1)
+COUNT = whole(1, 10**9)  # of steps, samples or seconds
+
+
+def one_of(*names):
+    """Type of a flag: text that is one of names, unchanged."""
+
+    def read(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text}: must be one of {', '.join(filter(None, names))}")
+        return text
+
+    return read
+
+
+def parse_size(text, low=1):
+    """ "HxW", or one side, in pixels -> (H, W). Raises argparse.ArgumentTypeError if it is neither, or out of range."""
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < low or max(size) > MAX_SIDE:
+        span = f"pixels, {low} to {MAX_SIDE} a side"
+        raise argparse.ArgumentTypeError(f"{text}: must be {span}, as one side (64) or as HxW (48x64)")
+    return size
+
+
+def size_text(low=1):
+    """Type of a flag: text that is empty, or that parse_size reads, unchanged."""
+
+    def read(text):
+        if text:
+            parse_size(text, low)
+        return text
+
+    return read
+
+
+class Flags(argparse.ArgumentParser):
+    """The flags of a script. Whatever is wrong with what a user gives is told in one line, with exit code 2."""
+
+    def __init__(self, description):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
+
+    def setting(self, flag, default, help, type=str, **options):
+        """Declare a flag. type reads and checks its text; a default of False or None makes it a switch."""
+        if default is None or default is False:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = type
+        self.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
+
+    def error(self, message):
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        if ": must be " in problem:  # raised by a type: it begins with the value
+            fail(f"{flag} {problem}")
+        fail(f"{message.removeprefix('argument ')}; --help lists the flags")
+
+
+def source_settings(p):
+    """The flags of every script that reads samples."""
+    p.setting(
+        "--data", "synthetic", "synthetic, a folder (metadata.jsonl, or MoGe's .index.txt), or 'shards/{000..999}.tar'"
+    )
+    p.setting(
+        "--depth-scale",
+        0.001,
+        "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)",
+        number(0, 10**6, above=True),
+    )
+    p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
+    p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
+    p.setting(
+        "--workers",
+        2,
+        "processes that read files, of each rank (evaluation: one at most); the order depends on it",
+        whole(0, 256),
+    )
+    p.setting(
+        "--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings (README)"
+    )
+
+
+def check_depth_range(args):
+    """Refuse source_settings by which all depth is missing."""
+    if 0 < args.depth_max <= args.depth_min:
+        fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
+
+
+def training_settings(p, steps, out):
+    """The flags that both stages of training share; steps and out are their defaults."""
+    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", whole(0, MAX_SIDE))
+    p.setting("--steps", steps, "optimizer steps", COUNT)
+    p.setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together", whole(1, 1 << 20))
+    p.setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory", COUNT)
+    p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
+    p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
+    p.setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero", COUNT)
+    p.setting("--clip", 1.0, "gradient norm is clipped to this", number(0, 10**6, above=True))
+    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", number(0, 1))
+    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", number(0, 1))
+    p.setting("--seed", 0, "of weights, scenes and noise", SEED)
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+    p.setting("--compile", None, "torch.compile; if neither is given, on CUDA only")
+    p.setting("--out", out, "run directory")
+    p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
+    p.setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
+    p.setting("--resume", False, "go on from the run directory's newest whole checkpoint, if any")
+    p.setting("--checkpoint-every", 250, "steps between checkpoints", COUNT)
+    p.setting("--keep", 2, "checkpoints that are kept, the newest ones", COUNT)
+    p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
+    p.setting("--sample-every", 500, "steps between picture grids", COUNT)
+    p.setting(
+        "--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops", COUNT
+    )
+    p.setting(
+        "--timeout",
+        1800,
+        "seconds before ranks give up on a silent one; give more than a checkpoint takes",
+        whole(1, 10**6),
+    )
+    p.setting(
+        "--dry-run",
+        0,
+        "print FLOPs, and bytes on each of so many GPUs, and stop",
+        whole(0, 10**6),
+        metavar="GPUS",
+    )
 
 
 def parse_order(text, names):
@@ -925,11 +1111,19 @@ def parse_order(text, names):
     return order
 
 
-def at_least(args, **lows):
-    """Refuse settings below their lowest meaningful value."""
-    for name, low in lows.items():
-        if getattr(args, name) < low:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+# ---- Runs on disk ----
+
+
+def tell(message):
+    """One line on stderr, above a progress bar. What a message quotes may be of any length: its middle is cut."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    tqdm.write(line if len(line) < 300 else f"{line[:190]} ... {line[-100:]}", file=sys.stderr)
+
+
+def fail(message):
+    """One clear line on stderr, exit code 2."""
+    tell(message)
+    raise SystemExit(2)
 
 
 def pick_device(name):
@@ -1358,19 +1552,18 @@ def export(out, layout, samples, per_shard=100):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/world", help="directory to write to (default: %(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="val", help="default: %(default)s")
-    parser.add_argument("--size", type=int, default=32, help="side in pixels (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=8, help="number of samples (default: %(default)s)")
-    layouts = ("folder", "shards", "moge")
-    parser.add_argument("--layout", choices=layouts, default="folder", help="of the files (default: %(default)s)")
-    measured = "share of depth pixels to keep, to try completion on (default: %(default)s)"
-    parser.add_argument("--measured", type=float, default=1.0, help=measured)
-    args = parser.parse_args()
-    at_least(args, size=1, count=1)
-    if not 0 < args.measured <= 1 or (args.measured < 1 and args.layout == "moge"):
-        fail(f"--measured {args.measured}: a share above 0, up to 1; below 1 for the layouts folder and shards")
+    p = Flags(__doc__)
+    p.setting("--out", "runs/world", "directory to write to")
+    p.setting("--split", "val", "train or val", one_of(*SPLITS))
+    p.setting("--size", 32, "side in pixels", whole(1, 2048))
+    p.setting("--count", 8, "number of samples", whole(1, 10**5))
+    p.setting("--layout", "folder", "of the files: folder, shards or moge", one_of("folder", "shards", "moge"))
+    p.setting("--measured", 1.0, "share of depth pixels to keep, to try completion on", number(0, 1, above=True))
+    args = p.parse_args()
+    if args.measured < 1 and args.layout == "moge":
+        fail(f"--measured {args.measured}: below 1 for the layouts folder and shards alone; leave it out")
+    if args.count * args.size**2 > 1 << 24:
+        fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
     out, size = make_folder(args.out), (args.size, args.size)
     for index in (".index.txt", "metadata.jsonl"):  # of another layout
         (out / index).unlink(missing_ok=True)

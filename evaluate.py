@@ -43,14 +43,16 @@ def benchmark(name):
 
 def samples_of(args, size, device, with_depth=True):
     """(values, valid, captions, names, shapes, indices) of the samples to evaluate; no name may come twice."""
-    source, seen = data.open_source(args, "val", size, device, with_depth), []
+    source = data.open_source(args, "val", size, device, with_depth)
+    seen, start = set(), 0
     count = args.images or (128 if args.data == "synthetic" else None)
     for values, valid, captions, names, shapes in data.in_order(source, count, args.batch_size, device, args.workers):
-        seen += names
-        repeated = [name for name in names if seen.count(name) > 1]
-        if repeated and args.task != "image":
-            data.fail(f"--data {args.data}: two samples are called {repeated[0]}, so their maps cannot be told apart")
-        yield values, valid, captions, names, shapes, range(len(seen) - len(names), len(seen))
+        for name in names:
+            if name in seen and args.task != "image":
+                data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
+            seen.add(name)
+        yield values, valid, captions, names, shapes, range(start, start + len(names))
+        start += len(names)
     if not seen:
         data.fail(f"--data {args.data}: no samples")
 
@@ -153,7 +155,8 @@ def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None, st
         seen = [data.nearest(x[0].numpy(), k[0].numpy(), size, box) for x, k in zip(*measured, strict=True)]
         known[depth.name] = [repeat(torch.from_numpy(np.stack(part))[:, None]) for part in zip(*seen, strict=True)]
     members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
-    noise = {m.name: data.Draws(args.seed, members).randn(*m.shape(size)).to(rgb.device) for m in model.modalities}
+    draws = data.Draws(args.seed, members)  # one for all modalities: their noise is independent
+    noise = {m.name: draws.randn(*m.shape(size)).to(rgb.device) for m in model.modalities}
     text = encoders.encode_text([""] * len(members)).to(rgb.device)
     levels = noise_levels([m.name for m in model.modalities], steps, strength={first.name: strength})
     made = model.sample(levels, noise, text, known, solver=args.solver)[depth.name]
@@ -184,6 +187,8 @@ def saved_map(args, folder, name, size, whole):
     try:
         scale = args.depth_scale if found[0].suffix == ".png" else 1.0
         values = data.parse(found[0], lambda: data.read_map(str(found[0]), data.read_file(found[0]), scale))
+        if not values.size:
+            data.refuse(f"{found[0]}: holds no pixel")
         if values.shape == tuple(size):
             return torch.from_numpy(values)[None]
         left, top, right, bottom = data.parse(found[0], data.crop_box, values.shape, whole, size)
@@ -228,10 +233,17 @@ def print_row(label, scores):
     return row
 
 
+def check_score(score, args, name):
+    """Refuse a score that is not finite: values so close together, or so large, that an alignment overflows."""
+    if not np.isfinite(score[0]):
+        whose = args.predictions or args.judge or args.checkpoint
+        data.fail(f"{whose}: depth of {name} cannot be aligned, its values are too close together or too large")
+
+
 def score_depth(args, model, encoders, device):
     """One dataset -> ({method: {image: (AbsRel, delta1)}}, pictures of the first six images, their labels, size)."""
     synthetic, (size, high) = args.data == "synthetic", benchmark(args.data) or ((args.size, args.size), 0.0)
-    size = data.parse_size(args.score_size, "--score-size") if args.score_size else size
+    size = data.parse_size(args.score_size) if args.score_size else size
     args.depth_max = args.depth_max or high
     source = data.open_source(args, "train" if synthetic else "val", size)
     blind = blind_map(source, 2048 if synthetic else args.images or 2048)
@@ -271,9 +283,11 @@ def score_depth(args, model, encoders, device):
                         *score, aligned = depth_metrics(maps[method][i], target, mask & ~sparse[1][i], "none")
                     else:
                         *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
+                    check_score(score, args, n)
                     scores.setdefault(method, {})[n] = score
                     if method == I2D and index < 6:
-                        error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1) * mask
+                        error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)
+                        error = torch.where(mask, error, 0.0)  # elsewhere a map may hold NaN
                         heat = (error[0, :, :, None].numpy() * (255, 153, 77)).astype(np.uint8)
                         depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
                         pictures.append([data.paint_rgb(rgb[i]), *depths, heat])
@@ -298,7 +312,10 @@ def evaluate_depth(args, model, encoders, device):
         limit = f", depth up to {options.depth_max:g} m" if options.depth_max else ""
         print(f"{name}: {len(scores[I2D])} images scored at {size[0]}x{size[1]}{limit}")
         found = {key: print_row(f"  {m}", scores[m].values()) for key, m in KEYS.items() if m in scores}
-        print(f"{'  ratio to the baseline':34}{found['']['absrel'] / found['baseline_']['absrel']:7.3f}")
+        ours_error, blind_error = found[""]["absrel"], found["baseline_"]["absrel"]
+        undefined = blind_error < 1e-6  # of a pixel or two, or constant depth, which an alignment fits exactly
+        ratio = "  undefined: the baseline is exact" if undefined else f"{ours_error / blind_error:7.3f}"
+        print(f"{'  ratio to the baseline':34}{ratio}")
         results[name] = {f"{key}{k}": v for key, row in found.items() for k, v in row.items()}
         results[name] |= {"scored_at": size, "depth_max": options.depth_max, "per_image": scores[I2D]}
         ours.append(found[""])
@@ -362,8 +379,10 @@ def evaluate_agreement(args, model, encoders, device):
                     Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
             for key, target in (("", scored_on[i]), ("other", previous)):
                 if target is not None:  # nearer than a hundredth of the mean is no surface
-                    surface = target > 0.01 * target.mean()
-                    scores[key].append(depth_metrics(scored[i], target, surface, args.align)[:2])
+                    surface = target > 0.01 * target.clamp(min=0).mean()
+                    score = depth_metrics(scored[i], target, surface, args.align)[:2]
+                    check_score(score, args, n)
+                    scores[key].append(score)
             previous = scored_on[i]
     finder = args.predictions or f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
     print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}; depth found by {finder}")
@@ -389,23 +408,32 @@ def features(rgb):
     return torch.cat([pool(rgb, 4).flatten(1), pool(edges, 4).flatten(1)], 1).cpu().double()
 
 
-def load_features(path, device):
-    """--features: a TorchScript file -> its features as a function like `features`.
+def load_features(path, device, size):
+    """--features: a TorchScript file -> its features as a function like `features`, tried on two images of size.
 
     It gets uint8 images (B, 3, H, W) in 0..255, as the widely used Inception file wants them, and return_features=True
-    if its forward has this argument; it returns (B, d).
+    if its forward has this argument; it returns (B, d), floating and finite, d up to 8192. It is code, which is run.
     """
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        data.fail(f"--features {path}: not a TorchScript file ({str(error).splitlines()[0]})")
-    options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
+
+    if not Path(path).is_file():
+        data.fail(f"--features {path}: no such file")
 
     def extract(rgb):
         pictures = ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte()
         with torch.no_grad():
             return network(pictures.to(device), **options).flatten(1).cpu().double()
 
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+        options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
+        found = extract(torch.linspace(-1, 1, 6).view(2, 3, 1, 1).expand(2, 3, *size))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        data.fail(f"--features {path}: not a TorchScript file of features ({type(error).__name__}: {error})")
+    if len(found) != 2 or not 1 <= found.shape[1] <= 8192 or not found.isfinite().all():
+        shape = tuple(found.shape)
+        data.fail(f"--features {path}: returned {shape} for two images; must be (2, d), finite, d from 1 to 8192")
     return extract
 
 
@@ -454,7 +482,7 @@ def following(seen, captions):
 def evaluate_image(args, model, encoders, device):
     """Images from the captions of samples, beside their own images."""
     size, synthetic = (args.size, args.size), args.data == "synthetic"
-    extract = load_features(args.features, device) if args.features else features
+    extract = load_features(args.features, device, size) if args.features else features
     first, world = model.modalities[0].name, data.World("val", size, device)
     levels = noise_levels([m.name for m in model.modalities], args.steps, args.order)
     made, real, other = Moments(), Moments(), Moments()
@@ -506,65 +534,123 @@ def open_network(path, flag, args, device):
     return model.to(device), encoders
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    p = data.Flags(__doc__)
     p.add_argument("task", choices=("depth", "image", "follow", "joint"))
-
-    def setting(flag, default, help, **kwargs):
-        p.add_argument(flag, default=default, type=type(default), help=f"{help} (default: {default})", **kwargs)
-
-    setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
-    data.source_settings(setting)
-    setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world")
-    setting("--size", 0, "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's")
-    setting("--score-size", "", "HxW at which depth is scored; empty is a benchmark's own, or --size squared")
-    setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images")
-    setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
-    setting("--measured", 0.0, "depth: also complete this share of the true pixels, and score the others in their unit")
-    setting("--strength", 1.0, "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean")
-    setting(
+    p.setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
+    data.source_settings(p)
+    p.setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world", data.whole(0, 10**9))
+    p.setting(
+        "--size",
+        0,
+        "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's",
+        data.whole(0, data.MAX_SIDE),
+    )
+    p.setting(
+        "--score-size",
+        "",
+        "HxW at which depth is scored; empty is a benchmark's own, or --size squared",
+        data.size_text(2),
+    )
+    p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images", data.whole(0, 10**4))
+    p.setting(
+        "--solver",
+        "euler",
+        "euler, or heun (second order, two evaluations a step)",
+        data.one_of("euler", "heun"),
+    )
+    p.setting(
+        "--measured",
+        0.0,
+        "depth: also complete this share of the true pixels, and score the others in their unit",
+        data.number(0, 1),
+    )
+    p.setting(
+        "--strength",
+        1.0,
+        "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean",
+        data.number(0, 1),
+    )
+    p.setting(
         "--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 the image comes first; or rgb,depth or depth,rgb"
     )
-    setting("--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them")
-    setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the depth that is found")
-    setting("--align", "affine", "of depth, before it is scored", choices=("none", "scale", "affine", "lstsq"))
-    setting("--ensemble", 1, "samples of each depth map; their median counts")
-    setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
-    setting(
+    p.setting(
+        "--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them"
+    )
+    p.setting(
+        "--judge-steps",
+        I2D_STEPS,
+        "follow, joint: sampling steps of the depth that is found",
+        data.whole(1, 10**4),
+    )
+    p.setting(
+        "--align",
+        "affine",
+        "of depth, before it is scored: none, scale, affine or lstsq",
+        data.one_of("none", "scale", "affine", "lstsq"),
+    )
+    p.setting("--ensemble", 1, "samples of each depth map; their median counts", data.whole(1, 1000))
+    p.setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
+    p.setting(
         "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"
     )
-    setting("--cfg", 3.0, "guidance of generated images")
-    setting("--features", "", "TorchScript feature extractor of the Frechet distance, such as Inception's for FID")
-    setting("--batch-size", 16, "images at a time; changes no result")
-    setting("--seed", 0, "of the noise")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    setting(
+    p.setting("--cfg", 3.0, "guidance of generated images", data.number(0, 100))
+    p.setting(
+        "--features",
+        "",
+        "TorchScript feature extractor of the Frechet distance, such as Inception's for FID. It is code: a file "
+        "that is run, and may read and write others; give one that you trust",
+    )
+    p.setting("--batch-size", 16, "images at a time; changes no result", data.whole(1, 10**5))
+    p.setting("--seed", 0, "of the noise", data.SEED)
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+    p.setting(
         "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
     )
     args = p.parse_args()
+    data.check_depth_range(args)
     args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
-    data.at_least(args, images=0, size=0, steps=1, judge_steps=1, batch_size=1, ensemble=1, workers=0)
-    for flag in ("measured", "strength"):
-        if not 0 <= getattr(args, flag) <= 1:
-            data.fail(f"--{flag} {getattr(args, flag)}: a share, from 0 to 1")
     uses = dict.fromkeys(("judge", "judge_steps"), AGREEMENT)
     uses |= {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"]}
     for flag, tasks in uses.items():
-        given, default = getattr(args, flag), p.get_default(flag)
-        if given != default and (args.task not in tasks or args.predictions):
-            flag = flag.replace("_", "-")
-            data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
-    out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
-    model = encoders = None
+        given = getattr(args, flag)
+        if given != p.get_default(flag) and (args.task not in tasks or args.predictions):
+            name = flag.replace("_", "-")
+            data.fail(f"--{name} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     if args.predictions and (args.save_predictions or args.task == "image"):
         data.fail("--predictions: there is nothing to save or to generate beside them")
-    if not args.predictions:
+    return args
+
+
+def check_predictions(args):
+    """Refuse saved maps that are not there, or whose size is not known."""
+    if not Path(args.predictions).is_dir():
+        data.fail(f"--predictions {args.predictions}: no such directory")
+    own_size = args.task == "depth" and (args.score_size or all(map(benchmark, args.data.split(","))))
+    if not args.size and not own_size:
+        data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
+
+
+def check_order(args, model):
+    """Refuse an order by which a modality that is scored stays pure noise."""
+    scored = [m.name for m in model.modalities[: 1 if args.task == "image" else 2]]
+    if isinstance(args.order, list) and args.task in ("image", "joint"):
+        for name in scored:
+            if name not in args.order:
+                data.fail(f"--order {','.join(args.order)}: {name}, which is scored, would stay noise; add it")
+
+
+def main():
+    args = parse()
+    device = data.pick_device(args.device)
+    model = encoders = None
+    if args.predictions:
+        check_predictions(args)
+    else:
         model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
         args.order = data.parse_order(args.order, [m.name for m in model.modalities])
-    elif not args.size and (
-        args.task in AGREEMENT or not (args.score_size or all(map(benchmark, args.data.split(","))))
-    ):
-        data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
+        check_order(args, model)
+    out = data.make_folder(args.out or f"runs/evaluate-{args.task}")
     tasks = {"depth": evaluate_depth, "image": evaluate_image} | dict.fromkeys(AGREEMENT, evaluate_agreement)
     results, grids = tasks[args.task](args, model, encoders, device)
     (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")

@@ -13,9 +13,9 @@ depth16.png (the same, over its text field "scale"), depth.png (coloured, near i
 edges left out) and metadata.json, whose command makes this sample again. grid.png shows the first of them.
 """
 
-import argparse
 import json
 import shlex
+import unicodedata
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,54 +34,78 @@ OF_THE_CALL = {"count", "out", "resume", "batch_size", "device", "animate", "pro
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def setting(flag, default, help, **kwargs):
-        kind = {"action": "store_true"} if default is False else {"type": type(default)}
-        p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kind | kwargs)
-
-    setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
-    setting("--prompt", [], "what the picture shows; may be given several times", type=str, action="append")
-    setting("--prompts", "", "file of more prompts, one a line")
-    setting("--image", "", "image, or directory of images, to generate depth from")
-    setting(
+    p = data.Flags(__doc__)
+    p.setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
+    p.setting("--prompt", [], "what the picture shows; may be given several times", action="append")
+    p.setting("--prompts", "", "file of more prompts, one a line")
+    p.setting("--image", "", "image, or directory of images, to generate depth from")
+    p.setting(
         "--depth",
         "",
         "depth map or directory: .npy, .pfm, 16-bit .png; missing is 0, negative or not finite. Beside --image, in its "
         "pixels (of two directories: files of one name), it is measured depth, which is completed",
     )
-    setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 ignored")
-    setting("--depth-strength", 1.0, "the same for --depth, without an image")
-    setting(
+    p.setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 ignored", data.number(0, 1))
+    p.setting("--depth-strength", 1.0, "the same for --depth, without an image", data.number(0, 1))
+    p.setting(
         "--order",
         "",
         "joint (the default: depth far behind the image); log2(alpha) of Sec. 4.2, -14 to 14 (joint: 5); or names "
         "rgb,depth (image-first), depth,rgb (depth-first), rgb alone",
     )
-    setting("--refine", "", "rgb or depth: regenerate it from the other in a second pass", choices=("", "rgb", "depth"))
-    setting("--count", 4, "samples of every prompt for every input")
-    setting("--ensemble", 1, "samples whose median is an image's depth")
-    setting("--size", "", "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area")
-    setting("--steps", 0, f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50")
-    setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", choices=("euler", "heun"))
-    setting("--cfg", 3.0, "classifier-free guidance of the image; 1 is none. The released model uses 4, this size less")
-    setting("--cfg-depth", 1.0, "classifier-free guidance of the depth")
-    setting("--cfg-interval", [0.0, 1.0], "noise levels where guidance acts", type=float, nargs=2, metavar="T")
-    setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees")
-    setting("--animate", False, "also animation.gif: how the first four lose their noise")
-    setting("--seed", 0, "of the first sample's noise; the next one's is one more")
-    setting("--batch-size", 16, "samples at a time")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with")
-    setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
-    setting("--out", "runs/samples", "directory to write to")
+    p.setting(
+        "--refine",
+        "",
+        "rgb or depth: regenerate it from the other in a second pass",
+        data.one_of("", "rgb", "depth"),
+    )
+    p.setting("--count", 4, "samples of every prompt for every input", data.whole(1, 10**5))
+    p.setting("--ensemble", 1, "samples whose median is an image's depth", data.whole(1, 1000))
+    p.setting(
+        "--size",
+        "",
+        "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area",
+        data.size_text(),
+    )
+    p.setting(
+        "--steps",
+        0,
+        f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50",
+        data.whole(0, 10**4),
+    )
+    p.setting(
+        "--solver",
+        "euler",
+        "euler, or heun (second order, two evaluations a step)",
+        data.one_of("euler", "heun"),
+    )
+    p.setting(
+        "--cfg",
+        3.0,
+        "classifier-free guidance of the image; 1 is none. The released model uses 4, this size less",
+        data.number(0, 100),
+    )
+    p.setting("--cfg-depth", 1.0, "classifier-free guidance of the depth", data.number(0, 100))
+    p.setting(
+        "--cfg-interval",
+        [0.0, 1.0],
+        "noise levels where guidance acts",
+        data.number(0, 1),
+        nargs=2,
+        metavar="T",
+    )
+    p.setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees", data.number(1, 179))
+    p.setting("--animate", False, "also animation.gif: how the first four lose their noise")
+    p.setting("--seed", 0, "of the first sample's noise; the next one's is one more", data.SEED)
+    p.setting("--batch-size", 16, "samples at a time", data.whole(1, 10**5))
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+    p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
+    p.setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
+    p.setting("--out", "runs/samples", "directory to write to")
     args = p.parse_args()
 
-    data.at_least(args, steps=0, count=1, ensemble=1, batch_size=1)
     for flag in ("image", "depth"):
         strength = getattr(args, f"{flag}_strength")
-        if not 0 <= strength <= 1:
-            data.fail(f"--{flag}-strength {strength}: from 0, ignored, to 1, clean")
         if strength < 1 and not getattr(args, flag):
             data.fail(f"--{flag}-strength {strength}: of no --{flag}; give one")
     if args.image and args.depth_strength < 1:
@@ -90,16 +114,12 @@ def parse():
         data.fail(f"--order {args.order}: what is given comes first (--image-strength, --depth-strength); leave it out")
     if args.ensemble > 1 and (not args.image or args.refine == "rgb"):
         data.fail(f"--ensemble {args.ensemble}: it is for depth from an --image; leave it out")
-    if not all(0 <= scale < float("inf") for scale in (args.cfg, args.cfg_depth)):
-        data.fail(f"--cfg {args.cfg} --cfg-depth {args.cfg_depth}: guidance is a number from 0")
     if (args.image and args.refine == "depth") or (args.depth and not args.image and args.refine == "rgb"):
         data.fail(f"--refine {args.refine}: it is made from what is given in the first pass; leave it out")
     if args.image and args.image_strength == 1 and args.refine:
         data.fail(f"--refine {args.refine}: the image is given, clean; leave it out, or lower --image-strength")
-    if not 0 < args.fov < 180:
-        data.fail(f"--fov {args.fov}: an angle between 0 and 180 degrees")
-    if not 0 <= args.cfg_interval[0] <= args.cfg_interval[1] <= 1:
-        data.fail(f"--cfg-interval {args.cfg_interval}: two noise levels in 0..1, the lower first")
+    if args.cfg_interval[0] > args.cfg_interval[1]:
+        data.fail(f"--cfg-interval {args.cfg_interval}: must be two noise levels, the lower first")
     return args, {action.dest: action.default for action in p._actions}
 
 
@@ -142,17 +162,27 @@ def list_inputs(path, flag, suffixes):
     return found
 
 
+def read_prompts(path):
+    """The lines of a text file, --prompts, that are not empty."""
+    try:
+        text = data.read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        data.fail(f"--prompts {path}: not a text file in UTF-8")
+    except data.BadSample as error:
+        data.fail(f"--prompts {path}: {error}")
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
 def list_jobs(args, length):
     """Every prompt for every input, args.count times. length: bytes of a prompt that the network reads, 0 is any."""
     prompts = list(args.prompt)
-    try:
-        lines = Path(args.prompts).read_text().splitlines() if args.prompts else []
-    except (OSError, ValueError) as error:
-        data.fail(f"--prompts {args.prompts}: {getattr(error, 'strerror', None) or 'not a text file'}")
-    prompts = prompts + [line.strip() for line in lines if line.strip()] or [""]
+    if args.prompts:
+        prompts += read_prompts(args.prompts)
+    prompts = prompts or [""]
     for prompt in prompts:
-        if not prompt.isprintable():
-            data.fail(f"prompt {prompt[:24]!r}: holds what is no text")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
+            data.fail(f"prompt {prompt[:24]!r}: holds a control character, or what is no text; leave it out")
         if length and (cut := data.left_out(prompt, length)):
             data.fail(f'prompt "{prompt[:24]}...": too long, the network would not read "{cut}"; shorten it')
     kinds = {"image": data.IMAGES, "depth": data.MAPS}
@@ -340,9 +370,12 @@ def command(settings, defaults):
 def read_metadata(folder):
     """What write has written last, or None if the sample is not there, or damaged."""
     try:
-        return {"settings": {}, "checkpoint_step": None} | json.loads((folder / "metadata.json").read_bytes())
-    except (OSError, ValueError, TypeError):
+        metadata = json.loads(data.read_file(folder / "metadata.json"))
+    except (ValueError, RecursionError):  # among them data.BadSample: it cannot be read
         return None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings", {}), dict):
+        return None
+    return {"settings": {}, "checkpoint_step": None} | metadata
 
 
 def contact_sheet(out, jobs, labels, columns=8, most=24):
@@ -385,7 +418,7 @@ def main():
     config, members = model.config, args.ensemble
     encoders = data.open_encoders(args.encoders, device, config, state["settings"].get("encoders", ""))
     order = read_order(args, [m.name for m in model.modalities])
-    size = data.parse_size(args.size, "--size") if args.size else (config.size, config.size)
+    size = data.parse_size(args.size) if args.size else (config.size, config.size)
     if any(n % config.patch for n in size):
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
 

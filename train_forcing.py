@@ -52,71 +52,62 @@ from model import (
 )
 
 
+def sparsity(text):
+    """Type of --sparsity: one of data.sparsify's patterns, unchanged."""
+    if text not in ("mixed", *data.PATTERNS):
+        try:
+            data.number(0, 1, above=True)(text)
+        except argparse.ArgumentTypeError:
+            known = f"must be mixed, {', '.join(data.PATTERNS)}, or a share above 0, up to 1"
+            raise argparse.ArgumentTypeError(f"{text}: {known}") from None
+    return text
+
+
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def setting(flag, default, help, **kwargs):
-        kwargs |= {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
-        p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
-
-    setting(
+    p = data.Flags(__doc__)
+    p.setting(
         "--init",
         "runs/t2i/last.pt",
         "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none",
     )
-    setting("--preset", "", f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none")
-    data.source_settings(setting)
-    setting(
-        "--sparsity", "mixed", f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
+    p.setting(
+        "--preset",
+        "",
+        f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none",
+        data.one_of("", *PRESETS),
     )
-    setting("--size", 0, "side of the images in pixels; 0 is the preset's")
-    setting("--steps", 540, "optimizer steps")
-    setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together")
-    setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory")
-    setting("--lr", 6e-3, "peak learning rate")
-    setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero")
-    setting("--clip", 1.0, "gradient norm is clipped to this")
-    setting("--ema", 0.99, "decay of the averaged weights, which sampling uses")
-    setting("--p-i2d", 0.2, "probability that a sample holds its image clean")
-    setting("--p-d2i", 0.2, "probability that a sample holds its depth clean")
-    setting(
-        "--distill-hi", 0.5, "weight of self-distillation where depth is pure noise (lambda_hi of Eq. 8); both 0: none"
+    data.source_settings(p)
+    p.setting(
+        "--sparsity",
+        "mixed",
+        f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1",
+        sparsity,
     )
-    setting("--distill-lo", 0.05, "weight of self-distillation where depth is clean (lambda_lo of Eq. 8)")
-    setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance")
-    setting("--seed", 0, "of weights, scenes and noise")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
-    setting("--out", "runs/forcing", "run directory")
-    setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
-    setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
-    p.add_argument(
-        "--resume", action="store_true", help="go on from the run directory's newest whole checkpoint, if any"
+    p.setting("--p-i2d", 0.2, "probability that a sample holds its image clean", data.number(0, 1))
+    p.setting("--p-d2i", 0.2, "probability that a sample holds its depth clean", data.number(0, 1))
+    p.setting(
+        "--distill-hi",
+        0.5,
+        "weight of self-distillation where depth is pure noise (lambda_hi of Eq. 8); both 0: none",
+        data.number(0, 1000),
     )
-    setting("--checkpoint-every", 250, "steps between checkpoints")
-    setting("--keep", 2, "checkpoints that are kept, the newest ones")
-    setting("--log-every", 10, "steps between rows of metrics.jsonl")
-    setting("--sample-every", 500, "steps between picture grids")
-    setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
-    setting("--timeout", 1800, "seconds before ranks give up on a silent one; give more than a checkpoint takes")
-    setting("--dry-run", 0, "print FLOPs, and bytes on each of so many GPUs, and stop", metavar="GPUS")
+    p.setting(
+        "--distill-lo",
+        0.05,
+        "weight of self-distillation where depth is clean (lambda_lo of Eq. 8)",
+        data.number(0, 1000),
+    )
+    data.training_settings(p, steps=540, out="runs/forcing")
     args = p.parse_args()
     args.resume = args.resume or data.tried_again(args.out)
     if args.resume:  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**data.run_settings(args.out) | {"resume": True})
         args = p.parse_args()
-    data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
-    data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
-    data.at_least(args, checkpoint_every=1, log_every=1, sample_every=1)
-    try:
-        known = args.sparsity in ("mixed", *data.PATTERNS) or 0 < float(args.sparsity) <= 1
-    except ValueError:
-        known = False
-    if not known:
-        data.fail(f"--sparsity {args.sparsity}: choose mixed, {', '.join(data.PATTERNS)}, or a share in (0, 1]")
-    if args.p_i2d < 0 or args.p_d2i < 0 or args.p_i2d + args.p_d2i > 1:
-        data.fail(f"--p-i2d {args.p_i2d} --p-d2i {args.p_d2i}: probabilities, whose sum is at most 1")
+    data.check_depth_range(args)
+    if args.p_i2d + args.p_d2i > 1:
+        data.fail(f"--p-i2d {args.p_i2d} --p-d2i {args.p_d2i}: the sum of these probabilities must be at most 1")
+    if args.distill_hi < args.distill_lo:
+        data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args
 
 
@@ -172,11 +163,8 @@ def main():
     args = parse()
     planned = args.dry_run and args.preset and args.init != "none"  # then --init need not exist yet
     init = None if args.init == "none" or planned else data.load_checkpoint(args.init, "--init")
-    if init is None or args.preset:
-        if (args.preset or "nano") not in PRESETS:
-            data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
-        base = PRESETS[args.preset or "nano"]
-    else:
+    base = PRESETS[args.preset or "nano"]
+    if init and not args.preset:
         base = Config(**init["config"])
     config = base.with_modalities(replace(base.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -13,7 +13,6 @@ samples/ and the last checkpoints; train_forcing.py starts from last.pt, the new
 noise levels -> predict -> loss -> step.
 """
 
-import argparse
 import copy
 import itertools
 import math
@@ -48,50 +47,16 @@ from model import (
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def setting(flag, default, help, **kwargs):
-        kwargs |= {"action": argparse.BooleanOptionalAction} if default is False else {"type": type(default)}
-        p.add_argument(flag, default=default, help=f"{help} (default: {default})", **kwargs)
-
-    setting("--preset", "nano", f"network: {', '.join(PRESETS)}")
-    data.source_settings(setting)
-    setting("--size", 0, "side of the images in pixels; 0 is the preset's")
-    setting("--steps", 650, "optimizer steps")
-    setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together")
-    setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory")
-    setting("--lr", 6e-3, "peak learning rate")
-    setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero")
-    setting("--clip", 1.0, "gradient norm is clipped to this")
-    setting("--ema", 0.99, "decay of the averaged weights, which sampling uses")
-    setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance")
-    setting("--seed", 0, "of weights, scenes and noise")
-    setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
-    setting("--out", "runs/t2i", "run directory")
-    setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
-    setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
-    p.add_argument(
-        "--resume", action="store_true", help="go on from the run directory's newest whole checkpoint, if any"
-    )
-    setting("--checkpoint-every", 250, "steps between checkpoints")
-    setting("--keep", 2, "checkpoints that are kept, the newest ones")
-    setting("--log-every", 10, "steps between rows of metrics.jsonl")
-    setting("--sample-every", 500, "steps between picture grids")
-    setting("--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops")
-    setting("--timeout", 1800, "seconds before ranks give up on a silent one; give more than a checkpoint takes")
-    setting("--dry-run", 0, "print FLOPs, and bytes on each of so many GPUs, and stop", metavar="GPUS")
+    p = data.Flags(__doc__)
+    p.setting("--preset", "nano", f"network: {', '.join(PRESETS)}", data.one_of(*PRESETS))
+    data.source_settings(p)
+    data.training_settings(p, steps=650, out="runs/t2i")
     args = p.parse_args()
     args.resume = args.resume or data.tried_again(args.out)
     if args.resume:  # a run goes on with its own settings, unless flags say otherwise
         p.set_defaults(**data.run_settings(args.out) | {"resume": True})
         args = p.parse_args()
-    data.at_least(args, size=0, seed=0, workers=0, dry_run=0)
-    data.at_least(args, steps=1, batch_size=1, grad_accum=1, warmup=1, keep=1, max_skipped=1, timeout=1)
-    data.at_least(args, checkpoint_every=1, log_every=1, sample_every=1)
-    if args.preset not in PRESETS:
-        data.fail(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
+    data.check_depth_range(args)
     return args
 
 

@@ -390,7 +390,7 @@ class Statistics(torch.nn.Module):
 
 def test_frechet_distance_with_a_torchscript_file(trained, world, tmp_path, monkeypatch):
     torch.jit.script(Statistics()).save(tmp_path / "features.pt")
-    extract = evaluate.load_features(tmp_path / "features.pt", "cpu")
+    extract = evaluate.load_features(tmp_path / "features.pt", "cpu", (8, 8))
     grey = extract(torch.zeros(3, 3, 8, 8))
     assert grey.dtype == torch.float64 and grey.tolist() == [[128, 128, 128, 0, 0, 0]] * 3
     line = (
