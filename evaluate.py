@@ -41,12 +41,19 @@ def benchmark(name):
     return BENCHMARKS.get(Path(name).name.lower())
 
 
+def images_at_a_time(args):
+    """How many images make --batch-size samples for the network: one image is several in an ensemble, or guided."""
+    copies = 1 if args.task == "depth" or args.cfg == 1 else 2
+    return max(1, args.batch_size // max(copies, args.ensemble))
+
+
 def samples_of(args, size, device, with_depth=True):
     """(values, valid, captions, names, shapes, indices) of the samples to evaluate; no name may come twice."""
     source = data.open_source(args, "val", size, device, with_depth)
     seen, start = set(), 0
     count = args.images or (128 if args.data == "synthetic" else None)
-    for values, valid, captions, names, shapes in data.in_order(source, count, args.batch_size, device, args.workers):
+    batches = data.in_order(source, count, images_at_a_time(args), device, args.workers)
+    for values, valid, captions, names, shapes in batches:
         for name in names:
             if name in seen and args.task != "image":
                 data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
@@ -601,7 +608,13 @@ def parse():
         "TorchScript feature extractor of the Frechet distance, such as Inception's for FID. It is code: a file "
         "that is run, and may read and write others; give one that you trust",
     )
-    p.setting("--batch-size", 16, "images at a time; changes no result", data.whole(1, 10**5))
+    p.setting(
+        "--batch-size",
+        16,
+        "samples that the network sees at a time, members of an ensemble and guided copies among them (all of one "
+        "image's at once); changes no result",
+        data.whole(1, 10**5),
+    )
     p.setting("--seed", 0, "of the noise", data.SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting(

@@ -97,7 +97,13 @@ def parse():
     p.setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees", data.number(1, 179))
     p.setting("--animate", False, "also animation.gif: how the first four lose their noise")
     p.setting("--seed", 0, "of the first sample's noise; the next one's is one more", data.SEED)
-    p.setting("--batch-size", 16, "samples at a time", data.whole(1, 10**5))
+    p.setting(
+        "--batch-size",
+        16,
+        "samples that the network sees at a time, members of an ensemble and guided copies among them (all of one "
+        "sample's at once)",
+        data.whole(1, 10**5),
+    )
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
     p.setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
@@ -235,6 +241,14 @@ def read_inputs(job, args, config, area):
     return size
 
 
+def jobs_at_a_time(args):
+    """How many jobs make --batch-size samples for the network: one job is several in an ensemble, or guided."""
+    image_is_given = args.image and args.image_strength == 1
+    guided = args.cfg_depth != 1 or (args.cfg != 1 and not image_is_given)
+    copies = 2 if guided else 1
+    return max(1, args.batch_size // (args.ensemble * copies))
+
+
 def batches(jobs, args, config, size, refused):
     """(size, jobs of this size, read), as many as go through the network at a time.
 
@@ -252,7 +266,7 @@ def batches(jobs, args, config, size, refused):
             refused.add(str(error))
             continue
         waiting.setdefault(seen_at, []).append(job)
-        if len(waiting[seen_at]) * args.ensemble >= args.batch_size:
+        if len(waiting[seen_at]) == jobs_at_a_time(args):
             yield seen_at, waiting.pop(seen_at)
     yield from waiting.items()
 

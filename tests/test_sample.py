@@ -22,6 +22,7 @@ from model import (
     JOINT,
     RGB,
     Config,
+    DiT,
     Modality,
     complete_depth,
     contract,
@@ -667,3 +668,32 @@ def test_the_scale_bar_is_painted_as_the_depths_that_it_names():
 def test_colours_depend_on_no_unit():
     depth = torch.rand(1, 20, 20) + 0.5
     assert np.array_equal(data.paint_depth(depth), data.paint_depth(depth * 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("line", "most"),
+    [
+        ("--prompt a --count 5 --steps 1 --batch-size 4", 4),  # two of each: with and without the caption
+        ("--prompt a --count 5 --steps 1 --batch-size 4 --cfg 1", 4),
+        ("--image {image} --count 3 --ensemble 3 --batch-size 7", 6),
+        ("--image {image} --count 2 --ensemble 3 --batch-size 1", 3),  # members of one ensemble are not parted
+    ],
+)
+def test_a_batch_counts_members_and_guided_copies(line, most, call, tmp_path, monkeypatch):
+    seen, forward = [], DiT.forward
+
+    def spy(self, noisy, t, text):
+        seen.append(len(text))
+        return forward(self, noisy, t, text)
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "image.png")
+    call(line.format(image=tmp_path / "image.png"))
+    assert max(seen) == most
+
+
+def test_an_evaluations_batch_counts_members_and_guided_copies():
+    for task, cfg, ensemble, images in (("depth", 3.0, 1, 16), ("depth", 3.0, 5, 3), ("image", 3.0, 1, 8)):
+        args = argparse.Namespace(task=task, cfg=cfg, ensemble=ensemble, batch_size=16)
+        assert evaluate.images_at_a_time(args) == images
+    assert evaluate.images_at_a_time(argparse.Namespace(task="joint", cfg=1.0, ensemble=40, batch_size=16)) == 1
