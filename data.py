@@ -103,7 +103,7 @@ def split_mix(z):
 def uniforms(split, indices, count):
     """(B, count) float64 in [0, 1), a hash of (split, index, column): a scene does not depend on its batch."""
     column = torch.arange(count)
-    place = torch.tensor(indices)[:, None] * (2 * count) + column
+    place = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * count) + column
     bits = split_mix((place + signed(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))) * GOLDEN)
     return shift_right(bits, 11).double() * 2.0**-53
 
@@ -750,8 +750,8 @@ class Draws:
 
     def __init__(self, key, indices, device="cpu"):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, signed=True)
-        self.streams = split_mix(torch.tensor(indices, device=device) * GOLDEN + key)  # (B,)
+        key = int.from_bytes(digest, "big", signed=True)
+        self.streams = split_mix(torch.tensor(indices, dtype=torch.int64, device=device) * GOLDEN + key)  # (B,)
         self.draws = 0
 
     def bits(self, *shape):
