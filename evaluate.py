@@ -421,7 +421,6 @@ def load_features(path, device, size):
     It gets uint8 images (B, 3, H, W) in 0..255, as the widely used Inception file wants them, and return_features=True
     if its forward has this argument; it returns (B, d), floating and finite, d up to 8192. It is code, which is run.
     """
-
     if not Path(path).is_file():
         data.fail(f"--features {path}: no such file")
 

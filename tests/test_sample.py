@@ -335,6 +335,17 @@ def test_an_ensemble_is_the_median_of_its_members():
         close(made[i], torch.stack([maps[i] for maps in each]).median(0).values)
 
 
+def test_image_and_depth_of_an_estimate_have_noise_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(DiT, "sample", lambda self, levels, noise, *args, **kwargs: seen.append(noise) or noise)
+    network, encoders, rgb = build(RGB, DEPTH), data.PixelsAndBytes(32), torch.zeros(2, 3, 64, 64)
+    args = argparse.Namespace(size=64, seed=0, ensemble=1, solver="euler")
+    evaluate.estimate_depth(network, encoders, rgb, [0, 1], args, 1, strength=0.5)
+    together = torch.cat([seen[0]["rgb"], seen[0]["depth"]], 1).flatten(2)
+    for sample_noise in together:
+        assert (sample_noise.corrcoef() - torch.eye(4)).abs().max() < 0.1
+
+
 def test_an_image_of_strength_zero_tells_nothing():
     network, encoders = build(RGB, DEPTH), data.PixelsAndBytes(32)
     args = argparse.Namespace(size=16, seed=0, ensemble=1, solver="euler")
@@ -605,6 +616,22 @@ def test_prompts_from_a_file_and_any_size(call, tmp_path):
     call("--prompts p.txt --count 1 --steps 1 --size 8x24 --out s")
     assert [Image.open(tmp_path / f"s/{i:03}/rgb.png").size for i in range(2)] == [(24, 8)] * 2
     assert json.loads((tmp_path / "s/001/metadata.json").read_text())["settings"]["prompt"] == ["b b"]
+
+
+def test_emoji_and_spaces_of_every_kind_are_text(call, tmp_path):
+    family, heart, wide = "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u2764\ufe0f", "a\u00a0red\u3000ball"
+    (tmp_path / "prompts.txt").write_text(f"\ufeff{heart} on the ground\n", encoding="utf-8")
+    call(f"--prompt '{family}' --prompt '{wide}' --prompts prompts.txt --count 1 --steps 1 --out made")
+    prompts = [
+        json.loads(path.read_text())["settings"]["prompt"][0] for path in sorted(tmp_path.glob("made/*/metadata.json"))
+    ]
+    assert prompts == [family, wide, f"{heart} on the ground"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'{"settings": 3}', b"\xff", b"[" * 10**5, b'{"settings"'])
+def test_a_damaged_metadata_file_tells_of_no_sample(content, tmp_path):
+    (tmp_path / "metadata.json").write_bytes(content)
+    assert sample.read_metadata(tmp_path) is None
 
 
 def test_what_a_long_prompt_loses_is_what_the_network_would_not_read():

@@ -1,0 +1,802 @@
+"""Bad input of every kind: one line that says what is wrong, exit code 2, nothing lost. One row an input, one check.
+
+A row is (script, command line, what the line on stderr must say). Names in braces are filled in from the fixture files;
+words such as RANK=x that come first are the environment.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+import data
+import evaluate
+import sample
+import train_forcing
+import train_t2i
+from model import DEPTH, RGB, Config, DiT
+
+ROOT = Path(__file__).parent.parent
+TASK = {evaluate: "depth "}  # what comes before the flags
+
+
+# ---- Numbers and choices: for each flag the values that it must refuse ----
+
+NUMBERS = {
+    train_t2i: {
+        "--lr": "0 -1 1.5 nan inf -inf 1e400 fast",
+        "--clip": "-1 0 nan inf",
+        "--ema": "-0.1 1.1 nan",
+        "--drop-caption": "-0.1 2 nan",
+        "--depth-scale": "0 -1 nan inf",
+        "--depth-min": "-1 nan inf",
+        "--depth-max": "-1 nan inf",
+        "--seed": "-1 2147483648 0.5 nan",
+        "--size": "-4 65536 1e2 wide",
+        "--steps": "0 -1 2.5 100000000000 many",
+        "--batch-size": "0 -1 1000000000 nan",
+        "--grad-accum": "0 -2",
+        "--warmup": "0 1.5",
+        "--keep": "0 -1",
+        "--workers": "-1 100000",
+        "--checkpoint-every": "0",
+        "--log-every": "0",
+        "--sample-every": "0 inf",
+        "--max-skipped": "0",
+        "--timeout": "0 1e9 nan",
+        "--dry-run": "-1 x",
+        "--preset": "huge",
+        "--optimizer": "sgd",
+    },
+    train_forcing: {
+        "--p-i2d": "-0.1 1.1 nan",
+        "--p-d2i": "-0.1 1.1 nan",
+        "--distill-hi": "-1 nan inf",
+        "--distill-lo": "-1 nan inf",
+        "--sparsity": "thin 0 nan 1.5 -0.5",
+        "--preset": "huge",
+        "--lr": "nan",
+    },
+    sample: {
+        "--image-strength": "1.5 -0.1 nan",
+        "--depth-strength": "1.5 nan",
+        "--cfg": "nan inf -1 1e9",
+        "--cfg-depth": "nan -1",
+        "--fov": "0 180 nan",
+        "--count": "0 -1 100000000000",
+        "--ensemble": "0 1e6",
+        "--steps": "-1 1000000",
+        "--batch-size": "0 1000000000",
+        "--seed": "-1 2147483648",
+        "--size": "wide 65536 0 16x -16 16x0 16.5 16x16x16 " + "9" * 5000,
+        "--solver": "rk4",
+        "--refine": "normal",
+    },
+    evaluate: {
+        "--images": "-1 0.5",
+        "--size": "-1 65536",
+        "--score-size": "wide 1 0x16 65536",
+        "--steps": "-1",
+        "--judge-steps": "0",
+        "--measured": "2 -0.1 nan",
+        "--strength": "-0.1 nan",
+        "--cfg": "nan -1",
+        "--ensemble": "0",
+        "--batch-size": "0 1000000000",
+        "--seed": "-1",
+        "--workers": "-1",
+        "--depth-scale": "nan",
+        "--align": "best",
+        "--solver": "rk4",
+    },
+    data: {
+        "--count": "0 -1 nan 1000000000",
+        "--size": "0 65536",
+        "--measured": "0 1.5 nan",
+        "--layout": "zip",
+        "--split": "test",
+    },
+}
+
+# ---- Flags that do not go together, or are none ----
+
+FLAGS = [
+    *[(script, TASK.get(script, "") + "--nonsense 3", "unrecognized arguments: --nonsense") for script in NUMBERS],
+    *[(script, TASK.get(script, "") + "--siz 16", "unrecognized arguments: --siz") for script in NUMBERS],
+    (train_t2i, "--lr", "--lr: expected one argument"),
+    (train_t2i, "--lr --steps 3", "--lr: expected one argument"),
+    (train_t2i, "now", "unrecognized arguments: now"),
+    (train_t2i, "--compile yes", "unrecognized arguments: yes"),
+    (train_t2i, "--no-compile=1", "explicit argument"),
+    (train_t2i, "--batch-size 30 --grad-accum 4 --out {tmp}/x", "--batch-size 30"),
+    (train_t2i, "--depth-min 2 --depth-max 1", "--depth-max 1.0: must be above --depth-min, 2.0"),
+    (train_t2i, "--size 30 --out {tmp}/x", "--size 30"),
+    (train_t2i, "--data nowhere --out {tmp}/x", "--data nowhere: unknown source"),
+    (train_t2i, "--data {tmp}/{{0..3}}.tar --out {tmp}/x", "no file {tmp}/0.tar"),
+    (train_t2i, "--device warp --out {tmp}/x", "--device warp"),
+    (train_t2i, "--out {tmp}/text.png", "text.png"),
+    (train_t2i, "--out {tmp}/text.png/deeper", "text.png"),
+    (train_t2i, "--out /proc/none", "/proc/none"),
+    (train_forcing, "--p-i2d 0.9 --p-d2i 0.9", "--p-i2d 0.9 --p-d2i 0.9"),
+    (train_forcing, "--distill-hi 0.1 --distill-lo 0.5", "--distill-hi 0.1: must be at least --distill-lo, 0.5"),
+    (train_forcing, "--depth-min 1 --depth-max 1", "--depth-max 1.0"),
+    (train_forcing, "--init {t2i} --out {run}", "already holds a run"),
+    (train_forcing, "--init {t2i} --preset tiny --out {tmp}/x", "--init"),
+    (sample, "--checkpoint {t2i} --image {tmp}/good.png", "no depth"),
+    (sample, "--checkpoint {t2i} --depth {tmp}/wide.npy", "no depth"),
+    (sample, "--checkpoint {t2i} --order joint", "no depth"),
+    (sample, "--checkpoint {t2i} --refine depth", "no depth"),
+    (sample, "--checkpoint {forcing} --size 30", "--size 30"),
+    (sample, "--checkpoint {forcing} --size 16x30", "--size 16x30"),
+    (sample, "--checkpoint {forcing} --order sideways", "--order"),
+    (sample, "--checkpoint {forcing} --order 99", "--order"),
+    (sample, "--checkpoint {forcing} --order nan", "--order"),
+    (sample, "--checkpoint {forcing} --order ,", "--order"),
+    (sample, "--checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
+    (sample, "--checkpoint {forcing} --order rgb,rgb", "--order rgb,rgb"),
+    (sample, "--checkpoint {forcing} --order depth-first --image {tmp}/good.png", "--order depth-first"),
+    (sample, "--checkpoint {forcing} --image-strength 0.5", "--image-strength 0.5"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy --depth-strength 0.5", "measured"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy", "nothing is left"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine depth", "nothing to --refine"),
+    (sample, "--checkpoint {forcing} --order rgb --refine rgb", "--refine rgb"),
+    (sample, "--checkpoint {forcing} --image {tmp}/good.png --image-strength 0.5 --refine depth", "--refine depth"),
+    (sample, "--checkpoint {forcing} --depth {tmp}/d.npy --refine rgb", "--refine rgb"),
+    (sample, "--image {tmp}/good.png --ensemble 2 --refine rgb --image-strength 0.5", "--ensemble 2"),
+    (sample, "--checkpoint {forcing} --ensemble 3", "--ensemble 3"),
+    (sample, "--cfg-interval 0.8 0.2", "--cfg-interval"),
+    (sample, "--cfg-interval 0.8", "--cfg-interval: expected 2 arguments"),
+    (sample, "--cfg-interval nan 1", "--cfg-interval nan: must be"),
+    (sample, "--checkpoint {forcing} --device meta", "--device"),
+    (sample, "--checkpoint {forcing} --device cpu:x", "--device"),
+    (sample, "--checkpoint {forcing} --device cuda:99", "--device"),
+    (sample, "--checkpoint {forcing} --steps 1 --count 1 --out {tmp}/text.png", "text.png"),
+    (evaluate, "", "required: task"),
+    (evaluate, "colour", "invalid choice: 'colour'"),
+    (evaluate, "depth --depth-min 3 --depth-max 2", "--depth-max 2.0"),
+    (evaluate, "image --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
+    (evaluate, "joint --checkpoint {forcing} --strength 0.5", "--strength 0.5"),
+    (evaluate, "follow --checkpoint {forcing} --order 0", "--order 0"),
+    (evaluate, "joint --checkpoint {forcing} --order 99", "--order 99"),
+    (evaluate, "joint --checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
+    (evaluate, "image --checkpoint {t2i} --order rgb,depth", "--order rgb,depth"),
+    (evaluate, "image --checkpoint {forcing} --order depth", "--order depth: rgb, which is scored, would stay noise"),
+    (evaluate, "joint --checkpoint {forcing} --order rgb", "--order rgb: depth, which is scored, would stay noise"),
+    (evaluate, "joint --checkpoint {forcing} --order depth", "--order depth: rgb, which is scored, would stay noise"),
+    (evaluate, "joint --checkpoint {forcing} --order=", "--order"),
+    (evaluate, "follow --checkpoint {forcing} --judge {t2i}", "no depth"),
+    (evaluate, "follow --checkpoint {t2i}", "no depth"),
+    (evaluate, "depth --checkpoint {t2i}", "no depth"),
+    (evaluate, "depth --checkpoint {forcing} --judge {forcing}", "--judge"),
+    (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured 0.5"),
+    (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "it is no pixel"),
+    (evaluate, "depth --checkpoint {forcing} --size 30", "--size 30"),
+    (evaluate, "depth --checkpoint {forcing} --data nowhere", "nowhere: unknown source"),
+    (evaluate, "depth --checkpoint {forcing} --data {folder},{folder}", "two folders"),
+    (evaluate, "depth --checkpoint {forcing} --out {tmp}/text.png", "text.png"),
+    (evaluate, "image --checkpoint {forcing} --images 1 --steps 1", "needs two"),
+    (data, "--out {tmp}/x --size 8 --measured 1e-9", "keeps no pixel"),
+    (data, "--out {tmp}/x --layout moge --measured 0.5", "--measured 0.5"),
+    (data, "--out {tmp}/x --size 2048 --count 100", "--count 100"),
+    (data, "--out {tmp}/text.png", "text.png"),
+]
+
+# ---- Prompts ----
+
+PROMPTS = [
+    (sample, "--checkpoint {forcing} --prompt " + "redder" * 30, "would not read"),
+    (sample, "--checkpoint {forcing} --prompt '" + "red ball " * 10**4 + "'", "too long"),
+    (sample, "--checkpoint {forcing} --prompt 'a\x07ball'", "control character"),
+    (sample, "--checkpoint {forcing} --prompt '\x1b[31mred'", "control character"),
+    (sample, "--checkpoint {forcing} --prompt 'red\nball'", "control character"),
+    (sample, "--checkpoint {forcing} --prompt red\udcff", "no text"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/none.txt", "none.txt"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}", "--prompts {tmp}"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/good.png", "good.png: not a text file"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/latin.txt", "latin.txt: not a text file"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/bell.txt", "control character"),
+    (sample, "--checkpoint {forcing} --prompts " + "long/" * 10**4, "--prompts"),
+]
+
+# ---- Plug-ins: what is added to tests/toy_encoders.py, and what the line must say ----
+
+PLUG_INS = [
+    ("raise ValueError('first\\nsecond')", "load raised ValueError: first second"),
+    ("raise SystemExit(0)", "load raised SystemExit"),
+    ("raise ValueError('x' * 10**6)", "load raised ValueError"),
+    ("def", "load raised SyntaxError"),
+    ("import no_such_package", "load raised ModuleNotFoundError"),
+    ("del load", "load raised AttributeError"),
+    ("load = 3", "load raised TypeError"),
+    ("load = lambda device: exit()", "load raised SystemExit"),
+    ("load = lambda device: None", "image_channels raised AttributeError"),
+    ("Encoders.image_channels = '12'", "image_channels is '12'"),
+    ("Encoders.image_channels = 0", "image_channels is 0"),
+    ("Encoders.image_channels = 2.5", "image_channels is 2.5"),
+    ("Encoders.image_channels = 13", "encode_image returned (2, 12,"),
+    ("del Encoders.image_stride", "image_stride raised AttributeError"),
+    ("Encoders.image_stride = -2", "image_stride is -2"),
+    ("Encoders.text_dim = 10**9", "text_dim is 1000000000"),
+    ("Encoders.text_length = 0", "text_length is 0"),
+    ("del Encoders.encode_text", "encode_text raised AttributeError"),
+    ("Encoders.encode_image = lambda self, rgb: rgb", "encode_image returned (2, 3,"),
+    ("Encoders.encode_image = lambda self, rgb: rgb.new_zeros(2, 12, rgb.shape[3] // 2, rgb.shape[2] // 2)", "(2, 12,"),
+    ("Encoders.encode_image = lambda self, rgb: [1]", "encode_image returned list"),
+    ("Encoders.encode_image = lambda self, rgb: F.pixel_unshuffle(rgb, 2).byte()", "encode_image returned torch.uint8"),
+    ("Encoders.encode_image = lambda self, rgb: F.pixel_unshuffle(rgb, 2) * torch.nan", "encode_image returned"),
+    ("Encoders.decode_image = lambda self, latents: latents", "decode_image returned (2, 12,"),
+    ("Encoders.decode_image = lambda self, latents: 1 / 0", "decode_image raised ZeroDivisionError"),
+    ("Encoders.decode_image = lambda self, latents: F.pixel_shuffle(latents, 2) * torch.inf", "decode_image returned"),
+    ("Encoders.encode_text = lambda self, captions: torch.zeros(len(captions), 16)", "encode_text returned (2, 16)"),
+    ("Encoders.encode_text = lambda self, captions: torch.zeros(2, 20, 16).long()", "encode_text returned torch.int64"),
+    ("Encoders.encode_text = lambda self, captions: exit('no text')", "encode_text raised SystemExit: no text"),
+    ("Encoders.encode_text = lambda self, captions: torch.zeros(1, 20, 16)", "encode_text returned (1, 20, 16)"),
+]
+ENCODERS = [
+    *[(train_t2i, f"--encoders {{tmp}}/plug-in{i}.py --out {{tmp}}/x", says) for i, (_, says) in enumerate(PLUG_INS)],
+    (train_t2i, "--encoders {tmp}/missing.py --out {tmp}/x", "missing.py"),
+    (train_t2i, "--encoders {tmp} --out {tmp}/x", "--encoders {tmp}"),
+    (train_t2i, "--encoders {tmp}/text.png --out {tmp}/x", "text.png"),
+    (train_forcing, "--init {encoded} --out {tmp}/x", "toy_encoders.py: 12 channels at 1/2"),
+    (train_forcing, "--init {t2i} --encoders {toy} --out {tmp}/x", "was trained with no --encoders"),
+    (sample, "--checkpoint {encoded}", "toy_encoders.py: 12 channels at 1/2"),
+    (sample, "--checkpoint {encoded} --encoders {tmp}/plug-in24.py", "decode_image raised"),
+    (evaluate, "depth --checkpoint {encoded}", "toy_encoders.py: 12 channels at 1/2"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/text.png", "--features {tmp}/text.png"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/missing.pt", "missing.pt: no such file"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}", "--features {tmp}: no such file"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/fifo", "fifo: no such file"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/features0.pt", "must be (2, d), finite"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/features1.pt", "must be (2, d), finite"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/features2.pt", "must be (2, d), finite"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/features3.pt", "not a TorchScript file of features"),
+]
+
+# ---- Saved predictions ----
+
+PREDICTED = "depth --data {folder} --size 16 --predictions {tmp}/maps-"
+PREDICTIONS = [
+    (evaluate, "depth --predictions {tmp}/maps-empty --size 16 --measured 0.5", "--measured 0.5"),
+    (evaluate, "depth --predictions {tmp}/maps-empty --data {folder}", "give --size"),
+    (evaluate, "follow --predictions {tmp}/maps-empty", "give --size"),
+    (evaluate, "image --predictions {tmp}/maps-empty", "--predictions"),
+    (evaluate, "depth --predictions {tmp}/maps-empty --save-predictions {tmp}/x --size 16", "--predictions"),
+    (evaluate, "depth --predictions {tmp}/nowhere --size 16", "nowhere: no such directory"),
+    (evaluate, "depth --predictions {tmp}/text.png --size 16", "text.png: no such directory"),
+    (evaluate, "follow --predictions {tmp}/maps-empty --size 16", "no map for 000000"),
+    (evaluate, PREDICTED + "one-pixel --score-size 1", "--score-size 1: must be"),
+    *[
+        (evaluate, PREDICTED + kind, says)
+        for kind, says in {
+            "empty": "no map for 000000",
+            "no-byte": "000000.npy",
+            "no-pixel": "000000.npy",
+            "no-row": "000000.npy",
+            "one-pixel": "has shape (1, 1)",
+            "colour": "000000.npy",
+            "words": "000000.npy",
+            "nan": "not finite",
+            "wide": "of another shape than its image",
+            "text": "000000.npy",
+        }.items()
+    ],
+]
+
+# ---- Images and depth maps ----
+
+IMAGE = "--checkpoint {forcing} --steps 1 --image {tmp}/"
+MAP = "--checkpoint {forcing} --steps 1 --depth {tmp}/"
+IMAGES = [
+    (sample, IMAGE + "missing.png", "missing.png"),
+    (sample, IMAGE + "text.png", "text.png"),
+    (sample, IMAGE + "nothing.png", "nothing.png"),
+    (sample, IMAGE + "cut.png", "cut.png"),
+    (sample, IMAGE + "cut.jpg", "cut.jpg"),
+    (sample, IMAGE + "bomb.png", "bomb.png"),
+    (sample, IMAGE + "dot.png", "2, 3) pixels"),
+    (sample, IMAGE + "moving.gif", "moving.gif"),
+    (sample, IMAGE + "maps-empty", "no file"),
+    (sample, IMAGE + "loop.png", "loop.png"),
+    (sample, IMAGE + "d.npy", "d.npy"),
+    (sample, IMAGE + "large.png", "large.png"),
+    (sample, "--checkpoint {forcing} --image {tmp}/pictures --depth {tmp}/d.npy", "no file of the name"),
+    (sample, IMAGE + "good.png --depth {tmp}/wide.npy", "shape"),
+    (sample, MAP + "missing.npy", "missing.npy"),
+    (sample, MAP + "text.png", "text.png"),
+    (sample, MAP + "empty.npy", "no valid pixel"),
+    (sample, MAP + "negative.npy", "no valid pixel"),
+    (sample, MAP + "nan.npy", "no valid pixel"),
+    (sample, MAP + "colour.npy", "shape"),
+    (sample, MAP + "line.npy", "shape"),
+    (sample, MAP + "objects.npy", "objects.npy"),
+    (sample, MAP + "complex.npy", "complex.npy"),
+    (sample, MAP + "words.npy", "words.npy"),
+    (sample, MAP + "no-row.npy", "no-row.npy"),
+    (sample, MAP + "cut.npy", "cut.npy"),
+    (sample, MAP + "lying.npy", "lying.npy"),
+    (sample, MAP + "several.npz", "several.npz"),
+    (sample, MAP + "grey.png", "256 depths"),
+    (sample, MAP + "good.png", "picture of depth"),
+    (sample, MAP + "zeros.png", "no valid pixel"),
+    (sample, MAP + "cut16.png", "cut16.png"),
+    (sample, MAP + "colour.pfm", "one-channel"),
+    (sample, MAP + "lying.pfm", "lying.pfm"),
+    (sample, MAP + "large.npy", "large.npy"),
+    (sample, MAP + "loop.npy", "loop.npy"),
+    (sample, MAP + "near-word.png", "near-word.png"),
+    (sample, MAP + "near-zero.png", "near-zero.png"),
+    (sample, MAP + "near-nan.png", "near-nan.png"),
+    (sample, IMAGE + "wide88.png", "wide88.png"),
+]
+
+# ---- Folders and tar files ----
+
+FOLDER = "image --checkpoint {forcing} --steps 1 --data {tmp}/"
+SOURCES = [
+    (evaluate, FOLDER + "folder-empty", "lists no samples"),
+    (evaluate, FOLDER + "folder-words", "row 1: not UTF-8 JSON"),
+    (evaluate, FOLDER + "folder-list", "row 1: not UTF-8 JSON"),
+    (evaluate, FOLDER + "folder-latin", "row 1: not UTF-8 JSON"),
+    (evaluate, FOLDER + "folder-deep", "row 1: not UTF-8 JSON"),
+    (evaluate, FOLDER + "folder-nameless", "row 1: not UTF-8 JSON"),
+    (evaluate, FOLDER + "folder-missing", "none.png"),
+    (evaluate, FOLDER + "folder-out", "leads out"),
+    (evaluate, FOLDER + "folder-twice", "again"),
+    (evaluate, FOLDER + "folder-caption", "caption"),
+    (evaluate, FOLDER + "folder-long", "caption"),
+    (evaluate, "depth" + FOLDER[5:] + "folder-scale", "no valid pixel"),
+    (evaluate, "depth" + FOLDER[5:] + "folder-aspect", "another shape"),
+    (evaluate, "depth" + FOLDER[5:] + "folder-no-depth", "no valid depth"),
+    (evaluate, FOLDER + "maps-empty", "unknown source"),
+    (evaluate, FOLDER + "good.png", "good.png"),
+    (evaluate, FOLDER + "text.tar", "text.tar"),
+    (evaluate, FOLDER + "nothing.tar", "nothing.tar"),
+    (evaluate, FOLDER + "bare.tar", "bare.tar"),
+    (evaluate, FOLDER + "cut.tar", "cut.tar"),
+    (evaluate, FOLDER + "linked.tar", "link"),
+    (evaluate, FOLDER + "out.tar", "leads out"),
+    (evaluate, FOLDER + "fifo.tar", "fifo.tar"),
+    (evaluate, FOLDER + "sparse.tar", "sparse.tar"),
+    (evaluate, "depth" + FOLDER[5:] + "folder-scale-word", "row 1"),
+    (train_t2i, "--data {tmp}/x{{5..2}}.tar --out {tmp}/x", "--data"),
+    (train_t2i, "--data /dev/zero --out {tmp}/x", "--data /dev/zero"),
+]
+
+# ---- Checkpoints, as they are refused already ----
+
+CHECKPOINTS = [
+    (sample, "--checkpoint {tmp}/none.pt", "none.pt"),
+    (sample, "--checkpoint {tmp}/bad.pt", "bad.pt"),
+    (sample, "--checkpoint {tmp}/other.pt", "other.pt"),
+    (sample, "--checkpoint {tmp}/nothing.pt", "nothing.pt"),
+    (sample, "--checkpoint {tmp}/cut.pt", "cut.pt"),
+    (sample, "--checkpoint {tmp}/evil.pt", "evil.pt"),
+    (sample, "--checkpoint {tmp}", "--checkpoint {tmp}"),
+    (evaluate, "depth --checkpoint {tmp}/none.pt", "none.pt"),
+    (evaluate, "follow --checkpoint {forcing} --judge {tmp}/bad.pt", "--judge"),
+    (train_forcing, "--init {tmp}/none.pt --out {tmp}/x", "--init"),
+    (train_forcing, "--init {tmp}/bad.pt --out {tmp}/x", "--init"),
+]
+
+# ---- Rows that are not met yet: each list joins ROWS once its part is done ----
+
+NOT_YET_FILES = [  # regular files only, at most MAX_BYTES of them; ranges in braces; no warning of numpy
+    (sample, IMAGE + "fifo", "fifo"),
+    (sample, IMAGE + "fifo.png", "fifo.png"),
+    (sample, "--checkpoint {forcing} --image /dev/zero", "/dev/zero"),
+    (sample, "--checkpoint {forcing} --depth /dev/zero", "/dev/zero"),
+    (sample, "--checkpoint {forcing} --prompts /dev/zero", "/dev/zero"),
+    (sample, "--checkpoint {forcing} --prompts {tmp}/fifo", "fifo"),
+    (sample, MAP + "fifo.npy", "fifo.npy"),
+    (sample, MAP + "huge.npy", "huge.npy"),
+    (evaluate, FOLDER + "negative.tar", "negative.tar"),
+    (train_t2i, "--data {tmp}/x{{0..99999999999}}.tar --out {tmp}/x", "--data"),
+    (train_t2i, "--data " + "long/" * 10**4 + " --out {tmp}/x", "--data"),
+]
+
+FIRST = "text_tokenizer.weight"
+CRAFTED = {  # what is changed in a checkpoint of image and depth -> what the line must say
+    "no-config": (lambda state: state.pop("config"), "config"),
+    "no-ema": (lambda state: state.pop("ema"), "ema"),
+    "no-settings": (lambda state: state.pop("settings"), "settings"),
+    "words-for-ema": (lambda state: state.update(ema="weights"), "ema"),
+    "words-for-config": (lambda state: state.update(config="nano"), "config"),
+    "list-for-settings": (lambda state: state.update(settings=[1]), "settings"),
+    "numbers-for-weights": (lambda state: state["ema"].update({FIRST: 3}), FIRST),
+    "width": (lambda state: state["config"].update(width=10**9), "width"),
+    "negative": (lambda state: state["config"].update(width=-64), "width"),
+    "depth": (lambda state: state["config"].update(depth=10**7), "depth"),
+    "head": (lambda state: state["config"].update(head=7), "head"),
+    "patch": (lambda state: state["config"].update(patch=0), "patch"),
+    "size": (lambda state: state["config"].update(size=10**9), "size"),
+    "text": (lambda state: state["config"].update(text_length="long"), "text_length"),
+    "unknown": (lambda state: state["config"].update(layers=3), "layers"),
+    "no-width": (lambda state: state["config"].pop("width"), "width"),
+    "no-modality": (lambda state: state["config"].update(modalities=()), "modalities"),
+    "channels": (lambda state: state["config"]["modalities"][0].update(channels=10**9), "channels"),
+    "encoding": (lambda state: state["config"]["modalities"][1].update(encoding="new"), "encoding"),
+    "missing": (lambda state: state["ema"].pop(FIRST), FIRST),
+    "more": (lambda state: state["ema"].update(extra=torch.zeros(1)), "extra"),
+    "shape": (lambda state: state["ema"].update({FIRST: torch.zeros(2, 2)}), FIRST),
+    "nan": (lambda state: state["ema"][FIRST].fill_(torch.nan), FIRST),
+    "inf": (lambda state: state["ema"][FIRST].view(-1)[:1].fill_(torch.inf), FIRST),
+    "whole": (lambda state: state["ema"].update({FIRST: state["ema"][FIRST].long()}), FIRST),
+}
+
+RUNS = {  # the file of a run directory that is changed -> its content, what the line must say
+    "config.json": [
+        (b"not json", "config.json"),
+        (b"[1]", "config.json"),
+        (b"\xff\xfe", "config.json"),
+        (b"[" * 10**5, "config.json"),
+        (b'{"lr": "fast"}', "lr"),
+        (b'{"lr": NaN}', "lr"),
+        (b'{"steps": -1}', "steps"),
+        (b'{"shard": "yes"}', "shard"),
+        (b'{"preset": "huge"}', "preset"),
+        (b'{"steps": null}', "steps"),
+    ],
+    "metrics.jsonl": [(b"\xff\xfe\n", "metrics.jsonl")],
+    "starts.jsonl": [(b"\xff\xfe\n", "starts.jsonl")],
+}
+CHANGED_RUNS = [(name, content, says) for name, changes in RUNS.items() for content, says in changes]
+TRAIN = "--no-compile --device cpu --size 16 --batch-size 4 --warmup 2 --steps 3 "
+
+NOT_YET_RUNS = [  # one loader of checkpoints, settings of a run, --out, environment
+    *[(sample, f"--checkpoint {{tmp}}/crafted-{name}.pt", says) for name, (_, says) in CRAFTED.items()],
+    (evaluate, "follow --checkpoint {forcing} --judge {tmp}/crafted-nan.pt", "--judge"),
+    (train_forcing, "--init {tmp}/crafted-nan.pt --out {tmp}/x", "--init"),
+    (train_forcing, "--init {tmp}/crafted-missing.pt --out {tmp}/x", "--init"),
+    (train_forcing, "--init {tmp}/crafted-whole.pt --out {tmp}/x", "--init"),
+    (sample, "--checkpoint {tmp}/fifo", "fifo"),
+    (sample, "--checkpoint /dev/zero", "/dev/zero"),
+    *[(train_t2i, f"{TRAIN} --resume --out {{tmp}}/run{i}", says) for i, (_, _, says) in enumerate(CHANGED_RUNS)],
+    (train_t2i, TRAIN + "--resume --out {tmp}/run-no-model", "model"),
+    (train_t2i, TRAIN + "--resume --optimizer adamw --out {run}", "--resume"),
+    (train_t2i, TRAIN + "--resume --preset tiny --out {run}", "--resume"),
+    (train_t2i, TRAIN + "--out {tmp}/pictures", "--out {tmp}/pictures"),
+    (data, "--out {tmp}/pictures", "--out {tmp}/pictures"),
+    (data, "--out {tmp}/folder-missing", "--out {tmp}/folder-missing"),
+    (train_t2i, "RANK=first " + TRAIN + "--out {tmp}/x", "RANK"),
+    (train_t2i, "WORLD_SIZE=two " + TRAIN + "--out {tmp}/x", "WORLD_SIZE"),
+    (train_t2i, "WORLD_SIZE=0 " + TRAIN + "--out {tmp}/x", "WORLD_SIZE"),
+    (train_t2i, "WORLD_SIZE=2 RANK=0 " + TRAIN + "--out {tmp}/x", "MASTER_ADDR"),
+    (train_t2i, "WORLD_SIZE=2 RANK=2 MASTER_ADDR=localhost MASTER_PORT=1 " + TRAIN + "--out {tmp}/x", "RANK"),
+    (train_t2i, "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x " + TRAIN + "--out {tmp}/x", "MASTER_PORT"),
+]
+
+ROWS = [
+    *[
+        (script, f"{TASK.get(script, '')}{flag}={value}", f"{flag} {value[:40]}")
+        for script, flags in NUMBERS.items()
+        for flag, values in flags.items()
+        for value in values.split()
+    ],
+    *FLAGS,
+    *PROMPTS,
+    *ENCODERS,
+    *PREDICTIONS,
+    *IMAGES,
+    *SOURCES,
+    *CHECKPOINTS,
+]
+
+
+# ---- What the rows name ----
+
+
+class Features(torch.nn.Module):
+    """Feature extractors that are none: what they return for images depends on kind."""
+
+    def __init__(self, kind: int):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.kind == 0:
+            return torch.zeros(1, 8)
+        if self.kind == 1:
+            return torch.full((len(images), 8), float("nan"))
+        if self.kind == 2:
+            return torch.zeros(len(images), 10000)
+        return torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def png_header(width, height):
+    """A PNG that declares a size and holds no pixels."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def write_images(tmp):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(tmp / "cut.png"), noise.save(tmp / "cut.jpg")
+    for name in ("cut.png", "cut.jpg"):
+        (tmp / name).write_bytes((tmp / name).read_bytes()[:400])
+    Image.new("RGB", (16, 16)).save(tmp / "good.png")
+    Image.new("RGB", (3, 2)).save(tmp / "dot.png")
+    Image.new("L", (16, 16)).save(tmp / "moving.gif")
+    Image.new("L", (16, 16), 9).save(tmp / "grey.png")
+    (tmp / "pictures").mkdir(), Image.new("RGB", (16, 16)).save(tmp / "pictures/a.png")
+    (tmp / "text.png").write_text("not an image"), (tmp / "nothing.png").touch()
+    (tmp / "bomb.png").write_bytes(png_header(60000, 60000))
+    (tmp / "wide88.png").write_bytes(png_header(11000, 8000))
+    for name in ("loop.png", "loop.npy"):
+        (tmp / name).symlink_to(name)
+    for name in ("large.png", "large.npy"):  # holes, no bytes on the disk
+        with open(tmp / name, "wb") as file:
+            file.truncate(1 << 33)
+    for name in ("fifo", "fifo.png", "fifo.npy", "fifo.tar"):
+        os.mkfifo(tmp / name)
+
+
+def write_maps(tmp):
+    maps = {
+        "d": np.ones((16, 16)),
+        "wide": np.ones((16, 24)),
+        "empty": np.zeros((16, 16)),
+        "negative": -np.ones((16, 16)),
+        "nan": np.full((16, 16), np.nan),
+        "colour": np.ones((16, 16, 3)),
+        "line": np.ones(16),
+        "complex": np.ones((16, 16), complex),
+        "words": np.full((16, 16), "far"),
+        "no-row": np.ones((0, 16)),
+        "huge": np.full((16, 16), 1e300),
+        "objects": np.array([{}], dtype=object),
+    }
+    for name, values in maps.items():
+        np.save(tmp / f"{name}.npy", values)
+    np.savez(tmp / "several.npz", a=maps["d"])
+    whole = (tmp / "d.npy").read_bytes()
+    (tmp / "cut.npy").write_bytes(whole[:300])
+    (tmp / "lying.npy").write_bytes(whole.replace(b"(16, 16), }         ", b"(99999999, 99999), }"))
+    (tmp / "colour.pfm").write_bytes(b"PF\n2 2\n-1.0\n" + bytes(48))
+    (tmp / "lying.pfm").write_bytes(b"Pf\n99999 99999\n-1.0\n" + bytes(16))
+    codes = np.random.default_rng(0).integers(1, 65535, (64, 64)).astype(np.uint16)
+    Image.fromarray(codes).save(tmp / "cut16.png")
+    (tmp / "cut16.png").write_bytes((tmp / "cut16.png").read_bytes()[:400])
+    Image.fromarray(codes * 0).save(tmp / "zeros.png")
+    for name, near in {"word": "close", "zero": "0", "nan": "nan"}.items():
+        text = PngImagePlugin.PngInfo()
+        text.add_text("near", near), text.add_text("far", "10")
+        Image.fromarray(codes).save(tmp / f"near-{name}.png", pnginfo=text)
+
+
+def write_sources(tmp):
+    row = {"file_name": "a.png", "text": "a ball", "depth_file_name": "a.npy"}
+    rows = {
+        "empty": b"",
+        "words": b"not json",
+        "list": b"[1]",
+        "latin": b'{"file_name": "\xe9.png"}',
+        "deep": b"[" * 10**5,
+        "nameless": b'{"text": "a ball"}',
+        "missing": json.dumps(row | {"file_name": "none.png"}).encode(),
+        "out": json.dumps(row | {"file_name": "../good.png"}).encode(),
+        "twice": "\n".join([json.dumps(row)] * 2).encode(),
+        "caption": json.dumps(row | {"text": ["a ball"]}).encode(),
+        "long": json.dumps(row | {"text": "a ball" * 10**5}).encode(),
+        "scale": json.dumps(row | {"depth_scale": float("nan")}).encode(),
+        "scale-word": json.dumps(row | {"depth_scale": "metres"}).encode(),
+        "aspect": json.dumps(row | {"depth_file_name": "wide.npy"}).encode(),
+        "no-depth": json.dumps(row | {"depth_file_name": None}).encode(),
+    }
+    for name, content in rows.items():
+        folder = tmp / f"folder-{name}"
+        folder.mkdir()
+        (folder / "metadata.jsonl").write_bytes(content + b"\n")
+        shutil.copy(tmp / "good.png", folder / "a.png"), shutil.copy(tmp / "d.npy", folder / "a.npy")
+        shutil.copy(tmp / "wide.npy", folder)
+    image = (tmp / "good.png").read_bytes()
+
+    def write_tar(name, *members):
+        with tarfile.open(tmp / name, "w") as tar:
+            for member, content in members:
+                member = tarfile.TarInfo(member) if isinstance(member, str) else member
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    link = tarfile.TarInfo("a.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    write_tar("bare.tar", ("a.txt", b"a ball"))
+    write_tar("cut.tar", ("a.png", image * 20))
+    (tmp / "cut.tar").write_bytes((tmp / "cut.tar").read_bytes()[:700])
+    write_tar("linked.tar", (link, b""))
+    write_tar("out.tar", ("../a.png", image))
+    (tmp / "text.tar").write_text("no tar file" * 100), (tmp / "nothing.tar").touch()
+    header = bytearray(tarfile.TarInfo("b.png").tobuf())
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # the size -512: the next header would be this one
+    header[148:156] = b"%06o\x00 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+    write_tar("negative.tar", ("a.png", image))
+    before = (tmp / "negative.tar").read_bytes()[: 512 - (-len(image) // 512) * 512]
+    (tmp / "negative.tar").write_bytes(before + header + bytes(1024))
+    info = tarfile.TarInfo("a.png")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}
+    info.size = 512
+    sparse = io.BytesIO()
+    with tarfile.open(fileobj=sparse, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(b"1\n0\n%d\n".ljust(512, b"\0") % (1 << 40)))
+    (tmp / "sparse.tar").write_bytes(sparse.getvalue())
+
+
+def write_predictions(tmp):
+    kinds = {
+        "no-pixel": np.ones((0, 0)),
+        "no-row": np.ones((0, 16)),
+        "one-pixel": np.ones((1, 1)),
+        "colour": np.ones((16, 16, 3)),
+        "words": np.full((16, 16), "far"),
+        "nan": np.full((16, 16), np.nan),
+        "wide": np.ones((16, 24)),
+    }
+    for kind, values in kinds.items():
+        (tmp / f"maps-{kind}").mkdir()
+        for i in range(4):
+            np.save(tmp / f"maps-{kind}/{i:06}.npy", values)
+    (tmp / "maps-empty").mkdir(), (tmp / "maps-no-byte").mkdir(), (tmp / "maps-text").mkdir()
+    (tmp / "maps-no-byte/000000.npy").touch(), (tmp / "maps-text/000000.npy").write_text("far away")
+
+
+class Evil:
+    """What a malicious pickle would do."""
+
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+def checkpoint_state(*modalities, **options):
+    """A checkpoint of a small random network."""
+    config = Config(width=64, depth=1, head=16, patch=4, size=16, decoder_depth=1, text_length=32, **options)
+    config = config.with_modalities(*modalities)
+    torch.manual_seed(0)
+    ema = {name: tensor.clone() for name, tensor in DiT(config).state_dict().items()}
+    return {"config": asdict(config), "ema": ema, "settings": {}, "step": 1}
+
+
+def write_checkpoints(tmp):
+    torch.save(checkpoint_state(RGB), tmp / "t2i.pt")
+    torch.save(checkpoint_state(RGB, DEPTH), tmp / "forcing.pt")
+    import toy_encoders
+
+    config = Config(**checkpoint_state(RGB, DEPTH)["config"]).with_encoders(toy_encoders.Encoders)
+    state = {"config": asdict(config), "ema": DiT(config).state_dict(), "step": 1}
+    torch.save(state | {"settings": {"encoders": "toy_encoders.py"}}, tmp / "encoded.pt")
+    for name, (change, _) in CRAFTED.items():
+        state = checkpoint_state(RGB, DEPTH)
+        state["config"]["modalities"] = [dict(m) for m in state["config"]["modalities"]]
+        change(state)
+        torch.save(state, tmp / f"crafted-{name}.pt")
+    torch.save({"weights": 1}, tmp / "other.pt"), torch.save({"config": Evil()}, tmp / "evil.pt")
+    (tmp / "bad.pt").write_bytes(b"\x80garbage"), (tmp / "nothing.pt").touch()
+    (tmp / "cut.pt").write_bytes((tmp / "forcing.pt").read_bytes()[:-1000])
+
+
+def write_runs(tmp, run):
+    """Copies of a run directory, each with one file changed."""
+    for i, (name, content, _) in enumerate(CHANGED_RUNS):
+        shutil.copytree(run, tmp / f"run{i}", copy_function=os.link)
+        (tmp / f"run{i}" / name).unlink()
+        (tmp / f"run{i}" / name).write_bytes(content)
+    shutil.copytree(run, tmp / "run-no-model", copy_function=os.link)
+    state = torch.load(run / "last.pt", weights_only=True)
+    state.pop("model")
+    for path in (tmp / "run-no-model").glob("*.pt"):
+        path.unlink()
+        torch.save(state, path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Names to fill into the command lines."""
+    tmp = tmp_path_factory.mktemp("bad")
+    write_images(tmp), write_maps(tmp), write_sources(tmp), write_predictions(tmp), write_checkpoints(tmp)
+    for i, (change, _) in enumerate(PLUG_INS):
+        (tmp / f"plug-in{i}.py").write_text((ROOT / "tests/toy_encoders.py").read_text() + change + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in range(4):
+            torch.jit.script(Features(kind)).save(tmp / f"features{kind}.pt")
+    (tmp / "latin.txt").write_bytes(b"caf\xe9"), (tmp / "bell.txt").write_bytes(b"a red ball\na\x07ball\n")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
+        patch.setattr(train_t2i, "picture", lambda *args: None)
+        call(train_t2i, f"{TRAIN} --steps 2 --out {tmp}/run", patch)
+        call(data, f"--out {tmp}/folder --count 4 --size 16", patch)
+    write_runs(tmp, tmp / "run")
+    names = {name: tmp / f"{name}.pt" for name in ("t2i", "forcing", "encoded")}
+    return names | {"tmp": tmp, "run": tmp / "run", "folder": tmp / "folder", "toy": ROOT / "tests/toy_encoders.py"}
+
+
+# ---- The check ----
+
+
+class TooLong(BaseException):
+    """Raised in a row after 30 seconds; no `except Exception` catches it."""
+
+
+def call(script, line, patch):
+    """Run a script's main in this process, with the variables that the line begins with."""
+    words = shlex.split(line)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        patch.setenv(*words.pop(0).split("=", 1))
+    patch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+    script.main()
+
+
+def snapshot(folder):
+    """{path: (size, time of the last change)} of all files; an empty directory is no loss."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            status = path.lstat()
+            found[path] = status.st_size, status.st_mtime_ns
+    return found
+
+
+def peak_memory(who=resource.RUSAGE_SELF):
+    """Bytes."""
+    return resource.getrusage(who).ru_maxrss * 1024
+
+
+def give_up(*_):
+    raise TooLong
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "says"), ROWS, ids=[f"{s.__name__} {ascii(line)[1:90]}" for s, line, _ in ROWS]
+)
+def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkeypatch, capsys):
+    monkeypatch.chdir(files["tmp"])
+    before, memory = snapshot(files["tmp"]), peak_memory()
+    capsys.readouterr()
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, 30)
+    try:
+        with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as stopped:
+            warnings.simplefilter("default")
+            call(script, line.format(**files), monkeypatch)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(message.splitlines()) == 1 and len(message) < 300 and message.endswith("\n")
+    assert says.format(**files) in message
+    assert not [w for w in warned if not issubclass(w.category, DeprecationWarning)]
+    assert peak_memory() - memory < 2 << 30
+    assert snapshot(files["tmp"]) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train_t2i", ["--lr", "nan"]), ("evaluate", ["depth", "--size", b"\xff"])]
+)
+def test_bad_input_in_a_process_of_its_own(script, flags, tmp_path):
+    """Nothing else reaches stderr: no warning, no message of torch's launcher."""
+    command = [sys.executable, ROOT / f"{script}.py", *flags]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and not run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_rows_enough():
+    assert len(set(ROWS)) == len(ROWS) >= 150
