@@ -16,7 +16,6 @@ grid.png.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +49,9 @@ def samples_of(args, size, device, with_depth=True):
         repeated = [name for name in names if seen.count(name) > 1]
         if repeated and args.task != "image":
             data.fail(f"--data {args.data}: two samples are called {repeated[0]}, so their maps cannot be told apart")
+        for name in names if args.save_predictions else ():
+            if ".." in Path(name).parts:
+                data.fail(f"--save-predictions {args.save_predictions}: sample {name} leads out of it; rename that")
         yield values, valid, captions, names, shapes, range(len(seen) - len(names), len(seen))
     if not seen:
         data.fail(f"--data {args.data}: no samples")
@@ -199,7 +201,7 @@ def save_map(folder, name, depth):
     """Write depth (1, H, W) as NAME.npy."""
     path = Path(f"{folder}/{name}.npy")
     data.make_folder(path.parent)
-    np.save(path, depth[0].numpy())
+    data.write_array(path, depth[0].numpy())
 
 
 def blind_map(source, count):
@@ -359,7 +361,8 @@ def evaluate_agreement(args, model, encoders, device):
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
                 if kind in pictures:
-                    Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
+                    picture = Image.fromarray(data.paint_rgb(pictures[kind][i]))
+                    data.write_image(f"{args.save_predictions}/{kind}/{n}.png", picture)
             for key, target in (("", scored_on[i]), ("other", previous)):
                 if target is not None:  # nearer than a hundredth of the mean is no surface
                     surface = target > 0.01 * target.mean()
@@ -506,6 +509,18 @@ def open_network(path, flag, args, device):
     return model.to(device), encoders
 
 
+def claim_out(path):
+    """Make --out. It must be new, or empty, or hold the results.json of an older evaluation."""
+    out = data.claim_folder(path, "results.json")
+    try:
+        old = data.read_json(out / "results.json")
+    except ValueError:
+        old = {}
+    if (out / "results.json").exists() and not {"task", "checkpoint"} <= old.keys():
+        data.fail(f"--out {path}: holds a results.json that this script has not written; choose another directory")
+    return out
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("task", choices=("depth", "image", "follow", "joint"))
@@ -531,7 +546,9 @@ def main():
     setting("--ensemble", 1, "samples of each depth map; their median counts")
     setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
     setting(
-        "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"
+        "--save-predictions",
+        "",
+        "new or empty DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data",
     )
     setting("--cfg", 3.0, "guidance of generated images")
     setting("--features", "", "TorchScript feature extractor of the Frechet distance, such as Inception's for FID")
@@ -539,7 +556,10 @@ def main():
     setting("--seed", 0, "of the noise")
     setting("--device", "auto", "auto, cuda, mps or cpu")
     setting(
-        "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
+        "--out",
+        "",
+        "directory for results.json and grid.png: new, empty, or an older evaluation's, whose files are replaced; "
+        "runs/evaluate-TASK if it is not given",
     )
     args = p.parse_args()
     args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
@@ -554,7 +574,7 @@ def main():
         if given != default and (args.task not in tasks or args.predictions):
             flag = flag.replace("_", "-")
             data.fail(f"--{flag} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
-    out, device = data.make_folder(args.out or f"runs/evaluate-{args.task}"), data.pick_device(args.device)
+    device = data.pick_device(args.device)
     model = encoders = None
     if args.predictions and (args.save_predictions or args.task == "image"):
         data.fail("--predictions: there is nothing to save or to generate beside them")
@@ -565,14 +585,17 @@ def main():
         args.task in AGREEMENT or not (args.score_size or all(map(benchmark, args.data.split(","))))
     ):
         data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
+    out = claim_out(args.out or f"runs/evaluate-{args.task}")
+    if args.save_predictions:
+        data.claim_folder(args.save_predictions, flag="--save-predictions")
     tasks = {"depth": evaluate_depth, "image": evaluate_image} | dict.fromkeys(AGREEMENT, evaluate_agreement)
     results, grids = tasks[args.task](args, model, encoders, device)
-    (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
+    data.write_json(out / "results.json", {**vars(args), **results})
     for name, (rows, labels) in grids.items():
         if rows:
-            data.draw_grid(rows, labels).save(out / f"grid{name.replace('/', '-')}.png")
+            data.write_image(out / f"grid{name.replace('/', '-')}.png", data.draw_grid(rows, labels))
     print(f"wrote {out / 'results.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    data.run_script(main)
