@@ -1355,19 +1355,22 @@ def resume(out, wanted, rank, model, ema, optimizers):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, slots in saved["state"].items():
+                for value in slots.values():
+                    if value.shape not in (parameters[index].shape, ()) or not value.isfinite().all():
+                        raise ValueError
             optimizer.load_state_dict(saved)
         for optimizer in optimizers:
             own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
             for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
-                if any(value.shape not in (p.shape, ()) or not value.isfinite().all() for value in slots.values()):
-                    raise ValueError
                 slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
             if own is not optimizer:
                 optimizer.state.clear()  # the same once more
         sums = {name: pair.view(2).to(device) * (rank == 0) for name, pair in state["sums"].items()}
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError):
+    except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
         fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
     return state["step"], state["skipped"], sums
 

@@ -311,8 +311,6 @@ DEPTH = Modality("depth", channels=1, decoder_depth=4, timesteps="plateau", enco
 
 # ---- Network (Sec. 4.1) ----
 
-TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
-
 
 @dataclass(frozen=True)
 class Config:
@@ -341,8 +339,6 @@ class Config:
         check_numbers(self, decoder_depth=(0, 128), text_length=(1, 1 << 16), text_dim=(0, 1 << 16))
         if self.head % 16 or self.width % (4 * self.head):
             raise ValueError(f"width {self.width} must be a multiple of 4 heads of {self.head}, a head of 16 channels")
-        if not self.text_dim and self.text_length % TEXT_PATCH:
-            raise ValueError(f"text_length {self.text_length} must be a multiple of {TEXT_PATCH} bytes")
         names = {m.name for m in self.modalities}
         if not 0 < len(names) == len(self.modalities) <= 8:
             raise ValueError("modalities must be 1 to 8, of different names")
@@ -378,6 +374,7 @@ PRESETS = {  # as text-to-image networks; with_modalities adds more
     "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
     "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
 }
+TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
 
 
 class TimestepEmbedder(nn.Module):
@@ -485,6 +482,8 @@ class DiT(nn.Module):
         self.config, self.modalities = config, config.modalities
         names, width = [m.name for m in self.modalities], config.width
         by_name = lambda make: nn.ModuleDict({m.name: make(m) for m in self.modalities})
+        if not config.text_dim and config.text_length % TEXT_PATCH:
+            raise ValueError(f"text_length {config.text_length} must be a multiple of {TEXT_PATCH} bytes")
         self.text_bytes = None if config.text_dim else nn.Embedding(256, 32)
         self.text_tokenizer = nn.Linear(config.text_dim or 32 * TEXT_PATCH, width)
         self.tokenizers = by_name(lambda m: nn.Linear(m.channels * (config.patch // m.stride) ** 2, width))

@@ -268,9 +268,7 @@ def main():
         dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
     if not saved and rank == 0:
-        data.fail(
-            f"--out {args.out}: the last checkpoint could not be written, see above; --resume goes on from an older one"
-        )
+        data.fail(f"--out {args.out}: the last checkpoint could not be written, see above; --resume uses an older one")
     if stopping and rank == 0:
         data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:
