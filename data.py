@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import platform
 import random
 import re
@@ -33,6 +35,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import traceback
 import types
 import warnings
 import zipfile
@@ -46,7 +49,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageErr
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from model import TEXT_PATCH, Config
+from model import TEXT_PATCH, Config, DiT, check_weights
 
 # ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
 
@@ -1098,6 +1101,27 @@ def training_settings(p, steps, out):
     )
 
 
+def run_script(main):
+    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
+
+    Every other exception is a bug, and keeps its traceback.
+    """
+    memory = "out of memory; lower --batch-size or --size"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except (MemoryError, torch.OutOfMemoryError):
+        fail(memory)
+    except RuntimeError as error:
+        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
+        if not any(text in str(error) for text in texts):
+            raise
+        fail(memory)
+
+
 def parse_order(text, names):
     """--order: log2(alpha), or different ones of names -> a float in -14..14, or their list. Exit code 2 otherwise."""
     try:
@@ -1159,13 +1183,31 @@ def make_folder(path):
     return Path(path)
 
 
+def claim_folder(path, *own, flag="--out"):
+    """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
+
+    own: names that nobody but the script that asks would have written. So nothing of a user's is overwritten.
+    """
+    folder = Path(path)
+    try:
+        holds = next(folder.iterdir(), None) if folder.is_dir() else None
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read ({error.strerror}); choose another directory")
+    if holds and not any(any(folder.glob(pattern)) for pattern in own):
+        fail(f"{flag} {path}: holds files of something else, such as {holds.name}; choose a new or an empty directory")
+    return make_folder(path)
+
+
 @contextlib.contextmanager
 def tolerate(path):
-    """A full or failing disk is reported and does not stop training."""
+    """A full disk, or a picture that takes more memory than there is, is reported and does not stop training."""
     try:
         yield
-    except OSError as error:
-        tell(f"{path}: not written ({error.strerror or error}); training goes on")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch's errors, that of a full GPU too, are RuntimeErrors
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        tell(f"{path}: not written ({reason}); training goes on")
+        traceback.clear_frames(error.__traceback__)  # their variables hold on to the memory
+        torch.cuda.empty_cache()
 
 
 def append_row(path, row):
@@ -1178,9 +1220,11 @@ def append_row(path, row):
 def read_rows(path):
     """The rows of a file of JSON lines, in order; what a crash or a full disk has cut is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
@@ -1194,18 +1238,72 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def run_settings(out):
-    """The settings in a run directory's config.json, {} if it has none."""
-    path = Path(out) / "config.json"
+def write_image(path, image, **options):
+    """write_whole a Pillow image, in the format that the path's suffix names."""
+    content = to_bytes(lambda file: image.save(file, Path(path).suffix[1:], **options))
+    write_whole(path, lambda file: file.write(content))
+
+
+def write_array(path, array):
+    """write_whole an array as .npy."""
+    write_whole(path, lambda file: file.write(to_bytes(lambda buffer: np.save(buffer, array))))
+
+
+def write_json(path, value):
+    """write_whole a value as JSON."""
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+
+
+def read_json(path):
+    """The dictionary in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
+    if not Path(path).is_file():
+        return {}
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        found = json.loads(Path(path).read_bytes())
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON dictionary")
+    return found
+
+
+def parse_run(p):
+    """p.parse_args of a training script. With --resume the run's own settings, in its config.json, come before p's
+    defaults: they are read as if they were flags. --out is where the user says, and a plug-in must be named again.
+    """
+    args = p.parse_args()
+    if not (args.resume or tried_again(args.out)):
+        return args
+    path = Path(args.out) / "config.json"
+    try:
+        settings = read_json(path)
     except ValueError:
         fail(f"--resume: {path} is damaged; remove it and give the run's settings as flags")
+    plug_in, flags = settings.get("encoders"), []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (int, float, str)):
+            flags.append(f"--{flag}={value}")
+        elif value is not None:
+            fail(f"--resume: {path}: {name} is a {type(value).__name__}, not a setting; remove it")
+    left_out = "--out=", "--encoders=", "--resume", "--no-resume"
+    args, _ = p.parse_known_args([flag for flag in flags if not flag.startswith(left_out)])
+    args = p.parse_args(namespace=args)
+    args.resume = True
+    if plug_in and not args.encoders:
+        fail(f"--resume: this run has --encoders {plug_in}, a file that is run; give the flag again")
+    return args
 
 
 def parent():
@@ -1228,28 +1326,63 @@ def git_commit():
         return ""
 
 
-def open_run(out, settings, device, ranks, resumed=None):
-    """Make the run directory, or go on in it from step resumed: rows of metrics.jsonl past it will be written again.
+def lock_run(out, resume):
+    """Make the run directory, and keep it for this process until that ends, however it ends.
 
-    config.json gets the settings, starts.jsonl a row of what ran where. A directory that holds a run is refused unless
-    resumed is given.
+    A directory that holds a run is refused, unless it is to be resumed and no other process is at it.
     """
     out = Path(out)
-    if list_checkpoints(out) and resumed is None:
+    if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
+    claim_folder(out, "lock", "starts.jsonl", "step-*.pt", "last.pt")
+    try:
+        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
+    except OSError as error:
+        fail(f"--out {out}: cannot be written ({error.strerror}); choose another")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
+    except BlockingIOError:
+        fail(f"--out {out}: another process is training in it; wait for its end, or choose another --out")
+    except OSError as error:  # some network disks have no locks
+        tell(f"--out {out}: cannot be locked ({error.strerror}); start no second run in it")
+
+
+def open_run(out, settings, device, ranks, resumed=None):
+    """Begin a run, or go on from step resumed: rows of metrics.jsonl past it will be written again.
+
+    config.json gets the settings, starts.jsonl a row of what ran where.
+    """
+    out = Path(out)
     make_folder(out / "samples")
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
     row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
     try:
-        rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] <= (resumed or 0)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
         write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
-        write_whole(out / "config.json", lambda file: file.write(json.dumps(settings, indent=1).encode() + b"\n"))
+        write_json(out / "config.json", settings)
     except OSError as error:
         fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
     append_row(out / "starts.jsonl", row)
     return out
+
+
+def read_ranks():
+    """(rank, ranks) of this process, as torchrun tells them in the environment; (0, 1) if it did not start it."""
+    found = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not re.fullmatch(r"[0-9]{1,6}", text):
+            fail(f"{name}={text}: must be a whole number, as torchrun sets it; unset it to train in one process")
+        found[name] = int(text)
+    rank, ranks = found.values()
+    if rank >= ranks:
+        fail(f"RANK={rank}: must be below WORLD_SIZE, {ranks}; start several processes with torchrun")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if ranks > 1 and not os.environ.get(name):
+            fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
+    return rank, ranks
 
 
 def join_ranks(backend, seconds):
@@ -1258,10 +1391,14 @@ def join_ranks(backend, seconds):
     torchrun shows a second try (--max-restarts) what the first has stored, addresses of the dead among it. So on one
     node every try has keys of its own; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a new store.
     """
-    store, rank, ranks = next(dist.rendezvous("env://"))
+    timeout = datetime.timedelta(seconds=seconds)
+    try:
+        store, rank, ranks = next(dist.rendezvous("env://"))
+    except (ValueError, dist.DistError) as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        fail(f"no other ranks at MASTER_ADDR:MASTER_PORT, {where} ({str(error).splitlines()[0]}); start with torchrun")
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    timeout = datetime.timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
@@ -1283,8 +1420,24 @@ def catch_signals(worker=None):
 
 def list_checkpoints(out):
     """Paths of a run directory's checkpoints, oldest first; last.pt if there is nothing else."""
-    paths = sorted(Path(out).glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
+    paths = [path for path in Path(out).glob("step-*.pt") if re.fullmatch(r"step-[0-9]{7,}\.pt", path.name)]
+    paths.sort(key=lambda path: (len(path.name), path.name))
     return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
+
+
+def worth_saving(step, in_a_row, rank, *networks):
+    """Whether a checkpoint would hold what training can go on from; if not, it says so. All ranks call it, and agree.
+
+    It is not while steps are skipped, in_a_row so far, nor if weights of the networks are not finite.
+    """
+    weights = [p for network in networks for p in network.parameters()]
+    finite = torch.stack([p.isfinite().all() for p in weights]).all().float()
+    if dist.is_initialized():
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    worth = finite.item() == 1 and in_a_row == 0
+    if not worth and rank == 0:
+        tell(f"step {step}: no checkpoint, since {'this step was skipped' if in_a_row else 'weights are not finite'}")
+    return worth
 
 
 def save_checkpoint(out, state, keep):
@@ -1308,15 +1461,63 @@ def save_checkpoint(out, state, keep):
     return True
 
 
-def read_checkpoint(path, check=True):
-    """A checkpoint's dict, its tensors read from the file when used. Raises if it is none, or a checksum is wrong."""
-    with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-        if check and archive.testzip():
-            raise ValueError
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not (Config(**state["config"]).modalities and state["ema"] and "settings" in state):
-        raise ValueError
+PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
+
+
+def unpack(path, check=True):
+    """What a training script has put in a file by torch.save, its tensors read from the file when used.
+
+    check: also that the file's checksums are right. Raises OSError, and ValueError if it is no such file. It takes no
+    more memory than the file has bytes, whatever the file declares, and runs no code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
+            members = archive.infolist()
+            (pickled,) = (member.filename for member in members if member.filename.endswith("/data.pkl"))
+            large = sum(member.file_size for member in members) > os.path.getsize(path)
+            codes = pickletools.genops(archive.read(pickled)) if not large else ()
+            classes = {name for code, name, _ in codes if "GLOBAL" in code.name or code.name == "INST"}
+            if large or not all(re.fullmatch(PICKLED, str(name)) for name in classes) or (check and archive.testzip()):
+                raise ValueError
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception:
+        raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
+
+
+def read_checkpoint(path, training=False, check=True):
+    """A checkpoint's dict, its tensors read from the file when used. training: with what resuming needs.
+
+    check: read all of the file, so that what it holds is known to be whole and finite. Raises OSError, and ValueError
+    that names the first thing that is wrong.
+    """
+    state = unpack(path, check)
+    kinds = {"config": dict, "settings": dict, "ema": dict}
+    if training:
+        kinds |= {"model": dict, "optimizers": list, "step": int, "sums": dict, "skipped": int}
+        state = {"sums": {}, "skipped": 0} | state if isinstance(state, dict) else state
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"it lacks {name!r}; give a last.pt of a training script")
+    if not isinstance(state["settings"].get("encoders", ""), str):
+        raise ValueError("its setting 'encoders' is no file name")
+    try:
+        config = Config(**state["config"])
+        with torch.device("meta"):
+            network = DiT(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its config is wrong: {error}") from None
+    count = sum(p.numel() for p in network.parameters())
+    if 2 * count > os.path.getsize(path):  # two bytes for each, if they are as short as can be
+        raise ValueError(f"its config tells of {count} weights, more than the file holds")
+    for name in ("model", "ema") if check else ():
+        if name in kinds:
+            try:
+                check_weights(state[name], network)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     return state
 
 
@@ -1324,15 +1525,17 @@ NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has t
 
 
 def load_checkpoint(path, flag="--checkpoint"):
-    """read_checkpoint, or one line and exit code 2 if the file is missing or damaged."""
+    """read_checkpoint, or one line and exit code 2 if the file is missing, damaged, or not what it should be."""
     if path == NANO:
         tell(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
         return read_checkpoint(path)
-    except Exception:
-        fail(f"{flag} {path}: damaged, or no checkpoint of this project; give a last.pt of a training script")
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read ({error.strerror})")
+    except ValueError as error:
+        fail(f"{flag} {path}: {error}")
 
 
 def newest_checkpoint(out):
@@ -1340,20 +1543,22 @@ def newest_checkpoint(out):
 
     Damaged ones after it are named and renamed. Exit code 2 if there is no whole one, or the disk fails.
     """
-    paths, damaged = list_checkpoints(out), []
+    paths, damaged = list_checkpoints(out), {}
     for path in reversed(paths):
         try:
-            state = read_checkpoint(path)
-            for other in damaged:
-                other.rename(f"{other}.damaged")
-            return path, state
+            state = read_checkpoint(path, training=True)
         except OSError as error:
             fail(f"--resume: cannot read {path} ({error.strerror}); try again")
-        except Exception as error:
-            damaged.append(path)
-            tell(f"--resume: {path} is damaged ({type(error).__name__}); is the one before whole?")
-    if paths:
-        fail(f"--resume: no checkpoint in {out} is whole; start anew with another --out")
+        except ValueError as error:
+            damaged[path] = error
+            continue
+        for other, error in damaged.items():
+            tell(f"--resume: {other} is damaged ({error}); going on from {path.name}")
+            other.rename(f"{other}.damaged")
+        return path, state
+    if damaged:
+        newest, error = next(iter(damaged.items()))
+        fail(f"--resume: no checkpoint in {out} is whole ({newest.name}: {error}); start anew with another --out")
     tell(f"--resume: no checkpoint in {out} yet; from the beginning")
 
 
@@ -1364,9 +1569,10 @@ def resume(out, wanted, rank, model, ema, optimizers):
         path = [found and found[0]]
         dist.broadcast_object_list(path, device=device)
         try:
-            found = found or (path[0] and (path[0], read_checkpoint(path[0], check=False)))
-        except OSError as error:
-            fail(f"--resume: rank {rank} cannot read {path[0]} ({error.strerror}); do all ranks share the disk?")
+            found = found or (path[0] and (path[0], read_checkpoint(path[0], training=True, check=False)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            fail(f"--resume: rank {rank} cannot read {path[0]} ({reason}); do all ranks share the disk?")
     if not found:
         return 0, 0, {}
     state = found[1]
@@ -1374,19 +1580,24 @@ def resume(out, wanted, rank, model, ema, optimizers):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, slots in saved["state"].items():
+                for value in slots.values():
+                    if value.shape not in (parameters[index].shape, ()) or not value.isfinite().all():
+                        raise ValueError
             optimizer.load_state_dict(saved)
+        for optimizer in optimizers:
+            own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
+            for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
+                slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
+            if own is not optimizer:
+                optimizer.state.clear()  # the same once more
+        sums = {name: pair.view(2).to(device) * (rank == 0) for name, pair in state["sums"].items()}
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError):
+    except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
         fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
-    for optimizer in optimizers:
-        own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
-        for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
-            slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
-        if own is not optimizer:
-            optimizer.state.clear()  # the same once more
-    sums = {name: pair.to(device) * (rank == 0) for name, pair in state.get("sums", {}).items()}
-    return state["step"], state.get("skipped", 0), sums
+    return state["step"], state["skipped"], sums
 
 
 def whole_state(optimizer, rank):
@@ -1536,24 +1747,33 @@ def export(out, layout, samples, per_shard=100):
         else:
             files.append({".jpg": image, ".txt": line.encode(), ".depth.npy": numbers})
             rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
-    if layout != "shards":
-        (out / {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]).write_text("\n".join(rows) + "\n")
-        for i, group in enumerate(files):
+    if layout == "shards":
+        for start in range(0, len(files), per_shard):
+            shard = functools.partial(write_shard, files[start : start + per_shard], start)
+            write_whole(out / f"{start // per_shard:03}.tar", shard)
+        return
+    for i, group in enumerate(files):
+        for suffix, content in group.items():
+            path = Path(f"{out}/{i:06}{suffix}")
+            make_folder(path.parent)
+            write_whole(path, lambda file, content=content: file.write(content))
+    index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
+    write_whole(out / index, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+
+
+def write_shard(files, start, file):
+    """Write files, for each sample {suffix: content}, into an open file as tar; start is the first one's number."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for i, group in enumerate(files, start):
             for suffix, content in group.items():
-                make_folder(Path(f"{out}/{i:06}{suffix}").parent)
-                Path(f"{out}/{i:06}{suffix}").write_bytes(content)
-    for start in range(0, len(files) * (layout == "shards"), per_shard):
-        with tarfile.open(out / f"{start // per_shard:03}.tar", "w") as tar:
-            for i, group in enumerate(files[start : start + per_shard], start):
-                for suffix, content in group.items():
-                    member = tarfile.TarInfo(f"{i:06}{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                member = tarfile.TarInfo(f"{i:06}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def main():
     p = Flags(__doc__)
-    p.setting("--out", "runs/world", "directory to write to")
+    p.setting("--out", "runs/world", "new or empty directory to write to")
     p.setting("--split", "val", "train or val", one_of(*SPLITS))
     p.setting("--size", 32, "side in pixels", whole(1, 2048))
     p.setting("--count", 8, "number of samples", whole(1, 10**5))
@@ -1564,9 +1784,7 @@ def main():
         fail(f"--measured {args.measured}: below 1 for the layouts folder and shards alone; leave it out")
     if args.count * args.size**2 > 1 << 24:
         fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
-    out, size = make_folder(args.out), (args.size, args.size)
-    for index in (".index.txt", "metadata.jsonl"):  # of another layout
-        (out / index).unlink(missing_ok=True)
+    out, size = claim_folder(args.out), (args.size, args.size)
     scenes = draw_scenes(args.split, range(args.count))
     values, valid, captions = World(args.split, size).samples(range(args.count))
     values["depth"] *= Draws("measured", range(args.count)).rand(1, *size) < args.measured
@@ -1579,9 +1797,9 @@ def main():
     thinned = sparsify(mask, values["rgb"][:8], "mixed", Draws(0, range(len(mask))).rand)
     paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
     rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
-    draw_grid(list(rows.values()), list(rows)).save(out / "grid.png")
+    write_image(out / "grid.png", draw_grid(list(rows.values()), list(rows)))
     print(f"{args.count} samples in {out}, for --data; see {out}/grid.png")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

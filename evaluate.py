@@ -16,7 +16,6 @@ grid.png.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +56,8 @@ def samples_of(args, size, device, with_depth=True):
         for name in names:
             if name in seen and args.task != "image":
                 data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
+            if args.save_predictions and ".." in Path(name).parts:
+                data.fail(f"--save-predictions {args.save_predictions}: sample {name} leads out of it; rename that")
             seen.add(name)
         yield values, valid, captions, names, shapes, range(start, start + len(names))
         start += len(names)
@@ -211,7 +212,7 @@ def save_map(folder, name, depth):
     """Write depth (1, H, W) as NAME.npy."""
     path = Path(f"{folder}/{name}.npy")
     data.make_folder(path.parent)
-    np.save(path, depth[0].numpy())
+    data.write_array(path, depth[0].numpy())
 
 
 def blind_map(source, count):
@@ -383,7 +384,8 @@ def evaluate_agreement(args, model, encoders, device):
             for kind in maps if args.save_predictions else ():
                 save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
                 if kind in pictures:
-                    Image.fromarray(data.paint_rgb(pictures[kind][i])).save(f"{args.save_predictions}/{kind}/{n}.png")
+                    picture = Image.fromarray(data.paint_rgb(pictures[kind][i]))
+                    data.write_image(f"{args.save_predictions}/{kind}/{n}.png", picture)
             for key, target in (("", scored_on[i]), ("other", previous)):
                 if target is not None:  # nearer than a hundredth of the mean is no surface
                     surface = target > 0.01 * target.clamp(min=0).mean()
@@ -540,6 +542,18 @@ def open_network(path, flag, args, device):
     return model.to(device), encoders
 
 
+def claim_out(path):
+    """Make --out. It must be new, or empty, or hold the results.json of an older evaluation."""
+    out = data.claim_folder(path, "results.json")
+    try:
+        old = data.read_json(out / "results.json")
+    except ValueError:
+        old = {}
+    if (out / "results.json").exists() and not {"task", "checkpoint"} <= old.keys():
+        data.fail(f"--out {path}: holds a results.json that this script has not written; choose another directory")
+    return out
+
+
 def parse():
     p = data.Flags(__doc__)
     p.add_argument("task", choices=("depth", "image", "follow", "joint"))
@@ -598,7 +612,9 @@ def parse():
     p.setting("--ensemble", 1, "samples of each depth map; their median counts", data.whole(1, 1000))
     p.setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
     p.setting(
-        "--save-predictions", "", "DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data"
+        "--save-predictions",
+        "",
+        "new or empty DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data",
     )
     p.setting("--cfg", 3.0, "guidance of generated images", data.number(0, 100))
     p.setting(
@@ -617,7 +633,10 @@ def parse():
     p.setting("--seed", 0, "of the noise", data.SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting(
-        "--out", "", "directory for results.json and grid.png, which a new one replaces; empty is runs/evaluate-TASK"
+        "--out",
+        "",
+        "directory for results.json and grid.png: new, empty, or an older evaluation's, whose files are replaced; "
+        "runs/evaluate-TASK if it is not given",
     )
     args = p.parse_args()
     data.check_depth_range(args)
@@ -662,15 +681,17 @@ def main():
         model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
         args.order = data.parse_order(args.order, [m.name for m in model.modalities])
         check_order(args, model)
-    out = data.make_folder(args.out or f"runs/evaluate-{args.task}")
+    out = claim_out(args.out or f"runs/evaluate-{args.task}")
+    if args.save_predictions:
+        data.claim_folder(args.save_predictions, flag="--save-predictions")
     tasks = {"depth": evaluate_depth, "image": evaluate_image} | dict.fromkeys(AGREEMENT, evaluate_agreement)
     results, grids = tasks[args.task](args, model, encoders, device)
-    (out / "results.json").write_text(json.dumps({**vars(args), **results}, indent=1) + "\n")
+    data.write_json(out / "results.json", {**vars(args), **results})
     for name, (rows, labels) in grids.items():
         if rows:
-            data.draw_grid(rows, labels).save(out / f"grid{name.replace('/', '-')}.png")
+            data.write_image(out / f"grid{name.replace('/', '-')}.png", data.draw_grid(rows, labels))
     print(f"wrote {out / 'results.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    data.run_script(main)

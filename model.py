@@ -260,6 +260,14 @@ ENCODINGS = {  # how stored values become diffused ones, and back
 }
 
 
+def check_numbers(entry, **ranges):
+    """Raise ValueError unless these fields of a Modality or Config, {name: (low, high)}, are whole numbers in range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(entry, name)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}, must be a whole number from {low} to {high}")
+
+
 @dataclass(frozen=True)
 class Modality:
     """One entry of the list that the network, the losses and the sampler loop over. The first is the pretrained one."""
@@ -276,6 +284,17 @@ class Modality:
     """Probability that a training sample holds this modality clean, as the condition of the others."""
     encoding: str = "plain"
     """Key of ENCODINGS."""
+
+    def __post_init__(self):
+        """Raises ValueError where an entry, which a checkpoint may bring, makes no sense."""
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(f"modality {self.name!r}: its name must be an identifier")
+        check_numbers(self, channels=(1, 4096), stride=(1, 256), decoder_depth=(0, 128))
+        for key, known in ((self.timesteps, TIMESTEPS), (self.encoding, ENCODINGS)):
+            if key not in tuple(known):
+                raise ValueError(f"modality {self.name}: {key!r} is none of {', '.join(known)}")
+        if not isinstance(self.p_clean, (int, float)) or not 0 <= self.p_clean <= 1:
+            raise ValueError(f"modality {self.name}: p_clean is {self.p_clean!r}, must be a number from 0 to 1")
 
     def shape(self, size):
         """Image size (H, W) in pixels -> (C, h, w) of this modality's values."""
@@ -320,8 +339,19 @@ class Config:
     modalities: tuple = (RGB,)
 
     def __post_init__(self):
+        """Raises ValueError or TypeError for what a checkpoint may bring and no network can be built from."""
         entries = (m if isinstance(m, Modality) else Modality(**m) for m in self.modalities)
         object.__setattr__(self, "modalities", tuple(entries))
+        check_numbers(self, width=(1, 1 << 16), depth=(0, 1024), head=(1, 1024), patch=(1, 1024), size=(1, 1 << 16))
+        check_numbers(self, decoder_depth=(0, 128), text_length=(1, 1 << 16), text_dim=(0, 1 << 16))
+        if self.head % 16 or self.width % (4 * self.head):
+            raise ValueError(f"width {self.width} must be a multiple of 4 heads of {self.head}, a head of 16 channels")
+        names = {m.name for m in self.modalities}
+        if not 0 < len(names) == len(self.modalities) <= 8:
+            raise ValueError("modalities must be 1 to 8, of different names")
+        for m in self.modalities:
+            if self.patch % m.stride:
+                raise ValueError(f"patch {self.patch} must be a multiple of the stride of {m.name}, {m.stride}")
 
     def with_modalities(self, *entries):
         """This network over the given entries, their detokenizer at most as deep as the preset's."""
@@ -464,6 +494,8 @@ class DiT(nn.Module):
         self.config, self.modalities = config, config.modalities
         names, width = [m.name for m in self.modalities], config.width
         by_name = lambda make: nn.ModuleDict({m.name: make(m) for m in self.modalities})
+        if not config.text_dim and config.text_length % TEXT_PATCH:
+            raise ValueError(f"text_length {config.text_length} must be a multiple of {TEXT_PATCH} bytes")
         self.text_bytes = None if config.text_dim else nn.Embedding(256, 32)
         self.text_tokenizer = nn.Linear(config.text_dim or 32 * TEXT_PATCH, width)
         self.tokenizers = by_name(lambda m: nn.Linear(m.channels * (config.patch // m.stride) ** 2, width))
@@ -595,16 +627,20 @@ class DiT(nn.Module):
         """Load weights of fewer modalities (Sec. 3.2): all parts as they are, new modulations cloned from the first's.
 
         Tokenizer, timestep embedder, mixers and detokenizer of new modalities keep their fresh values.
-        Raises ValueError where the checkpoint's network is of another shape.
+        Raises ValueError unless the weights are all those of this network with the first, or more, of its modalities.
         """
-        own, first = self.state_dict(), self.modalities[0].name
-        bad = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
-        if bad:
-            raise ValueError(f"its network does not fit this one (for instance {bad[0]}): is the preset the same?")
+        first, *others = self.modalities
+        known = [first] + [m for m in others if f"modulations.{m.name}.weight" in state]
+        with torch.device("meta"):
+            smaller = DiT(replace(self.config, modalities=known))
+        try:
+            check_weights(state, smaller)
+        except ValueError as error:
+            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
         self.load_state_dict(state, strict=False)
-        for name, modulation in self.modulations.items():
-            if f"modulations.{name}.weight" not in state:
-                modulation.load_state_dict(self.modulations[first].state_dict())
+        for m in others:
+            if m not in known:
+                self.modulations[m.name].load_state_dict(self.modulations[first.name].state_dict())
 
     def checkpoint_activations(self):
         """From now on keep only each block's input, and recompute the rest in the backward pass."""
@@ -645,6 +681,27 @@ class DiT(nn.Module):
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
             optimizers.append(make(torch.optim.Muon, matrices, adjust_lr_fn="match_rms_adamw"))
         return optimizers
+
+
+def check_weights(state, network):
+    """Raise ValueError unless state, {name: tensor}, holds the network's weights: all, of its shapes, and finite.
+
+    The network may be on the meta device, where it takes no memory.
+    """
+    expected = network.state_dict()
+    for name, weight in expected.items():
+        value = state.get(name)
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"it lacks {name}")
+        if value.shape != weight.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, must have {tuple(weight.shape)}")
+        if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} is of {value.dtype}, must be floating")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"it holds {name}, which its network has not")
 
 
 def orthogonalize(gradient, coefficients, steps, eps):

@@ -107,7 +107,7 @@ def parse():
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
     p.setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
-    p.setting("--out", "runs/samples", "directory to write to")
+    p.setting("--out", "runs/samples", "directory to write to, new or empty unless you --resume")
     args = p.parse_args()
 
     for flag in ("image", "depth"):
@@ -346,28 +346,28 @@ def write_ply(path, rgb, depth, valid, fov):
     points = points[valid]
     properties = "".join(f"property {'float' if c in 'xyz' else 'uchar'} {c}\n" for c in points.dtype.names)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{properties}end_header\n"
-    Path(path).write_bytes(header.encode() + points.tobytes())
+    data.write_whole(path, lambda file: file.write(header.encode() + points.tobytes()))
 
 
 def write(folder, made, metadata, fov):
     """The files of one sample; metadata.json last, so that it tells that the others are there."""
     for m in made.keys() - {"rgb", "depth"}:
-        np.save(folder / f"{m}.npy", made[m][0].numpy())
+        data.write_array(folder / f"{m}.npy", made[m][0].numpy())
     if "rgb" in made:
         rgb = data.paint_rgb(made["rgb"][0])
-        Image.fromarray(rgb).save(folder / "rgb.png")
+        data.write_image(folder / "rgb.png", Image.fromarray(rgb))
     if "depth" in made:
         values, valid = made["depth"]
         depth, valid = torch.where(valid, values, 0)[0].numpy(), (valid & (values > 0))[0].numpy()
-        np.save(folder / "depth.npy", depth)
-        data.depth_picture(values, torch.from_numpy(valid)[None]).save(folder / "depth.png")
+        data.write_array(folder / "depth.npy", depth)
+        data.write_image(folder / "depth.png", data.depth_picture(values, torch.from_numpy(valid)[None]))
         metadata["depth16_scale"], text = float(depth.max()) / 65535 or 1.0, PngImagePlugin.PngInfo()
         text.add_text("scale", repr(metadata["depth16_scale"])), text.add_text("unit", metadata["depth_unit"])
         codes = np.where(valid, np.round(depth / metadata["depth16_scale"]).clip(1), 0).astype(np.uint16)
-        Image.fromarray(codes).save(folder / "depth16.png", pnginfo=text)
+        data.write_image(folder / "depth16.png", Image.fromarray(codes), pnginfo=text)
         if "rgb" in made:
             write_ply(folder / "cloud.ply", rgb, depth, on_surface(depth, valid), fov)
-    data.write_whole(folder / "metadata.json", lambda file: file.write(json.dumps(metadata, indent=1).encode()))
+    data.write_json(folder / "metadata.json", metadata)
 
 
 def command(settings, defaults):
@@ -420,7 +420,7 @@ def animation(path, frames, most=40):
             rows.append([data.paint_depth(1 / (2.05 - x.clamp(0, 2))) for x in frame["depth"]])
         pictures.append(data.draw_grid(rows, cell=96))
     times = [80] * (len(pictures) - 1) + [2000]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    data.write_image(path, pictures[0], save_all=True, append_images=pictures[1:], duration=times, loop=0)
 
 
 def main():
@@ -450,7 +450,7 @@ def main():
             data.fail(f"--resume: {job.name} was made with another --{other[0].replace('_', '-')}; change --out")
         elif done["checkpoint_step"] != state.get("step"):
             data.fail(f"--resume: {job.name} was made when the checkpoint was at another step; change --out")
-    data.make_folder(out)
+    data.claim_folder(out, *(["*/metadata.json"] if args.resume else []))
 
     frames, refused, bar, layout = [], set(), None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
     for i, (seen_at, batch) in enumerate(batches(todo, args, config, size, refused)):
@@ -479,11 +479,11 @@ def main():
         labels |= {"depth": "depth\n(made)"} if not args.depth or args.image or args.refine == "depth" else {}
         files = {"image": "rgb.png", "given": "metadata.json", "depth": "depth.npy"}
         labels = {key: label for key, label in labels.items() if (out / there[0].name / files[key]).exists()}
-        contact_sheet(out, there, labels).save(out / "grid.png")
+        data.write_image(out / "grid.png", contact_sheet(out, there, labels))
     print(f"{len(there)} samples in {out}; see {out}/grid.png")
     if refused:
         raise SystemExit(2)
 
 
 if __name__ == "__main__":
-    main()
+    data.run_script(main)

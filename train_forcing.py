@@ -20,7 +20,6 @@ import argparse
 import copy
 import itertools
 import math
-import os
 import signal
 import time
 from contextlib import nullcontext
@@ -98,11 +97,7 @@ def parse():
         data.number(0, 1000),
     )
     data.training_settings(p, steps=540, out="runs/forcing")
-    args = p.parse_args()
-    args.resume = args.resume or data.tried_again(args.out)
-    if args.resume:  # a run goes on with its own settings, unless flags say otherwise
-        p.set_defaults(**data.run_settings(args.out) | {"resume": True})
-        args = p.parse_args()
+    args = data.parse_run(p)
     data.check_depth_range(args)
     if args.p_i2d + args.p_d2i > 1:
         data.fail(f"--p-i2d {args.p_i2d} --p-d2i {args.p_d2i}: the sum of these probabilities must be at most 1")
@@ -127,6 +122,14 @@ def dry_run(args, config, taught):
         f"estimated GiB on each of {args.dry_run} GPUs, {images:g} images at a time, before torch.compile saves some:"
     )
     print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, taught, half)))
+
+
+def check_modalities(path, config, wanted):
+    """Refuse a checkpoint's Config whose modalities are neither the first nor all of those that are wanted."""
+    found, own = ([replace(m, p_clean=0) for m in c.modalities] for c in (config, wanted))
+    if found[0].name != "rgb" or found not in (own[:1], own):
+        names = ", ".join(m.name for m in found)
+        data.fail(f"--init {path}: its modalities are {names}; must be rgb, or rgb and depth, as this stage has them")
 
 
 @torch.no_grad()
@@ -156,7 +159,7 @@ def picture(model, encoders, args, device, path, count=8):
         "joint:\nimage": images(joint["rgb"]),
         "joint:\ndepth": depths(joint["depth"]),
     }
-    data.draw_grid(list(rows.values()), list(rows)).save(path)
+    data.write_image(path, data.draw_grid(list(rows.values()), list(rows)))
 
 
 def main():
@@ -167,12 +170,14 @@ def main():
     if init and not args.preset:
         base = Config(**init["config"])
     config = base.with_modalities(replace(base.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = data.read_ranks()
     device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
     trained_with = init["settings"].get("encoders", "") if init else None
     encoders = data.open_encoders(args.encoders, device, base, trained_with)
     config = config.with_encoders(encoders)
+    if init:
+        check_modalities(args.init, Config(**init["config"]), config)
     taught = base.with_encoders(encoders) if planned else Config(**init["config"]) if init else config
     if len(taught.modalities) == len(config.modalities) or not (args.distill_lo or args.distill_hi):
         taught = None  # not wanted, or nothing to go back to: from scratch, or on from a checkpoint of this stage
@@ -209,6 +214,8 @@ def main():
             data.fail(f"--init {args.init}: {error}")
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
+    if rank == 0:
+        data.lock_run(args.out, args.resume)
     # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
     step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
@@ -262,6 +269,7 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, valid, text, count = part
+            network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
             with autocast:
                 x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
@@ -319,7 +327,10 @@ def main():
                 shown = ", ".join(f"{kind}{m} {losses.get(f'loss_{kind}{m}', 0):.3f}" for m, kind in totals)
                 rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
                 bar.set_postfix_str(f"{shown}, {rates}")
-        if step % args.checkpoint_every == 0 or step == args.steps or stopping:
+        due = step % args.checkpoint_every == 0 or step == args.steps or stopping
+        if due:
+            saved = data.worth_saving(step, in_a_row, rank, model, ema)
+        if due and saved:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
             states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
             if rank == 0:
@@ -335,8 +346,8 @@ def main():
     if world > 1:
         dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
-    if not saved:
-        data.fail(f"--out {args.out}: the last checkpoint could not be written; free some space and --resume")
+    if not saved and rank == 0:
+        data.fail(f"--out {args.out}: the last checkpoint could not be written, see above; --resume uses an older one")
     if stopping and rank == 0:
         data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:
@@ -344,4 +355,4 @@ def main():
 
 
 if __name__ == "__main__":
-    record(main)()
+    record(data.run_script)(main)

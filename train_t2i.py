@@ -16,7 +16,6 @@ noise levels -> predict -> loss -> step.
 import copy
 import itertools
 import math
-import os
 import signal
 import time
 from contextlib import nullcontext
@@ -51,11 +50,7 @@ def parse():
     p.setting("--preset", "nano", f"network: {', '.join(PRESETS)}", data.one_of(*PRESETS))
     data.source_settings(p)
     data.training_settings(p, steps=650, out="runs/t2i")
-    args = p.parse_args()
-    args.resume = args.resume or data.tried_again(args.out)
-    if args.resume:  # a run goes on with its own settings, unless flags say otherwise
-        p.set_defaults(**data.run_settings(args.out) | {"resume": True})
-        args = p.parse_args()
+    args = data.parse_run(p)
     data.check_depth_range(args)
     return args
 
@@ -85,12 +80,12 @@ def picture(model, encoders, args, device, path, count=8):
     noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(0)).to(device)
     made = model.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, guidance={"rgb": 3.0})["rgb"]
     rows = [[data.paint_rgb(x) for x in images] for images in (values["rgb"], encoders.decode_image(made))]
-    data.draw_grid(rows, ["real", "from its\ncaption"]).save(path)
+    data.write_image(path, data.draw_grid(rows, ["real", "from its\ncaption"]))
 
 
 def main():
     args = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = data.read_ranks()
     device = data.pick_device("cpu" if args.dry_run else args.device)
     cuda = device.type == "cuda"
     config = PRESETS[args.preset].with_modalities(RGB)
@@ -116,6 +111,8 @@ def main():
     model = DiT(config).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
+    if rank == 0:
+        data.lock_run(args.out, args.resume)
     # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
     step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
@@ -165,6 +162,7 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, text, count = part
+            network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
             with autocast:
                 x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m]) for m in names}
@@ -215,7 +213,10 @@ def main():
                 shown = ", ".join(f"{kind}{m} {losses.get(f'loss_{kind}{m}', 0):.3f}" for m, kind in totals)
                 rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
                 bar.set_postfix_str(f"{shown}, {rates}")
-        if step % args.checkpoint_every == 0 or step == args.steps or stopping:
+        due = step % args.checkpoint_every == 0 or step == args.steps or stopping
+        if due:
+            saved = data.worth_saving(step, in_a_row, rank, model, ema)
+        if due and saved:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
             states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
             if rank == 0:
@@ -231,8 +232,8 @@ def main():
     if world > 1:
         dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
-    if not saved:
-        data.fail(f"--out {args.out}: the last checkpoint could not be written; free some space and --resume")
+    if not saved and rank == 0:
+        data.fail(f"--out {args.out}: the last checkpoint could not be written, see above; --resume uses an older one")
     if stopping and rank == 0:
         data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:
@@ -240,4 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    record(main)()
+    record(data.run_script)(main)

@@ -30,7 +30,7 @@ from data import (
     split_mix,
     training_indices,
 )
-from model import PRESETS, TEXT_PATCH
+from model import PRESETS, TEXT_PATCH, Config, DiT
 
 AWAY = [-100.0] * 3
 
@@ -233,7 +233,10 @@ def test_near_is_bright_and_missing_is_black():
 
 
 def state(step):
-    return {"config": asdict(PRESETS["nano"]), "settings": {}, "ema": {"a": torch.full((1000,), step)}, "step": step}
+    network = DiT(Config(width=64, depth=1, head=16, patch=4, size=8, text_length=8))
+    weights = {name: torch.full_like(weight, step) for name, weight in network.state_dict().items()}
+    state = {"config": asdict(network.config), "settings": {}, "step": step, "optimizers": []}
+    return state | {"model": weights, "ema": weights}
 
 
 def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
@@ -250,7 +253,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(damage, tmp_path, 
         save_checkpoint(tmp_path, state(step), keep=2)
     path = tmp_path / "step-0000002.pt"
     content = bytearray(path.read_bytes())
-    content[content.index(torch.full((1000,), 2).numpy().tobytes()) + 2000] ^= 1
+    content[content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000] ^= 1
     path.write_bytes({"cut": content[:-100], "one bit": content, "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(SystemExit) as error:
         load_checkpoint(tmp_path / "last.pt")

@@ -334,8 +334,8 @@ def test_evaluation_does_not_depend_on_the_batch_size(trained, tmp_path, monkeyp
 
 
 def results(line, out, monkeypatch):
-    run(evaluate, f"{line} --device cpu --out {out}", monkeypatch)
-    return json.loads((out / "results.json").read_text())
+    run(evaluate, f"{line} --device cpu --out {out}/results", monkeypatch)
+    return json.loads((out / "results/results.json").read_text())
 
 
 def test_every_layout_gives_the_same_numbers(trained, world, tmp_path, monkeypatch):

@@ -168,16 +168,18 @@ model.velocity_loss = velocity_loss
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(t2i, tmp_path):
-    """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3."""
+    """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3. Neither of these is saved."""
     two = start("train_forcing", forcing(tmp_path / "a", t2i, 4), broken((4, 8)), ranks=2)
     code, printed = finish(two)
     assert code == 0 and len(re.findall(r"step \d+ skipped", printed)) == 2
     assert re.search(r"step 2 skipped, not finite: loss_rgb, ", printed)
     assert re.search(r"step 3 skipped, not finite: loss_depth, .*loss_depth_joint", printed)
     assert [row.get("skipped") for row in rows(tmp_path / "a").values()] == [0, 2]
-    at = {step: weights(tmp_path / "a", step) for step in (1, 2, 3, 4)}
-    assert same(at[1], at[2]) and same(at[1], at[3]) and not same(at[3], at[4])
-    assert all(v.isfinite().all() for v in at[4].values())
+    assert [path.name for path in data.list_checkpoints(tmp_path / "a")] == ["step-0000001.pt", "step-0000004.pt"]
+    assert "step 3: no checkpoint, since this step was skipped" in printed
+    state = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    assert state["step"] == 4 and state["optimizers"][0]["state"][0]["step"] == 2  # those skipped left no trace
+    assert all(v.isfinite().all() for v in weights(tmp_path / "a").values())
 
 
 def test_a_run_stops_after_some_steps_in_a_row_that_are_not_finite(t2i, tmp_path, monkeypatch, capsys):

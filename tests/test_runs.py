@@ -1,0 +1,602 @@
+"""Checkpoints, run directories, files: what is damaged, foreign or in use is refused in one line, and nothing lost."""
+
+import contextlib
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import sample
+import train_forcing
+import train_t2i
+from model import DEPTH, RGB, Config, DiT, Modality
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 1000 --warmup 2"
+SMALL = Config(width=64, depth=1, head=16, patch=4, size=16, decoder_depth=1, text_length=8)
+
+
+def run(script, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
+    if hasattr(script, "picture"):
+        monkeypatch.setattr(script, "picture", lambda *args: None)
+    data.run_script(script.main)
+
+
+def refused(capsys, says, call, *args):
+    """call(*args) ends with exit code 2 and one line that says so."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(*args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # a bar
+    assert stopped.value.code == 2 and len(lines) == 1 and says in lines[0], lines
+
+
+def written(folder):
+    """{path: bytes} of all files below a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# ---- Checkpoints: one loader ----
+
+
+def checkpoint(config=SMALL):
+    torch.manual_seed(0)
+    network = DiT(config)
+    state = {"config": asdict(config), "settings": {}, "step": 3, "model": network.state_dict()}
+    optimizers = [optimizer.state_dict() for optimizer in network.configure_optimizers(1e-3)]
+    return state | {"ema": dict(network.state_dict()), "optimizers": optimizers, "sums": {}, "skipped": 0}
+
+
+def with_weight(change):
+    """Change one weight of a checkpoint."""
+
+    def edit(state):
+        state["ema"]["text_tokenizer.bias"] = change(state["ema"]["text_tokenizer.bias"])
+
+    return edit
+
+
+def with_config(**changes):
+    return lambda state: state["config"].update(changes)
+
+
+def with_entry(**changes):
+    return lambda state: state["config"].update(modalities=[asdict(RGB) | changes])
+
+
+def poisoned(value):
+    """A change of a tensor's last element."""
+
+    def change(weight):
+        weight = weight.clone()
+        weight[-1] = value
+        return weight
+
+    return change
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil",)
+
+
+STATES = {  # what is done to a checkpoint: what the line says
+    "missing tensor": (lambda state: state["ema"].pop("text_tokenizer.bias"), "lacks text_tokenizer.bias"),
+    "extra tensor": (lambda state: state["ema"].update(more=torch.zeros(1)), "holds more"),
+    "wrong shape": (with_weight(lambda w: w[1:]), "text_tokenizer.bias has shape (63,)"),
+    "whole numbers": (with_weight(lambda w: w.long()), "torch.int64"),
+    "complex": (with_weight(lambda w: w.to(torch.complex64)), "torch.complex64"),
+    "nan": (with_weight(poisoned(torch.nan)), "text_tokenizer.bias is not finite"),
+    "infinite": (with_weight(poisoned(torch.inf)), "text_tokenizer.bias is not finite"),
+    "a list for a tensor": (with_weight(lambda w: w.tolist()), "lacks text_tokenizer.bias"),
+    "sparse": (with_weight(lambda w: w.to_sparse()), "damaged"),
+    "no ema": (lambda state: state.pop("ema"), "lacks 'ema'"),
+    "ema a list": (lambda state: state.update(ema=[1]), "lacks 'ema'"),
+    "no config": (lambda state: state.pop("config"), "lacks 'config'"),
+    "no settings": (lambda state: state.pop("settings"), "lacks 'settings'"),
+    "encoders a number": (lambda state: state["settings"].update(encoders=3), "'encoders'"),
+    "config key missing": (lambda state: state["config"].pop("width"), "width"),
+    "config key unknown": (with_config(experts=8), "experts"),
+    "width negative": (with_config(width=-64), "width is -64"),
+    "width huge": (with_config(width=1 << 40), "width is"),
+    "more than the file holds": (with_config(width=1 << 16, head=64), "more than the file holds"),
+    "deeper than the file": (with_config(depth=900, width=1 << 14), "more than the file holds"),
+    "width a float": (with_config(width=64.0), "width is 64.0"),
+    "depth a string": (with_config(depth="1"), "depth is '1'"),
+    "patch a boolean": (with_config(patch=True), "patch is True"),
+    "width without heads": (with_config(width=96), "multiple of 4 heads"),
+    "text cut": (with_config(text_length=9), "text_length 9"),
+    "no modalities": (with_config(modalities=[]), "modalities must be"),
+    "modalities a number": (with_config(modalities=3), "config"),
+    "twice the same": (with_config(modalities=[asdict(RGB)] * 2), "different names"),
+    "name a sentence": (with_entry(name="a.b"), "'a.b'"),
+    "name taken": (with_entry(name="keys"), "keys"),
+    "encoding unknown": (with_entry(encoding="jpeg"), "'jpeg'"),
+    "timesteps unknown": (with_entry(timesteps=["plateau"]), "plateau"),
+    "stride beside the patch": (with_entry(stride=3), "stride of rgb"),
+    "p_clean": (with_entry(p_clean="often"), "p_clean"),
+    "entry key unknown": (with_entry(color="red"), "color"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_wrong_checkpoint_is_refused_in_one_line(case, tmp_path, capsys):
+    change, says = STATES[case]
+    state = checkpoint()
+    change(state)
+    torch.save(state, tmp_path / "last.pt")
+    refused(capsys, says, data.load_checkpoint, tmp_path / "last.pt", "--init")
+
+
+def stored(content):
+    """A function that writes the files {name: bytes} as a zip."""
+
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, value in content.items():
+                archive.writestr(f"last/{name}", value)
+
+    return write
+
+
+def cut(path):
+    torch.save(checkpoint(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def compressed(path):
+    """A zip of a few kB that declares 100 MB."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("last/data.pkl", pickle.dumps({}, 2))
+        archive.writestr("last/data/0", bytes(100_000_000))
+
+
+def allocating(path):
+    """A pickle of a few bytes that makes an array of 64 GB."""
+    stored({"data.pkl": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R."})(path)
+
+
+FILES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "a directory": lambda path: path.mkdir(),
+    "a fifo": os.mkfifo,
+    "cut": cut,
+    "code": lambda path: torch.save({"config": Evil()}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "a zip": stored({"data": b"1"}),
+    "a pickle": stored({"data.pkl": pickle.dumps({"a": 1}, 2)}),
+    "two pickles": stored({"data.pkl": b"", "more/data.pkl": b""}),
+    "a zip bomb": compressed,
+    "an array of 64 GB": allocating,
+    "old format": lambda path: torch.save(checkpoint(), path, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, capsys):
+    FILES[case](tmp_path / "last.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(capsys, "last.pt", data.load_checkpoint, tmp_path / "last.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    assert not Path("/tmp/evil").exists()
+
+
+def test_a_tensor_larger_than_its_file_takes_no_memory(tmp_path, capsys):
+    """One number expanded to a network's 12 billion: the shapes fit the config, the file is small."""
+    config = asdict(Config(width=1 << 13, depth=12, head=64, patch=4, size=16, text_length=8))
+    with torch.device("meta"):
+        shapes = DiT(Config(**config)).state_dict()
+    state = {"config": config, "settings": {}, "ema": {n: torch.zeros(1).expand(w.shape) for n, w in shapes.items()}}
+    torch.save(state, tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").stat().st_size < 100_000
+    refused(capsys, "more than the file holds", data.load_checkpoint, tmp_path / "last.pt")
+
+
+def test_the_network_of_the_repository_and_a_run_without_counts_load(tmp_path):
+    assert data.load_checkpoint(data.NANO)["ema"]["text_tokenizer.bias"].dtype == torch.float16
+    state = checkpoint()
+    del state["sums"], state["skipped"]  # as older runs have it
+    torch.save(state, tmp_path / "last.pt")
+    assert data.newest_checkpoint(tmp_path)[1]["skipped"] == 0
+
+
+# ---- --init ----
+
+INITS = {
+    "first not rgb": ([Modality("grey", 3)], "its modalities are grey"),
+    "an unknown third": ([RGB, DEPTH, Modality("normal", 3)], "its modalities are rgb, depth, normal"),
+    "another second": ([RGB, Modality("normal", 1)], "its modalities are rgb, normal"),
+    "depth of another encoding": ([RGB, Modality("depth", 1, decoder_depth=1)], "its modalities are rgb, depth"),
+}
+
+
+@pytest.mark.parametrize("case", INITS)
+def test_a_stage_takes_over_its_own_modalities_alone(case, tmp_path, monkeypatch, capsys):
+    modalities, says = INITS[case]
+    torch.save(checkpoint(SMALL.with_modalities(*modalities)), tmp_path / "init.pt")
+    line = f"{QUICK} --init {tmp_path}/init.pt --out {tmp_path}/run"
+    refused(capsys, says, run, train_forcing, line, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lost", ["text_tokenizer.bias", "tokenizers.rgb.weight", "modulations.rgb.weight"])
+def test_warm_start_misses_no_weight_of_the_network_taken_over(lost):
+    state = DiT(SMALL).state_dict()
+    del state[lost]
+    with pytest.raises(ValueError, match=lost):
+        DiT(SMALL.with_modalities(RGB, DEPTH)).warm_start(state)
+
+
+def test_warm_start_takes_over_all_modalities_or_the_first():
+    both = SMALL.with_modalities(RGB, DEPTH)
+    whole = DiT(both)
+    grown = DiT(both)
+    grown.warm_start(whole.state_dict())
+    assert all(torch.equal(value, grown.state_dict()[name]) for name, value in whole.state_dict().items())
+    part = {name: value for name, value in whole.state_dict().items() if name != "mixers.rgb_to_depth.mlp.0.weight"}
+    with pytest.raises(ValueError, match="rgb_to_depth"):
+        grown.warm_start(part)
+
+
+# ---- Resuming ----
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run of two steps, which no test changes."""
+    out = tmp_path_factory.mktemp("ran") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run(train_t2i, f"{QUICK} --steps 2 --out {out}", patch)
+    return out
+
+
+def copy_run(ran, out):
+    """A run directory that was copied, as cp -r does."""
+    subprocess.run(["cp", "-r", ran, out], check=True)
+    return out
+
+
+TRAINING = {
+    "no model": lambda state: state.pop("model"),
+    "no optimizers": lambda state: state.pop("optimizers"),
+    "no step": lambda state: state.pop("step"),
+    "step a word": lambda state: state.update(step="two"),
+    "model not finite": lambda state: state["model"]["text_tokenizer.bias"].fill_(torch.nan),
+    "too few optimizers": lambda state: state["optimizers"].pop(),
+    "optimizer a number": lambda state: state["optimizers"].__setitem__(0, 3),
+    "optimizer empty": lambda state: state["optimizers"].__setitem__(0, {}),
+    "another shape": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(1).expand(1 << 33)),
+    "larger": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(1).half().expand(1 << 33)),
+    "more parameters": lambda state: state["optimizers"][0]["state"].update({999: {"step": torch.tensor(1.0)}}),
+    "average not finite": lambda state: state["optimizers"][0]["state"][0]["exp_avg"].fill_(torch.inf),
+    "sums of another kind": lambda state: state.update(sums={"loss": 3}),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(case, ran, tmp_path, monkeypatch, capsys):
+    out = copy_run(ran, tmp_path / "run")
+    state = torch.load(ran / "last.pt", weights_only=True)
+    TRAINING[case](state)
+    torch.save(state, out / "step-0000002.pt")
+    refused(capsys, "--resume", run, train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+    assert [row["step"] for row in data.read_rows(out / "metrics.jsonl")] == [1, 2]
+
+
+CONFIGS = {
+    "no json": (b"{", "is damaged"),
+    "a list": (b"[1]", "is damaged"),
+    "a number": (b"3", "is damaged"),
+    "deep": (b"[" * 100_000, "is damaged"),
+    "not utf-8": (b'{"lr": "\xff"}', "is damaged"),
+    "a list of steps": (b'{"steps": [3]}', "steps is a list"),
+    "a word of steps": (b'{"steps": "three"}', "--steps"),
+    "steps zero": (b'{"steps": 0}', "--steps"),
+    "an optimizer": (b'{"optimizer": "sgd"}', "--optimizer"),
+    "a plug-in": (b'{"encoders": "/tmp/code.py"}', "--encoders /tmp/code.py"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_settings_of_a_run_pass_the_checks_of_flags(case, tmp_path, monkeypatch, capsys):
+    content, says = CONFIGS[case]
+    (tmp_path / "config.json").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["train_t2i.py", "--resume", "--out", str(tmp_path)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train_t2i.parse()
+    assert stopped.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkeypatch):
+    settings = {"lr": 1e-5, "steps": 7, "shard": True, "compile": False, "data": "a b", "out": "elsewhere", "old": 1}
+    data.write_json(tmp_path / "config.json", settings | {"encoders": "plug-in.py"})
+    line = ["train_t2i.py", "--resume", "--steps", "9", "--encoders", "other.py", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    args = train_t2i.parse()
+    assert (args.lr, args.steps, args.shard, args.compile, args.data) == (1e-5, 9, True, False, "a b")
+    assert (args.out, args.encoders, args.resume, args.batch_size) == (str(tmp_path), "other.py", True, 32)
+
+
+def test_a_copied_run_leaves_the_original_alone(ran, tmp_path, monkeypatch):
+    before = written(ran)
+    out = copy_run(ran, tmp_path / "copy")
+    run(train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+    assert written(ran) == before and torch.load(out / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_rows_of_any_kind_are_survived(ran, tmp_path, monkeypatch):
+    out = copy_run(ran, tmp_path / "run")
+    odd = b'\n3\n[1]\n"word"\n{}\n{"step": "two"}\n{"step": null}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        with open(out / name, "ab") as file:
+            file.write(odd)
+    run(train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+    assert [row["step"] for row in data.read_rows(out / "metrics.jsonl")] == [1, 2, 3]
+
+
+# ---- What is saved, and what is removed ----
+
+
+def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatch, capsys):
+    """All further steps are skipped, and the good one stays, though just one is kept."""
+    out = copy_run(ran, tmp_path / "run")
+    load = data.resume
+
+    def resume(out, wanted, rank, model, ema, optimizers):
+        found = load(out, wanted, rank, model, ema, optimizers)
+        with torch.no_grad():
+            model.text_tokenizer.weight.fill_(torch.inf)
+        return found
+
+    monkeypatch.setattr(data, "resume", resume)
+    with pytest.raises(SystemExit) as stopped:
+        run(train_t2i, f"--resume --steps 8 --checkpoint-every 1 --keep 1 --out {out}", monkeypatch)
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "the last checkpoint could not be written" in lines[-1]
+    assert any("step 8: no checkpoint, since this step was skipped" in line for line in lines)
+    assert [path.name for path in data.list_checkpoints(out)] == ["step-0000002.pt"]
+    assert data.newest_checkpoint(out)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("which", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(which, capsys):
+    networks = {name: DiT(SMALL) for name in ("model", "ema")}
+    assert data.worth_saving(3, 0, 0, *networks.values())
+    assert not data.worth_saving(3, 1, 0, *networks.values())
+    networks[which].text_tokenizer.bias.data[3] = torch.nan
+    assert not data.worth_saving(3, 0, 0, *networks.values())
+    assert "step 3: no checkpoint, since weights are not finite" in capsys.readouterr().err
+
+
+def test_only_what_a_run_has_written_is_counted_and_removed(tmp_path):
+    (tmp_path / "step-best.pt").write_bytes(b"mine")
+    (tmp_path / "step-0000001-copy.pt").write_bytes(b"mine")
+    for step in (1, 2, 3):
+        data.save_checkpoint(tmp_path, checkpoint() | {"step": step}, keep=1)
+    names = {"last.pt", "step-0000001-copy.pt", "step-0000003.pt", "step-best.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, capsys):
+    """The lock is gone with the process that holds it, even if that is killed."""
+    out = tmp_path / "run"
+    out.mkdir()
+    hold = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\ninput()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, out / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        refused(capsys, "another process is training in it", data.lock_run, out, True)
+        refused(capsys, "another process is training in it", data.lock_run, out, False)
+    finally:
+        other.kill()
+        other.communicate()
+    data.lock_run(out, True)
+    data.lock_run(out, True)
+
+
+# ---- Directories and disks ----
+
+
+def command(script, out, checkpoint):
+    """A command line of a few seconds that writes to out."""
+    if script is sample:
+        return f"--checkpoint {checkpoint} --device cpu --count 1 --steps 1 --size 16 --out {out}"
+    if script is evaluate:
+        return f"depth --checkpoint {checkpoint} --device cpu --images 2 --steps 1 --size 16 --out {out}"
+    if script is data:
+        return f"--count 2 --size 16 --out {out}"
+    return f"{QUICK} --steps 1 --out {out}"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A checkpoint of image and depth."""
+    path = tmp_path_factory.mktemp("weights") / "last.pt"
+    torch.save(checkpoint(SMALL.with_modalities(RGB, DEPTH)), path)
+    return path
+
+
+@pytest.mark.parametrize("script", [data, evaluate, sample, train_t2i])
+def test_a_folder_of_other_files_is_refused_and_left_as_it_is(script, weights, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "mine"
+    (out / "samples").mkdir(parents=True)
+    for name in ("metadata.jsonl", "config.json", "grid.png", "metrics.jsonl", "samples/a.png", "000000.jpg"):
+        (out / name).write_text("mine")
+    before = written(out)
+    refused(capsys, "holds files of something else", run, script, command(script, out, weights), monkeypatch)
+    assert written(out) == before
+
+
+def test_another_results_file_is_not_replaced(weights, tmp_path, monkeypatch, capsys):
+    for content in ("mine", '{"accuracy": 1}'):
+        (tmp_path / "results.json").write_text(content)
+        line = command(evaluate, tmp_path, weights)
+        refused(capsys, "holds a results.json", run, evaluate, line, monkeypatch)
+        assert (tmp_path / "results.json").read_text() == content
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("script", [data, evaluate, sample])
+def test_a_full_disk_is_one_line_and_leaves_older_files(script, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "blind_map", lambda *args: torch.ones(1, 16, 16))
+    if script is evaluate:
+        run(evaluate, command(evaluate, tmp_path, weights), monkeypatch)
+    before = written(tmp_path)
+    with full_disk(50):
+        refused(capsys, "File too large", run, script, command(script, tmp_path, weights), monkeypatch)
+    assert written(tmp_path) == before
+
+
+def test_a_layout_on_a_disk_that_fills_up_has_no_index(tmp_path, monkeypatch, capsys):
+    with full_disk(1000):
+        refused(capsys, "File too large", run, data, command(data, tmp_path / "x", ""), monkeypatch)
+    assert not (tmp_path / "x/metadata.jsonl").exists()
+
+
+def test_saved_predictions_replace_nothing(weights, tmp_path, monkeypatch, capsys):
+    """Neither what is there, nor, by names that lead out, what is elsewhere."""
+    Image.fromarray(np.full((16, 16, 3), 99, np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "truth.npy", np.ones((16, 16), np.float32))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps/000000.npy").write_text("mine")
+    line = command(evaluate, tmp_path / "out", weights)
+    refused(capsys, "maps: holds files", run, evaluate, f"{line} --save-predictions {tmp_path}/maps", monkeypatch)
+    assert (tmp_path / "maps/000000.npy").read_text() == "mine"
+
+    found = {"rgb": torch.zeros(1, 3, 16, 16), "depth": torch.ones(1, 1, 16, 16)}
+    valid = {"rgb": None, "depth": torch.ones(1, 1, 16, 16) > 0}
+    monkeypatch.setattr(data, "in_order", lambda *args: iter([(found, valid, [""], ["../../truth"], [(16, 16)])]))
+    monkeypatch.setattr(evaluate, "blind_map", lambda *args: torch.ones(1, 16, 16))
+    before = written(tmp_path)
+    line = f"{line} --save-predictions {tmp_path}/new/maps"
+    refused(capsys, "../../truth leads out of it", run, evaluate, line, monkeypatch)
+    assert written(tmp_path) == before
+
+
+# ---- What the machine lacks ----
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_what_the_machine_lacks_is_one_line(capsys):
+    full = OSError(28, "No space left on device", "runs/grid.png")
+    refused(capsys, "runs/grid.png: No space left on device", data.run_script, failing(full))
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")):
+        refused(capsys, "lower --batch-size or --size", data.run_script, failing(error))
+    for shape in ((1 << 50,), (1 << 40, 1 << 40)):
+        refused(capsys, "lower --batch-size or --size", data.run_script, lambda shape=shape: torch.ones(shape))
+    refused(capsys, "lower --batch-size or --size", data.run_script, lambda: np.ones(1 << 50))
+
+
+def test_bugs_keep_their_traceback_and_ctrl_c_is_130():
+    for bug in (RuntimeError("shapes"), ValueError(), KeyError("a")):
+        with pytest.raises(type(bug)):
+            data.run_script(failing(bug))
+    with pytest.raises(SystemExit) as stopped:
+        data.run_script(failing(KeyboardInterrupt()))
+    assert stopped.value.code == 130
+
+
+def test_ctrl_c_ends_a_script_without_a_traceback(weights, tmp_path):
+    line = f"--checkpoint {weights} --device cpu --count 1 --steps 9000 --out {tmp_path}/s"
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *line.split()], stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "s").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed
+
+
+RANKS = {
+    "RANK=x": "RANK=x: must be a whole number",
+    "RANK=-1": "RANK=-1: must be a whole number",
+    "WORLD_SIZE=two": "WORLD_SIZE=two: must be a whole number",
+    "WORLD_SIZE=0": "RANK=0: must be below WORLD_SIZE, 0",
+    "WORLD_SIZE=2": "RANK is not set",
+    "RANK=1": "RANK=1: must be below WORLD_SIZE, 1",
+    "WORLD_SIZE=2 RANK=0": "MASTER_ADDR is not set",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost": "MASTER_PORT is not set",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x": "MASTER_ADDR:MASTER_PORT, localhost:x",
+}
+
+
+@pytest.mark.parametrize("environment", RANKS)
+def test_an_environment_that_no_launcher_makes_is_one_line(environment, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+
+    def join():
+        if data.read_ranks()[1] > 1:
+            data.join_ranks("gloo", 10)
+
+    refused(capsys, RANKS[environment], join)
+
+
+# ---- The loop ----
+
+
+def test_ranks_wait_for_each_other_in_the_last_part_of_a_step_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def see(module, given):
+        if isinstance(module, DiT):
+            seen.append(getattr(module, "require_backward_grad_sync", None))  # FLOPs are counted without it
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        run(train_t2i, f"{QUICK} --steps 2 --grad-accum 4 --out {tmp_path}/run", monkeypatch)
+    finally:
+        hook.remove()
+    assert [sync for sync in seen if sync is not None] == [False, False, False, True] * 2
+
+
+def test_pictures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_t2i", *f"{QUICK} --steps 2 --sample-every 1 --out {tmp_path}/run".split()])
+    problems = iter([torch.OutOfMemoryError("CUDA out of memory.\nmore"), RuntimeError("cuDNN error")])
+
+    def picture(*args):
+        raise next(problems)
+
+    monkeypatch.setattr(train_t2i, "picture", picture)
+    train_t2i.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
+    assert len(said) == 2 and "CUDA out of memory.); training goes on" in said[0] and "cuDNN" in said[1]
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
