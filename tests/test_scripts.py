@@ -417,7 +417,7 @@ def test_frechet_distance_with_a_torchscript_file(trained, world, tmp_path, monk
 def test_missing_depth_is_noise_while_a_hint_is_followed(trained, tmp_path, monkeypatch):
     seen, missing = [], ~data.World("val", (16, 16)).samples(range(32))[1]["depth"]
     see = lambda module, given: seen.append(given[0]["depth"][:32]) if isinstance(module, evaluate.DiT) else None
-    line = f"follow --images 32 --batch-size 32 --size 16 --steps 3 --strength 0.9 --judge-steps 1 --out {tmp_path}/out"
+    line = f"follow --images 32 --batch-size 64 --size 16 --steps 3 --strength 0.9 --judge-steps 1 --out {tmp_path}/out"
     hook = torch.nn.modules.module.register_module_forward_pre_hook(see)
     run(evaluate, f"{line} --checkpoint {trained[1]}", monkeypatch)
     hook.remove()
