@@ -1194,7 +1194,7 @@ def claim_folder(path, *own, flag="--out"):
     except OSError as error:
         fail(f"{flag} {path}: cannot be read ({error.strerror}); choose another directory")
     if holds and not any(any(folder.glob(pattern)) for pattern in own):
-        fail(f"{flag} {path}: holds files of something else, such as {holds.name}; choose a new or an empty directory")
+        fail(f"{flag} {path}: already holds {holds.name}; choose a new or an empty directory")
     return make_folder(path)
 
 
@@ -1228,15 +1228,19 @@ def read_rows(path):
     return rows
 
 
-def write_whole(path, write):
-    """write(file) beside the file, flushed and renamed: if the process dies meanwhile, it is the old one or the new."""
+def write_whole(path, write, sync=True):
+    """write(file) beside the file, then renamed: if the process dies meanwhile, it is the old one or the new.
+
+    sync: also if the machine dies. It takes milliseconds, which many small files need not.
+    """
     part = Path(path).with_name("partly-written")
     part.unlink(missing_ok=True)  # not written through, should it be a link
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -1756,7 +1760,7 @@ def export(out, layout, samples, per_shard=100):
         for suffix, content in group.items():
             path = Path(f"{out}/{i:06}{suffix}")
             make_folder(path.parent)
-            write_whole(path, lambda file, content=content: file.write(content))
+            write_whole(path, lambda file, content=content: file.write(content), sync=False)
     index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
     write_whole(out / index, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
 

@@ -441,7 +441,7 @@ def test_a_folder_of_other_files_is_refused_and_left_as_it_is(script, weights, t
     for name in ("metadata.jsonl", "config.json", "grid.png", "metrics.jsonl", "samples/a.png", "000000.jpg"):
         (out / name).write_text("mine")
     before = written(out)
-    refused(capsys, "holds files of something else", run, script, command(script, out, weights), monkeypatch)
+    refused(capsys, "choose a new or an empty directory", run, script, command(script, out, weights), monkeypatch)
     assert written(out) == before
 
 
@@ -489,7 +489,14 @@ def test_saved_predictions_replace_nothing(weights, tmp_path, monkeypatch, capsy
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps/000000.npy").write_text("mine")
     line = command(evaluate, tmp_path / "out", weights)
-    refused(capsys, "maps: holds files", run, evaluate, f"{line} --save-predictions {tmp_path}/maps", monkeypatch)
+    refused(
+        capsys,
+        "maps: already holds 000000.npy",
+        run,
+        evaluate,
+        f"{line} --save-predictions {tmp_path}/maps",
+        monkeypatch,
+    )
     assert (tmp_path / "maps/000000.npy").read_text() == "mine"
 
     found = {"rgb": torch.zeros(1, 3, 16, 16), "depth": torch.ones(1, 1, 16, 16)}
