@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 
 SIZE, COUNT = 256, 24
-ARGS = argparse.Namespace(depth_scale=0.001, depth_min=0.0, depth_max=0.0)
+ARGS = argparse.Namespace(depth_scale=0.001, depth_min=0.0, depth_max=0.0, seed=0)
 
 
 def write(folder):
@@ -48,10 +48,8 @@ def pillow(folder):
 def ours(folder):
     args = argparse.Namespace(**vars(ARGS), data=str(folder))
     source = data.open_source(args, "train", (SIZE, SIZE))
-    source.plan = 0, 0, 8, 0, 1
-    batches = iter(source)
-    for _ in range(COUNT // 8):
-        next(batches)
+    for start in range(0, COUNT, 8):
+        data.collate([source[i] for i in range(start, start + 8)])
 
 
 torch.set_num_threads(1)
