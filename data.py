@@ -23,6 +23,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -307,6 +308,7 @@ MAX_CAPTION = 1 << 16  # bytes
 MAX_SHARDS = 1_000_000
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
 
 
 class BadSample(ValueError):
@@ -318,7 +320,7 @@ def refuse(message):
 
 
 def quoted(text, limit=200):
-    """Text from a file or a flag as a message shows it: printable, and cut in the middle if it is long."""
+    """The text of a file or a flag as messages show it: non-printable characters replaced, a long middle cut out."""
     text = str(text)
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
@@ -326,9 +328,9 @@ def quoted(text, limit=200):
 
 
 def parse(name, reader, *args):
-    """reader(*args). Raises a BadSample of one line that begins with name if reader fails in whatever way.
+    """Returns reader(*args). Whatever it raises becomes a BadSample with a message of one line that begins with name.
 
-    All decoding of files goes through here, so that no warning of numpy or Pillow reaches the user.
+    All files are decoded through this function, which also keeps warnings of numpy and Pillow from the user.
     """
     try:
         with warnings.catch_warnings():
@@ -363,7 +365,7 @@ def check_pixels(shape):
 
 
 def open_image(content, formats=FORMATS):
-    """Bytes of an image -> a Pillow image of at most MAX_PIXELS, of which the header alone is read so far."""
+    """Bytes of an image -> a Pillow image of at most MAX_PIXELS. Only its header is read yet. Raises BadSample."""
     image = Image.open(io.BytesIO(content), formats=formats)
     check_pixels(image.size)
     return image
@@ -547,17 +549,17 @@ TRIES = 10  # samples that are tried in place of one that cannot be read
 
 
 class Files(Dataset):
-    """Samples of a folder or of tar shards, by their number in an order that goes on from epoch to epoch without end.
+    """Samples of a folder or of tar shards. Item i is the sample at place i % n of epoch i // n, of n samples in all.
 
-    Number i is place i % n of epoch i // n, where n is the count of samples: an epoch has each sample once. In training
-    an epoch's order follows from (seed, epoch) alone: the shards are shuffled and taken WINDOW at a time, and the
-    samples of each such window are shuffled. A folder is one window. So which samples a step sees depends neither on
-    ranks nor on --workers nor on --grad-accum, and a run that is resumed finds its place without reading any other.
+    An epoch has each sample once. In training its order is computed from (seed, epoch): the shards are shuffled and
+    taken WINDOW at a time, then the samples of each window are shuffled; a folder is one window. So the samples of a
+    step do not depend on the number of ranks, --workers or --grad-accum, and resuming reads no earlier sample.
 
-    units: the folder, or the paths of the shards. index: for each unit the entries of its samples, rows of the folder
-    or offsets in the shard; of shards it is None, and given to use() once they are counted. read(unit, entry) -> (name,
-    where the sample is listed, load). load() -> a dict: "text" and "depth_scale" or None, the names of "image",
-    "depth", "mask" (or None), and "read": a name -> bytes.
+    units: the folder, or the paths of the shards.
+    index: for each unit the entries of its samples: rows of the folder, or offsets in the shard. None until the samples
+        of the shards are counted; use() sets it.
+    read(unit, entry): (name, where the sample is listed, load). load() returns a dict: "text", "depth_scale" (or None),
+        the names of the files "image", "depth" and "mask" (or None), and "read", which maps such a name to bytes.
     """
 
     def __init__(self, units, index, read, args, training, size, with_depth):
@@ -580,10 +582,11 @@ class Files(Dataset):
         return self.units[order[i]], self.index[order[i]][place - bounds[i]]
 
     def __getitem__(self, number):
-        """(rgb, depth, caption, shape, name) as decode gives them or None; what is wrong with the sample, or None.
+        """Returns ((rgb, depth, caption, shape, name) as decode does, None), or (a substitute, the problem) if the
+        sample cannot be read.
 
-        In training the next one in the order of the epoch that can be read stands in for one that cannot, or if there
-        is none among TRIES, a grey image: a batch stays a batch, however it is split.
+        In training the substitute is the next sample in the order of the epoch that can be read, or a grey image if
+        none of TRIES can: it does not depend on how a batch is split. Otherwise it is None.
         """
         epoch, place = divmod(number, self.count)
         problem = None
@@ -636,7 +639,7 @@ class Files(Dataset):
 
 @functools.lru_cache(4)
 def unit_order(source, epoch):
-    """The units of a Files in the order of an epoch, and the place at which each begins; the last place is the end."""
+    """(indices of the units in the order of an epoch, the place where each begins, with the end of the last)."""
     counts = np.array([len(entries) for entries in source.index])
     order = np.arange(len(counts))
     if source.training:
@@ -646,16 +649,14 @@ def unit_order(source, epoch):
 
 @functools.lru_cache(4)
 def window_order(source, epoch, window):
-    """The first place of a window of an epoch, and the places in it, shuffled."""
+    """(first place of a window of an epoch, permutation of its places)."""
     bounds = unit_order(source, epoch)[1]
     start, stop = bounds[window * WINDOW], bounds[min((window + 1) * WINDOW, len(bounds) - 1)]
     return start, np.random.default_rng([source.args.seed, epoch, window + 1]).permutation(stop - start)
 
 
 def collate(items):
-    """Items of Files -> a batch (rgb (B, H, W, 3), depth (B, H, W), captions, shapes, names) of those that could be
-    read, and problems.
-    """
+    """Items of Files -> (rgb (B, H, W, 3), depth (B, H, W), captions, shapes, names), and problems."""
     samples = [sample for sample, _ in items if sample]
     problems = [problem for _, problem in items if problem]
     if not samples:
@@ -700,7 +701,7 @@ def read_row(folder, row):
 
 
 class HeaderFile(io.FileIO):
-    """A file of which tarfile reads headers: names that claim to be gigabytes long are damage."""
+    """A tar file whose headers are read. A damaged one may declare a name of gigabytes, which raises ReadError."""
 
     def read(self, size=-1):
         if not 0 <= size <= MAX_HEADER:
@@ -709,10 +710,10 @@ class HeaderFile(io.FileIO):
 
 
 def read_shard(path, start=0):
-    """Yields (offset, name, where, load) of the samples of a tar file from an offset on, see Files.
+    """Yields (offset, name, where, load) for the samples of a tar file that begin at offset start or later, see Files.
 
-    A sample is consecutive members that share a name up to its first dot. Headers alone are read, and go by fast;
-    contents are read by load(). Damage is the last sample, one that cannot be loaded.
+    A sample is consecutive members that share a name up to its first dot. Only headers are read; load() reads the
+    contents. If the file is damaged, the last sample stands for what is lost, and its load() raises BadSample.
     """
     damage, end = [], start
 
@@ -783,7 +784,7 @@ def sample_offsets(path, limit=None):
 
 
 def index_shards(paths, workers=0, limit=None):
-    """sample_offsets of each shard, by so many processes; of no more shards than hold limit samples."""
+    """sample_offsets of each shard, found by so many processes. Stops after the shards that hold limit samples."""
     count = functools.partial(sample_offsets, limit=limit)
     loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=stay_with_parent)
     index, total = [], 0
@@ -796,12 +797,9 @@ def index_shards(paths, workers=0, limit=None):
 
 
 def kept_index(paths, out, workers, rank):
-    """index_shards, counted once for a run and kept in its directory, in shards.npz.
-
-    Rank 0 counts first, so that the others find all there. A shard whose size or time has changed is counted again.
-    """
+    """index_shards, kept in the run directory as shards.npz. Shards that changed in size or time are counted again."""
     if rank > 0 and dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # rank 0 counts, the others read its file
     kept, known = Path(out) / "shards.npz", {}
     with contextlib.suppress(Exception), np.load(kept) as file:  # there is none yet, or it is damaged
         parts = np.split(file["offsets"], np.cumsum(file["counts"])[:-1])
@@ -809,6 +807,10 @@ def kept_index(paths, out, workers, rank):
     states = [os.stat(path) for path in paths]
     keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
     missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
+    if known and missing and rank == 0:
+        tell(
+            f"--data: {len(missing)} of {len(paths)} shards are new or changed; the order of samples changes with them"
+        )
     known |= zip(missing, index_shards(list(missing.values()), workers), strict=True)
     index = [known[key] for key in keys]
     if rank == 0 and missing:
@@ -933,7 +935,8 @@ def training_batches(source, args, step, rank, world, device):
                 named.add(problem)
                 tell(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
-            fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
+            share = f"{bad} of {tried} samples cannot be used, more than 1%"
+            fail(f"--data {quoted(args.data)}: {share}; the last: {problems[-1]}")
         for i in range(0, len(indices), part):
             cut = slice(i, i + part)
             yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
@@ -962,22 +965,22 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
 
 
 def load_batches(source, numbers, workers, device="cpu"):
-    """The batches that collate makes of Files, each of a list of numbers, loaded ahead by so many processes."""
+    """What collate makes of the items of Files with these numbers, a list for each batch, loaded by so many workers."""
     pinned = torch.device(device).type == "cuda"
     options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": stay_with_parent}
     return DataLoader(source, batch_sampler=numbers, collate_fn=collate, **options)
 
 
 def stay_with_parent(worker):
-    """Let a process that loads data live exactly as long as the one that it loads for.
+    """Let a worker live exactly as long as its parent, the process that trains.
 
-    A scheduler's signal goes to both, and the parent takes another step and saves before it ends. So the worker ignores
-    the signal, and gets SIGKILL when its parent has ended, in whatever way.
+    Schedulers and Ctrl-C signal both, and the parent finishes its step and saves before it ends. So the worker ignores
+    these signals; the system kills it when its parent has ended, in whatever way.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere torch's workers look every five seconds
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this process ends
         forked = multiprocessing.get_start_method() == "fork"
         if forked and os.getppid() != multiprocessing.parent_process().pid:
             os._exit(1)  # the parent has ended before that call
@@ -985,8 +988,8 @@ def stay_with_parent(worker):
 
 @atexit.register
 def end_workers():
-    """Kill the processes that load data: multiprocessing would wait for them, since they ignore its SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that they were killed
+    """Kill the workers: multiprocessing would send SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()

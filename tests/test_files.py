@@ -415,7 +415,7 @@ def test_resuming_reads_the_headers_of_its_own_samples(tmp_path, headers):
     assert_same(batches_of(run["path"], 1250, 1), resumed)
 
 
-def test_shards_are_counted_once_and_again_if_they_change(tmp_path, headers):
+def test_shards_are_counted_once_and_again_if_they_change(tmp_path, headers, capsys):
     for shard in range(3):
         tar(tmp_path / f"{shard}.tar", [(f"{10 * shard + i}.jpg", JPEG) for i in range(10)])
     paths = [f"{tmp_path}/{shard}.tar" for shard in range(3)]
@@ -425,7 +425,7 @@ def test_shards_are_counted_once_and_again_if_they_change(tmp_path, headers):
     assert np.array_equal(data.kept_index(paths, tmp_path, 0, rank=1), first) and not headers
     tar(tmp_path / "1.tar", [("x.jpg", JPEG)])
     assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 0, rank=0)] == [10, 1, 10]
-    assert set(headers) == {paths[1]}
+    assert set(headers) == {paths[1]} and "1 of 3 shards are new or changed" in capsys.readouterr().err
     kept = tmp_path / "shards.npz"
     kept.write_bytes(kept.read_bytes()[:300])
     assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 2, rank=0)] == [10, 1, 10]
@@ -641,13 +641,13 @@ SHARDS = {
     "link": ([("b.jpg", declared("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"))], "b.jpg is a link"),
     "absolute": ([("/outside/b.jpg", JPEG)], "/outside/b.jpg is a name that leads out"),
     "dots": ([("../b.jpg", JPEG)], "../b.jpg is a name that leads out"),
-    "negative": ([("b.jpg", declared("b.jpg", size=-512))], "damaged (a member of negative size)"),
-    "negative, large": ([("b.jpg", declared("b.jpg", size=-(1 << 40)))], "damaged (a member of negative size)"),
-    "slightly negative": ([("b.jpg", declared("b.jpg", size=-1))], "damaged (a member of negative size)"),
+    "negative": ([("b.jpg", declared("b.jpg", size=-512))], "damaged ("),
+    "negative, large": ([("b.jpg", declared("b.jpg", size=-(1 << 40)))], "damaged ("),
+    "slightly negative": ([("b.jpg", declared("b.jpg", size=-1))], "damaged ("),
     "long name": ([("b", declared("b", size=8 << 30, type=tarfile.GNUTYPE_LONGNAME))], "a header of 8589934592 bytes"),
     "negative name": ([("b", declared("b", size=-512, type=tarfile.GNUTYPE_LONGNAME))], "a header of -512 bytes"),
     "sparse": ([("b.jpg", sparse("b.jpg", 1 << 20))], "b.jpg is a link, a device or sparse"),
-    "negative, sparse": ([("b.jpg", sparse("b.jpg", -1))], ": "),
+    "negative, sparse": ([("b.jpg", sparse("b.jpg", -1))], "damaged ("),
     "scale": ([("b.jpg", JPEG), ("b.depth.npy", npy(DEPTH)), ("b.json", b'{"depth_scale": "1"}')], "depth_scale '1'"),
     "long": ([(f"{'b' * 5000}.jpg", b"")], "bbb: jpg: not an image"),
     "empty member": ([("b.jpg", b"")], "b: jpg: not an image"),
