@@ -3,7 +3,7 @@
     synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
     DIR with metadata.jsonl     rows: file_name, text; depth_file_name, mask_file_name, depth_scale where there is depth
     DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
-    'shards/{000..999}.tar'     WebDataset, streamed: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm
+    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm
 
 Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. What is not above
 0, not finite, masked out or outside --depth-min..--depth-max is missing.
@@ -13,7 +13,9 @@ Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-co
 """
 
 import argparse
+import atexit
 import contextlib
+import copy
 import ctypes
 import datetime
 import fcntl
@@ -23,13 +25,16 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
+import multiprocessing
 import os
 import pickletools
 import platform
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -46,7 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model import TEXT_PATCH, Config, DiT, check_weights
@@ -320,9 +325,13 @@ def sparsify(valid, rgb, pattern, rand):
 # ---- Files: images and depth maps as they are published ----
 
 MAX_BYTES = 1 << 28  # of a file: what a damaged header declares is not read into memory
-MAX_CAPTION = 1 << 16
+MAX_PIXELS = 64_000_000  # of an image or a map: decoded, they take gigabytes
+MAX_HEADER = 1 << 20  # bytes of a name in a tar file
+MAX_CAPTION = 1 << 16  # bytes
+MAX_SHARDS = 1_000_000
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
 
 
 class BadSample(ValueError):
@@ -333,27 +342,56 @@ def refuse(message):
     raise BadSample(message)
 
 
+def quoted(text, limit=200):
+    """The text of a file or a flag as messages show it: non-printable characters replaced, a long middle cut out."""
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def parse(name, reader, *args):
-    """reader(*args); whatever it cannot read raises a BadSample that begins with name."""
+    """Returns reader(*args). Whatever it raises becomes a BadSample with a message of one line that begins with name.
+
+    All files are decoded through this function, which also keeps warnings of numpy and Pillow from the user.
+    """
     try:
-        return reader(*args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return reader(*args)
     except Exception as error:  # of a file's contents anything may be wrong
         what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        message = f"{name}: {what or type(error).__name__}"
-        raise BadSample(message.encode(errors="backslashreplace").decode()) from None
+        raise BadSample(f"{quoted(name, 1000)}: {quoted(what or type(error).__name__)}") from None
 
 
 def read_file(path, folder=None):
-    """Bytes of a file, which must lie in the folder if one is given. Raises BadSample."""
+    """Bytes of a regular file, which must lie in the folder if one is given. Raises BadSample."""
     name = os.path.abspath(os.path.join(folder or "", str(path)))
     if folder and not name.startswith(os.path.join(os.path.abspath(folder), "")):
         refuse(f"leads out of {folder}")
     try:
-        if os.path.getsize(name) > MAX_BYTES:
-            refuse(f"larger than {MAX_BYTES >> 20} MiB")
-        return Path(name).read_bytes()
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            refuse("not a regular file")
+        with open(name, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         refuse(error.strerror)
+    if len(content) > MAX_BYTES:
+        refuse(f"larger than {MAX_BYTES >> 20} MiB")
+    return content
+
+
+def check_pixels(shape):
+    """Refuse an image or a map whose header declares more than MAX_PIXELS."""
+    if math.prod(shape) > MAX_PIXELS:
+        refuse(f"has {math.prod(shape):,} pixels; at most {MAX_PIXELS:,} are read")
+
+
+def open_image(content, formats=FORMATS):
+    """Bytes of an image -> a Pillow image of at most MAX_PIXELS. Only its header is read yet. Raises BadSample."""
+    image = Image.open(io.BytesIO(content), formats=formats)
+    check_pixels(image.size)
+    return image
 
 
 def png_depth(content, scale):
@@ -361,7 +399,7 @@ def png_depth(content, scale):
 
     The latter's codes: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
     """
-    image = Image.open(io.BytesIO(content), formats=("PNG",))
+    image = open_image(content, ("PNG",))
     if not image.mode.startswith("I"):
         few = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
         raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
@@ -376,6 +414,10 @@ def png_depth(content, scale):
 
 def npy_depth(content, scale):
     """.npy array of numbers (H, W), or with axes of length one, times scale. Never unpickled."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    check_pixels(read_header(file)[0])
     depth = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu" or depth.squeeze().ndim != 2:
         raise ValueError(f"has shape {getattr(depth, 'shape', '?')}; one map (height, width) of numbers is needed")
@@ -388,6 +430,7 @@ def pfm_depth(content, scale):
     if not header:
         raise ValueError("not a one-channel PFM")
     width, height, order = int(header[1]), int(header[2]), "<" if header[3] else ">"
+    check_pixels((height, width))
     rows = np.frombuffer(content, order + "f4", width * height, header.end()).reshape(height, width)
     return rows[::-1].astype(np.float32) * np.float32(scale)
 
@@ -411,7 +454,7 @@ def read_depth(name, content, scale=1.0, mask=None, low=0.0, high=0.0):
     depth = read_map(name, content, scale)
     known = (depth > max(low, 0)) & (depth <= (high or np.finfo(np.float32).max))  # NaN is neither
     if mask is not None:
-        mask = Image.open(io.BytesIO(mask), formats=FORMATS)
+        mask = open_image(mask)
         mask = np.asarray(mask.convert("RGB") if mask.mode in ("LA", "RGBA") else mask) > 0
         mask = mask.any(-1) if mask.ndim == 3 else mask
         if mask.shape != depth.shape:
@@ -468,7 +511,7 @@ def load_rgb(content, size=None, place=(0.5, 0.5)):
 
     Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
     """
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    image = open_image(content)
     turned = image.getexif().get(0x0112, 1)  # orientation
     whole = image.size if turned in (5, 6, 7, 8) else image.size[::-1]
     if size:
@@ -524,103 +567,125 @@ class World:
         return values, {"rgb": None, "depth": seen, "normal": seen}, [caption(scenes, i) for i in range(len(indices))]
 
 
-SHUFFLE = 1000  # samples that a worker holds and draws the next one from
+WINDOW = 8  # shards whose samples are shuffled together
+TRIES = 10  # samples that are tried in place of one that cannot be read
 
 
-class Files(IterableDataset):
-    """Samples of a folder or of tar files, streamed. In training: endless epochs, each in another order.
+class Files(Dataset):
+    """Samples of a folder or of tar shards. Item i is the sample at place i % n of epoch i // n, of n samples in all.
 
-    units are rows or shards; read(unit) yields (name, where it is listed, load) for each sample in one. load() -> a
-    dict: "text", "depth_scale" or None, the names of "image", "depth", "mask" (or None), and "read": a name -> bytes.
+    An epoch has each sample once. In training its order is computed from (seed, epoch): the shards are shuffled and
+    taken WINDOW at a time, then the samples of each window are shuffled; a folder is one window. So the samples of a
+    step do not depend on the number of ranks, --workers or --grad-accum, and resuming reads no earlier sample.
+
+    units: the folder, or the paths of the shards.
+    index: for each unit the entries of its samples: rows of the folder, or offsets in the shard. None until the samples
+        of the shards are counted; use() sets it.
+    read(unit, entry): (name, where the sample is listed, load). load() returns a dict: "text", "depth_scale" (or None),
+        the names of the files "image", "depth" and "mask" (or None), and "read", which maps such a name to bytes.
     """
 
-    def __init__(self, units, read, args, training, size, with_depth):
-        self.units, self.read, self.args, self.training = units, read, args, training
-        self.size, self.with_depth, self.plan, self.count = size, with_depth, (0, 0, 1, 0, 1), None
+    def __init__(self, units, index, read, args, training, size, with_depth):
+        self.units, self.read, self.args = units, read, args
+        self.training, self.size, self.with_depth = training, size, with_depth
+        self.use(index)
 
-    def epoch(self, seed, epoch, worker=0, workers=1):
-        """The samples of one epoch that one worker, of all workers of all ranks, has to itself, as read gives them.
+    def use(self, index):
+        self.index = index
+        self.count = sum(map(len, index or ()))
 
-        Units are split over workers; where there are fewer, each worker goes through all and keeps its share.
-        Order: units shuffled, then samples drawn at random from a buffer of SHUFFLE.
-        """
-        order, rng, buffer = range(len(self.units)), random.Random(f"{seed} {epoch}"), []
+    def locate(self, epoch, place):
+        """(unit, entry) of the sample at a place of an epoch."""
+        order, bounds = unit_order(self, epoch)
         if self.training:
-            order = np.random.default_rng([seed, epoch]).permutation(order)
-        turn = (worker - epoch) % workers  # whoever gets less of an epoch gets more of another
-        mine = order[turn::workers] if len(order) >= workers else order
-        samples = (sample for i in mine for sample in self.read(self.units[i]))
-        if len(order) < workers:
-            samples = itertools.islice(samples, turn, None, workers)
-        if not self.training:
-            yield from samples
-        for sample in samples:
-            buffer.append(sample)
-            if len(buffer) > SHUFFLE:
-                i = rng.randrange(len(buffer))
-                buffer[i], buffer[-1] = buffer[-1], buffer[i]
-                yield buffer.pop()
-        rng.shuffle(buffer)
-        yield from buffer
+            window = np.searchsorted(bounds[:-1:WINDOW], place, side="right") - 1
+            start, shuffled = window_order(self, epoch, window)
+            place = start + shuffled[place - start]
+        i = np.searchsorted(bounds, place, side="right") - 1
+        return self.units[order[i]], self.index[order[i]][place - bounds[i]]
 
-    def __iter__(self):
-        """Batches (rgb (B, H, W, 3), depth (B, H, W), captions, names, shapes, problems), see batch."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        seed, step, share, rank, world = self.plan
-        worker = (step + worker) % workers  # batch s is worker s % workers': go on as if from step 0
-        epochs = itertools.count() if self.training else range(1)
-        whose = rank * workers + worker, world * workers
-        samples = ((*sample, epoch) for epoch in epochs for sample in self.epoch(seed, epoch, *whose))
-        samples = itertools.islice(samples, len(range(worker, step, workers)) * share, self.count)
-        while chosen := list(itertools.islice(samples, share)):
-            yield self.batch(chosen, seed)
+    def __getitem__(self, number):
+        """Returns ((rgb, depth, caption, shape, name) as decode does, None), or (a substitute, the problem) if the
+        sample cannot be read.
 
-    def batch(self, samples, seed):
-        """Decode samples; shapes are of the whole pictures, problems tells what was wrong with those left out.
-
-        In training the others of its batch, or a grey image, stand in for such a sample: a batch stays a batch.
+        In training the substitute is the next sample in the order of the epoch that can be read, or a grey image if
+        none of TRIES can: it does not depend on how a batch is split. Otherwise it is None.
         """
-        good, problems = [], []
-        for name, where, load, epoch in samples:
+        epoch, place = divmod(number, self.count)
+        problem = None
+        for attempt in range(1 + TRIES if self.training else 1):
+            name, where, load = self.read(*self.locate(epoch, (place + attempt) % self.count))
             try:
-                rng = random.Random(f"{seed} {epoch} {name}".encode(errors="surrogatepass"))
-                good.append((*parse(where, self.decode, load, rng), name))
+                return (*parse(where, self.decode, load, epoch, name), name), problem
             except BadSample as error:
-                problems.append(str(error))
-        if self.training:
-            grey = np.full((*self.size, 3), 128, np.uint8), np.zeros(self.size, np.float32), "", self.size, ""
-            good = list(itertools.islice(itertools.cycle(good or [grey]), len(samples)))
-        rgb, depth, captions, shapes, names = zip(*good, strict=True) if good else ((), (), (), (), ())
-        stack = lambda arrays: torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0)
-        return stack(rgb), stack(depth), captions, names, shapes, problems
+                problem = problem or str(error)
+        grey = np.full((*self.size, 3), 128, np.uint8), np.zeros(self.size, np.float32), "", self.size, ""
+        return grey if self.training else None, problem
 
-    def decode(self, load, rng):
+    def decode(self, load, epoch, name):
         """-> rgb (H, W, 3) uint8; depth (H, W) float32 in metres, 0 where missing; caption; shape of the whole picture.
 
         Image and depth are cropped together: at the centre, or in training at a random place, and mirrored half of the
         time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
         """
         files, args, size = load(), self.args, self.size
-        text, read, image, name = (files[key] for key in ("text", "read", "image", "depth"))
+        text, read, image, depth_name = (files[key] for key in ("text", "read", "image", "depth"))
+        if text is None:
+            text = ""
         if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
             refuse(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
-        place = (rng.random(), rng.random()) if self.training else (0.5, 0.5)
+        place, mirrored = (0.5, 0.5), False
+        if self.training:
+            rng = random.Random(f"{args.seed} {epoch} {name}".encode(errors="surrogatepass"))
+            place = rng.random(), rng.random()
+            mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE)
         rgb, whole = parse(image, lambda: load_rgb(read(image), size, place))
         depth = np.zeros(size, np.float32)
 
         def load_depth():
-            scale = files["depth_scale"] or (args.depth_scale if name.lower().endswith("png") else 1.0)
+            scale = files["depth_scale"]
+            if scale is None:
+                scale = args.depth_scale if depth_name.lower().endswith("png") else 1.0
+            if type(scale) not in (int, float) or not 0 < scale < math.inf:
+                refuse(f"depth_scale {scale!r} is not a positive number")
             mask = read(files["mask"]) if files["mask"] else None
-            values, known = read_depth(name, read(name), scale, mask, args.depth_min, args.depth_max)
+            values, known = read_depth(depth_name, read(depth_name), scale, mask, args.depth_min, args.depth_max)
             values, known = nearest(values, known, size, crop_box(values.shape, whole, size, place))
             return np.where(known, values, 0)
 
-        if name and self.with_depth:
-            depth = parse(name, load_depth)
-        if self.training and rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE):
+        if depth_name and self.with_depth:
+            depth = parse(depth_name, load_depth)
+        if mirrored:
             rgb, depth = rgb[:, ::-1], depth[:, ::-1]
         return rgb, depth, text, whole
+
+
+@functools.lru_cache(4)
+def unit_order(source, epoch):
+    """(indices of the units in the order of an epoch, the place where each begins, with the end of the last)."""
+    counts = np.array([len(entries) for entries in source.index])
+    order = np.arange(len(counts))
+    if source.training:
+        order = np.random.default_rng([source.args.seed, epoch]).permutation(order)
+    return order, np.concatenate([[0], np.cumsum(counts[order])])
+
+
+@functools.lru_cache(4)
+def window_order(source, epoch, window):
+    """(first place of a window of an epoch, permutation of its places)."""
+    bounds = unit_order(source, epoch)[1]
+    start, stop = bounds[window * WINDOW], bounds[min((window + 1) * WINDOW, len(bounds) - 1)]
+    return start, np.random.default_rng([source.args.seed, epoch, window + 1]).permutation(stop - start)
+
+
+def collate(items):
+    """Items of Files -> (rgb (B, H, W, 3), depth (B, H, W), captions, shapes, names), and problems."""
+    samples = [sample for sample, _ in items if sample]
+    problems = [problem for _, problem in items if problem]
+    if not samples:
+        return None, None, (), (), (), problems
+    rgb, depth, captions, shapes, names = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(rgb)), torch.from_numpy(np.stack(depth)), captions, shapes, names, problems
 
 
 @functools.lru_cache(4)
@@ -645,80 +710,156 @@ def read_index(folder):
 
 
 def read_row(folder, row):
-    """A row of read_index as the one sample that it is."""
+    """(name, where, load) of a row of read_index, see Files."""
 
     def load():
         if row["problem"]:
             refuse(row["problem"])
         names = {key: str(row.get(f"{key}_file_name") or "") for key in ("depth", "mask")}
         read = functools.partial(read_file, folder=folder)
-        text, scale = row.get("text") or "", row.get("depth_scale")
+        text, scale = row.get("text"), row.get("depth_scale")
         return {"image": str(row["file_name"]), "text": text, "depth_scale": scale, "read": read, **names}
 
-    yield row["name"], row["where"], load
+    return row["name"], row["where"], load
 
 
-def read_shard(path):
-    """The samples of a tar file, in order: consecutive members that share a name up to its first dot.
+class HeaderFile(io.FileIO):
+    """A tar file whose headers are read. A damaged one may declare a name of gigabytes, which raises ReadError."""
 
-    Headers alone are read, and go by fast; contents are read by load().
+    def read(self, size=-1):
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def read_shard(path, start=0):
+    """Yields (offset, name, where, load) for the samples of a tar file that begin at offset start or later, see Files.
+
+    A sample is consecutive members that share a name up to its first dot. Only headers are read; load() reads the
+    contents. If the file is damaged, the last sample stands for what is lost, and its load() raises BadSample.
     """
-
-    damage = []
+    damage, end = [], start
 
     def members():
+        nonlocal end
         try:
-            with tarfile.open(path, "r:") as tar:
-                while member := tar.next():
-                    tar.members.clear()  # it would keep every header
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    if stem and suffix and not member.isdir():
-                        yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(512) != bytes(512):
-                    damage.append("cut short")
+            with HeaderFile(path) as file:
+                file.seek(start)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while member := tar.next():
+                        tar.members.clear()  # it would keep every header
+                        if member.size < 0 or tar.offset <= member.offset:
+                            raise tarfile.ReadError("a member of negative size")
+                        end = tar.offset
+                        folder, _, base = member.name.rpartition("/")
+                        stem, _, suffix = base.partition(".")
+                        if stem and suffix and not member.isdir():
+                            yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
+                    file.seek(tar.offset)
+                    if file.read(512) != bytes(512):
+                        damage.append("cut short")
         except Exception as error:
             damage.append(error)
 
-    def load(group):
-        def read(suffix):
-            member = group[suffix]
-            if not member.isfile():
-                refuse(f"{member.name} is a link or a device")
-            if member.name.startswith("/") or ".." in member.name.split("/"):
-                refuse(f"{member.name} is a name that leads out")
-            if member.size > MAX_BYTES:
-                refuse(f"declares {member.size} bytes")
-            with open(path, "rb") as file:
-                file.seek(member.offset_data)
-                content = file.read(member.size)
-            return content if len(content) == member.size else refuse("cut short")
-
-        first = lambda suffixes: next((s for s in suffixes if s in group), None)
-        if not first(IMAGES):
-            refuse(f"no image ({', '.join(IMAGES)})")
-        fields = parse("json", lambda: dict(json.loads(read("json")))) if "json" in group else {}
-        text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption") or ""
-        names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
-        return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
-
     name = None
-    for name, group in itertools.groupby(members(), lambda member: member[0]):
-        yield name, f"{path}: {name}", functools.partial(load, {suffix: member for _, suffix, member in group})
+    for name, found in itertools.groupby(members(), lambda member: member[0]):
+        group = {suffix: member for _, suffix, member in found}
+        offset = min(member.offset for member in group.values())
+        yield offset, name, f"{path}: {quoted(name, 80)}", functools.partial(load_group, path, group)
     if damage or name is None:
         problem = f"damaged ({damage[0]}), what follows is lost" if damage else "holds no sample"
-        yield str(path), path, functools.partial(refuse, problem)
+        yield end, str(path), path, functools.partial(refuse, problem)
+
+
+def load_group(path, group):
+    """load() of a sample of a tar file, see Files; group: {suffix: member}."""
+
+    def read(suffix):
+        member = group[suffix]
+        if not member.isfile() or member.issparse():
+            refuse(f"{quoted(member.name, 80)} is a link, a device or sparse")
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            refuse(f"{quoted(member.name, 80)} is a name that leads out")
+        if member.size > MAX_BYTES:
+            refuse(f"declares {member.size} bytes")
+        with open(path, "rb") as file:
+            file.seek(member.offset_data)
+            content = file.read(member.size)
+        return content if len(content) == member.size else refuse("cut short")
+
+    first = lambda suffixes: next((s for s in suffixes if s in group), None)
+    if not first(IMAGES):
+        refuse(f"no image ({', '.join(IMAGES)})")
+    fields = parse("json", lambda: dict(json.loads(read("json")))) if "json" in group else {}
+    text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption")
+    names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
+    return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
+
+
+def read_group(path, offset):
+    """(name, where, load) of the sample of a tar file that begins at an offset, see Files."""
+    return next(read_shard(path, int(offset)))[1:]
+
+
+def sample_offsets(path, limit=None):
+    """Offsets in a tar file of its samples, of the first limit alone if that is given."""
+    return np.array([offset for offset, *_ in itertools.islice(read_shard(path), limit)])
+
+
+def index_shards(paths, workers=0, limit=None):
+    """sample_offsets of each shard, found by so many processes. Stops after the shards that hold limit samples."""
+    count = functools.partial(sample_offsets, limit=limit)
+    loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=stay_with_parent)
+    index, total = [], 0
+    for offsets in tqdm(loader, "counting the samples of --data", delay=5, leave=False):
+        index.append(offsets)
+        total += len(offsets)
+        if limit is not None and total >= limit:
+            break
+    return index
+
+
+def kept_index(paths, out, workers, rank):
+    """index_shards, kept in the run directory as shards.npz. Shards that changed in size or time are counted again."""
+    if rank > 0 and dist.is_initialized():
+        dist.barrier()  # rank 0 counts, the others read its file
+    kept, known = Path(out) / "shards.npz", {}
+    with contextlib.suppress(Exception), np.load(kept) as file:  # there is none yet, or it is damaged
+        parts = np.split(file["offsets"], np.cumsum(file["counts"])[:-1])
+        known = dict(zip(file["shards"].tolist(), parts, strict=True))
+    states = [os.stat(path) for path in paths]
+    keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
+    missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
+    if known and missing and rank == 0:
+        tell(
+            f"--data: {len(missing)} of {len(paths)} shards are new or changed; the order of samples changes with them"
+        )
+    known |= zip(missing, index_shards(list(missing.values()), workers), strict=True)
+    index = [known[key] for key in keys]
+    if rank == 0 and missing:
+        arrays = {"shards": keys, "counts": [len(offsets) for offsets in index], "offsets": np.concatenate(index)}
+        try:
+            write_whole(kept, lambda file: np.savez(file, **arrays))
+        except OSError as error:
+            fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+    return index
 
 
 def expand(pattern):
-    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not found:
-        return [pattern]
-    low, high = found.groups()
-    numbers = (f"{i:0{len(low)}}" for i in range(int(low), int(high) + 1))
-    return [path for n in numbers for path in expand(pattern[: found.start()] + n + pattern[found.end() :])]
+    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges, of MAX_SHARDS in all."""
+    pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)  # text, low, high, text, low, high, ..., text
+    lows, highs = pieces[1::3], pieces[2::3]
+    ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
+    if not all(ranges):
+        fail(f"--data {quoted(pattern)}: a range in braces must go from the lower number to the higher")
+    if math.prod(map(len, ranges)) > MAX_SHARDS:
+        fail(f"--data {quoted(pattern)}: names more than {MAX_SHARDS:,} files; give a smaller range in braces")
+    choices = [[text] for text in pieces[::3]]
+    for i, (low, numbers) in enumerate(zip(lows, ranges, strict=True)):
+        choices.insert(2 * i + 1, [f"{number:0{len(low)}}" for number in numbers])
+    return ["".join(parts) for parts in itertools.product(*choices)]
 
 
 def open_source(args, split, size, device="cpu", with_depth=True):
@@ -726,15 +867,20 @@ def open_source(args, split, size, device="cpu", with_depth=True):
     if args.data == "synthetic":
         return World(split, size, device)
     folder, settings = Path(args.data), (args, split == "train", size, with_depth)
-    if any((folder / name).is_file() for name in (".index.txt", "metadata.jsonl")):
-        if not read_index(folder):
-            fail(f"--data {args.data}: lists no samples")
-        return Files(read_index(folder), functools.partial(read_row, folder), *settings)
+    if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
+        try:
+            rows = read_index(folder)
+        except OSError as error:
+            fail(f"--data {quoted(args.data)}: cannot be read ({error.strerror})")
+        if not rows:
+            fail(f"--data {quoted(args.data)}: lists no samples")
+        return Files([folder], [rows], read_row, *settings)
     shards = expand(args.data)
-    if missing := [path for path in shards or [args.data] if not Path(path).is_file()]:
+    missing = next((path for path in shards if not os.path.isfile(path)), None)
+    if missing is not None:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {args.data}: unknown source, no file {missing[0]}; give {known}")
-    return Files(shards, read_shard, *settings)
+        fail(f"--data {quoted(args.data)}: unknown source, no file {quoted(missing)}; give {known}")
+    return Files(shards, None, read_group, *settings)
 
 
 def training_indices(seed, step, batch_size, rank=0, world=1):
@@ -789,17 +935,22 @@ def training_batches(source, args, step, rank, world, device):
     on, each step in args.grad_accum parts.
 
     Samples of files that cannot be used are skipped and counted, ten of them are named, and more than 1% (of 1000 at
-    least) ends the run.
+    least) ends the run. Shards are counted first, into args.out if there is one.
     """
-    steps = (training_indices(args.seed, s, args.batch_size, rank, world) for s in itertools.count(step))
+    split = functools.partial(training_indices, batch_size=args.batch_size, rank=rank, world=world)
+    steps = (split(args.seed, s) for s in itertools.count(step))
     part = args.batch_size // world // args.grad_accum
     if isinstance(source, World):
         for indices in steps:
             for i in range(0, len(indices), part):
                 yield *source.samples(indices[i : i + part]), indices[i : i + part]
-    source.plan, tried, bad, named = (args.seed, step, args.batch_size // world, rank, world), 0, 0, set()
-    options = {"num_workers": args.workers, "pin_memory": torch.device(device).type == "cuda"}
-    loader = DataLoader(source, None, **options, worker_init_fn=catch_signals)
+    if source.index is None and getattr(args, "out", None):
+        source.use(kept_index(source.units, args.out, args.workers, rank))
+    if source.index is None:
+        source.use(index_shards(source.units, args.workers))
+    tried, bad, named = 0, 0, set()
+    numbers = (split(0, s) for s in itertools.count(step))
+    loader = load_batches(source, numbers, args.workers, device)
     for indices, (rgb, depth, captions, *_, problems) in zip(steps, loader, strict=False):
         tried, bad = tried + len(rgb), bad + len(problems)
         for problem in problems:
@@ -807,7 +958,8 @@ def training_batches(source, args, step, rank, world, device):
                 named.add(problem)
                 tell(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
-            fail(f"--data {args.data}: {bad} of {tried} samples cannot be used, more than 1%; the last: {problems[-1]}")
+            share = f"{bad} of {tried} samples cannot be used, more than 1%"
+            fail(f"--data {quoted(args.data)}: {share}; the last: {problems[-1]}")
         for i in range(0, len(indices), part):
             cut = slice(i, i + part)
             yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
@@ -823,12 +975,47 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
             indices = range(start, min(start + batch_size, count))
             yield *source.samples(indices), [f"{i:06}" for i in indices], [source.size] * len(indices)
         return
-    source.plan, source.count = (0, 0, batch_size, 0, 1), count
-    for rgb, depth, captions, names, shapes, problems in DataLoader(source, None, num_workers=min(workers, 1)):
+    if source.index is None:
+        source = copy.copy(source)
+        source.use(index_shards(source.units, limit=count))
+    numbers = range(source.count)[:count]
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    for rgb, depth, captions, shapes, names, problems in load_batches(source, batches, min(workers, 1)):
         if problems and strict:
             fail(f"--data {problems[0]}")
         if names:
             yield *to_device(rgb, depth, device), captions, names, shapes
+
+
+def load_batches(source, numbers, workers, device="cpu"):
+    """What collate makes of the items of Files with these numbers, a list for each batch, loaded by so many workers."""
+    pinned = torch.device(device).type == "cuda"
+    options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": stay_with_parent}
+    return DataLoader(source, batch_sampler=numbers, collate_fn=collate, **options)
+
+
+def stay_with_parent(worker):
+    """Let a worker live exactly as long as its parent, the process that trains.
+
+    Schedulers and Ctrl-C signal both, and the parent finishes its step and saves before it ends. So the worker ignores
+    these signals; the system kills it when its parent has ended, in whatever way.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's workers look every five seconds
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this process ends
+        forked = multiprocessing.get_start_method() == "fork"
+        if forked and os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)  # the parent has ended before that call
+
+
+@atexit.register
+def end_workers():
+    """Kill the workers: multiprocessing would send SIGTERM, which they ignore, and wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 class PixelsAndBytes:
@@ -1046,7 +1233,7 @@ def source_settings(p):
     p.setting(
         "--workers",
         2,
-        "processes that read files, of each rank (evaluation: one at most); the order depends on it",
+        "processes that read files, of each rank (evaluation: one at most)",
         whole(0, 256),
     )
     p.setting(
@@ -1406,11 +1593,8 @@ def join_ranks(backend, seconds):
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
-def catch_signals(worker=None):
-    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. The same again is deadly.
-
-    Processes that load data do so too: a scheduler signals them with the one that trains, which saves before it ends.
-    """
+def catch_signals():
+    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. The same again is deadly."""
     caught = []
 
     def note(number, frame):

@@ -4,15 +4,17 @@ import argparse
 import io
 import itertools
 import json
+import os
 import struct
 import tarfile
+import time
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from torch.utils.data import DataLoader
 
 import data
 
@@ -33,11 +35,14 @@ def npy(array):
 
 
 def tar(path, members):
-    """members: (name, bytes or TarInfo)."""
+    """members: (name, bytes, or a TarInfo or bytearray of headers as they are)."""
     with tarfile.open(path, "w") as file:
         for name, content in members:
             if isinstance(content, tarfile.TarInfo):
-                file.addfile(content)
+                content = bytearray(content.tobuf(tarfile.GNU_FORMAT))
+            if isinstance(content, bytearray):
+                file.fileobj.write(content)
+                file.offset += len(content)
             else:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -167,9 +172,11 @@ def test_sparse_depth_survives_shrinking():
     assert (found == cells).all()
 
 
-def loaded(read, text="", depth=None, **others):
-    """What a source's load() returns for an image "a" and perhaps a depth map."""
-    return {"image": "a", "text": text, "depth": depth, "mask": None, "depth_scale": None, "read": read, **others}
+def one_sample(training, read, text="", depth=None):
+    """A source of one sample: an image "a", perhaps a depth map. Its number is the epoch."""
+    files = {"image": "a", "text": text, "depth": depth, "mask": None, "depth_scale": None, "read": read}
+    sample = "a", "row", lambda: files
+    return data.Files([0], [[0]], lambda unit, entry: sample, settings("x"), training, (32, 32), True)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -182,10 +189,9 @@ def test_image_and_depth_are_cropped_together(training, down, kind, options):
     x, coarse = (x.T, coarse.T) if down else (x, coarse)
     picture = np.stack([x] * 3, -1).round().astype(np.uint8)
     files = {"a": to_bytes(picture, kind, **options), "a.npy": npy(coarse)}
-    source, seen = data.Files([0], None, settings("x"), training, (32, 32), True), set()
-    for epoch in range(20):
-        sample = "a", "row", lambda: loaded(files.get, depth="a.npy"), epoch
-        rgb, depth, *_, problems = source.batch([sample], 0)
+    source, seen = one_sample(training, files.get, depth="a.npy"), set()
+    for epoch in range(20 if training else 1):
+        rgb, depth, *_, problems = data.collate([source[epoch]])
         error = (rgb[0, :, :, 0] - depth[0])[1:-1, 1:-1]
         assert not problems and error.abs().max() < 2.5 and error.mean().abs() < 0.5  # of 3.6 grey levels in a pixel
         first, last = depth[0, 0, 0], depth[0, -1, -1]
@@ -208,10 +214,9 @@ def test_rounded_shapes_are_the_same_aspect():
 def test_captions_that_tell_left_from_right_are_never_mirrored():
     x = np.broadcast_to(np.linspace(10, 240, 32), (32, 32)).astype(np.uint8)
     for text, mirrored in (("a ball Left of a box", False), ("the right-hand door", False), ("a bright door", True)):
-        files = loaded({"a": to_bytes(x, "PNG")}.get, text)
-        source = data.Files([0], None, settings("x"), True, (32, 32), True)
-        rgb = [source.batch([("a", "row", lambda files=files: files, epoch)], 0)[0] for epoch in range(20)]
-        assert any((r[0, 0, 0] > r[0, 0, -1]).any() for r in rgb) == mirrored
+        source = one_sample(True, {"a": to_bytes(x, "PNG")}.get, text)
+        rgb = [source[epoch][0][0] for epoch in range(20)]
+        assert any((r[0, 0] > r[0, -1]).any() for r in rgb) == mirrored
 
 
 def test_antialiased():
@@ -295,57 +300,148 @@ def uneven_shards(folder):
     return f"{folder}/{{0..6}}.tar", 61
 
 
-@pytest.mark.parametrize("shards", ["{0..6}", "{4..5}", "4"])  # more than workers, fewer, one
-def test_two_ranks_of_two_workers_see_each_sample_once_an_epoch(shards, tmp_path):
-    path, count = uneven_shards(tmp_path)
-    count = {"{0..6}": 61, "{4..5}": 33, "4": 30}[shards]
-    source = data.open_source(settings(path.replace("{0..6}", shards)), "train", (16, 16))
-    for epoch in range(3):
-        parts = [[name for name, *_ in source.epoch(0, epoch, worker, 4)] for worker in range(4)]
-        seen = [name for part in parts for name in part]
-        assert len(set(seen)) == len(seen) == count
-    # The same with processes: worker w of rank r gives every second batch, first all of its first epoch.
-    epoch = [{name for name, *_ in source.epoch(0, 0, worker, 4)} for worker in range(4)]
-    for rank in range(2):
-        source.plan = 0, 0, 1, rank, 2
-        names = [batch[3][0] for batch in itertools.islice(DataLoader(source, None, num_workers=2), 140)]
-        for worker in range(2):
-            own = epoch[rank * 2 + worker]
-            assert set(names[worker::2][: len(own)]) == own
+def order_of(source, epoch):
+    """Names of an epoch's samples, in order."""
+    return [source.read(*source.locate(epoch, place))[0] for place in range(source.count)]
+
+
+def counted(path):
+    source = data.open_source(settings(path), "train", (16, 16))
+    if source.index is None:
+        source.use(data.index_shards(source.units))
+    return source
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_an_epoch_has_each_sample_once_in_an_order_of_its_own(layout, window, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", window)
+    source = counted(uneven_shards(tmp_path)[0] if layout == "shards" else world["folder"])
+    orders = [order_of(source, epoch) for epoch in range(3)]
+    assert all(len(set(order)) == len(order) == source.count for order in orders)
+    assert set(orders[0]) == set(orders[1]) and orders[0] != orders[1] != orders[2]
+    again = counted(source.args.data)
+    assert [order_of(again, epoch) for epoch in range(3)] == orders
+
+
+def test_samples_are_shuffled_within_a_window_of_shards(tmp_path, monkeypatch):
+    """Four shards of ten, two at a time: each half of the epoch has the samples of two whole shards, mixed."""
+    for shard in range(4):
+        tar(tmp_path / f"{shard}.tar", [(f"{10 * shard + i}.jpg", JPEG) for i in range(10)])
+    monkeypatch.setattr(data, "WINDOW", 2)
+    order = [int(name) for name in order_of(counted(f"{tmp_path}/{{0..3}}.tar"), 0)]
+    for half in (order[:20], order[20:]):
+        shards = [i // 10 for i in half]
+        assert sorted(shards.count(shard) for shard in set(shards)) == [10, 10]
+        assert sum(a != b for a, b in itertools.pairwise(shards)) > 3
+
+
+def batches_of(path, step, count, ranks=1, **changed):
+    """For each of some steps (rgb, depth, captions, indices) of all ranks and parts of the batch together."""
+    args = settings(path, **changed)
+    streams = []
+    for rank in range(ranks):
+        source = data.open_source(args, "train", (16, 16))
+        streams.append(data.training_batches(source, args, step, rank, ranks, "cpu"))
+    batches = []
+    for _ in range(count):
+        parts = [next(stream) for stream in streams for _ in range(args.grad_accum)]
+        assert all(len(indices) == args.batch_size // ranks // args.grad_accum for *_, indices in parts)
+        rgb = torch.cat([values["rgb"] for values, *_ in parts])
+        depth = torch.cat([values["depth"] for values, *_ in parts])
+        captions = [line for _, _, captions, _ in parts for line in captions]
+        batches.append((rgb, depth, captions, [i for *_, indices in parts for i in indices]))
+    return batches
+
+
+def assert_same(batches, others):
+    for (rgb, depth, *rest), (other_rgb, other_depth, *other_rest) in zip(batches, others, strict=True):
+        assert torch.equal(rgb, other_rgb) and torch.equal(depth, other_depth) and rest == other_rest
 
 
 @pytest.mark.parametrize("layout", ["folder", "shards"])
 def test_order_follows_from_the_seed_and_resumes(layout, world):
-    def names(step, seed=0, workers=2):
-        args = settings(world[layout], workers=workers, seed=seed, batch_size=4)
-        stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, step, 0, 1, "cpu")
-        batches = [next(stream) for _ in range(12 - step)]
-        return [(values["rgb"].sum().item(), captions) for values, _, captions, _ in batches]
-
-    whole = names(0)
-    assert whole == names(0) and whole != names(0, seed=1)
+    whole = batches_of(world[layout], 0, 12, batch_size=4)
+    others = batches_of(world[layout], 0, 12, batch_size=4, seed=1)
+    assert not torch.equal(whole[0][0], others[0][0])
     for step in (1, 2, 9):  # 30 samples: into the second epoch
-        assert names(step) == whole[step:]
+        assert_same(batches_of(world[layout], step, 12 - step, batch_size=4, workers=2), whole[step:])
 
 
-def test_the_parts_of_a_step_are_the_step(world):
-    """What --grad-accum splits, and what ranks split of the built-in world, is the same batch."""
-    for path in (world["folder"], "synthetic"):
-        taken = []
-        for ranks, parts in ((1, 1), (1, 4)) if path != "synthetic" else ((1, 1), (1, 4), (2, 2)):
-            args = settings(path, batch_size=8, grad_accum=parts)
-            source, batches = data.open_source(args, "train", (16, 16)), []
-            for rank in range(ranks):
-                stream = data.training_batches(source, args, 3, rank, ranks, "cpu")
-                batches += itertools.islice(stream, parts)
-            assert [len(indices) for *_, indices in batches] == [8 // ranks // parts] * ranks * parts
-            assert [i for *_, indices in batches for i in indices] == list(range(24, 32))
-            rgb = torch.cat([values["rgb"] for values, *_ in batches])
-            depth = torch.cat([valid["depth"] for _, valid, *_ in batches])
-            taken.append((rgb, depth, [line for _, _, captions, _ in batches for line in captions]))
-        for other in taken[1:]:
-            torch.testing.assert_close(other[0], taken[0][0])
-            assert torch.equal(other[1], taken[0][1]) and other[2] == taken[0][2]
+@pytest.mark.parametrize("layout", ["folder", "shards", "synthetic"])
+def test_a_step_is_the_same_however_it_is_split(layout, world, monkeypatch):
+    """Over ranks, accumulation and workers, with a sample that cannot be read among them, and into the next epoch."""
+    path = world.get(layout, "synthetic")
+    if layout == "folder":
+        (path / "000007.jpg").write_bytes(b"bad")
+    monkeypatch.setattr(data, "WINDOW", 2)
+    whole = batches_of(path, 2, 6)
+    assert [indices for *_, indices in whole] == [list(range(8 * step, 8 * step + 8)) for step in range(2, 8)]
+    for split in ({"grad_accum": 4}, {"ranks": 2}, {"ranks": 2, "grad_accum": 2, "workers": 1}, {"workers": 2}):
+        if layout != "synthetic":
+            assert_same(batches_of(path, 2, 6, **split), whole)
+    if layout == "synthetic":
+        for (rgb, depth, *rest), (other_rgb, other_depth, *other_rest) in zip(
+            batches_of(path, 2, 6, ranks=2, grad_accum=2), whole, strict=True
+        ):
+            torch.testing.assert_close(rgb, other_rgb)
+            torch.testing.assert_close(depth, other_depth)
+            assert rest == other_rest
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """A list that gets the path of a tar file for each header that is read from it."""
+    read, whole = [], tarfile.TarInfo.fromtarfile.__func__
+
+    def counting(cls, file):
+        read.append(file.name)
+        return whole(cls, file)
+
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(counting))
+    return read
+
+
+def test_resuming_reads_the_headers_of_its_own_samples(tmp_path, headers):
+    """After 10,000 samples, 10 epochs: of each sample two headers, and of no other one."""
+    for shard in range(10):
+        tar(tmp_path / f"{shard}.tar", [(f"{100 * shard + i}.jpg", JPEG) for i in range(100)])
+    run = {"path": f"{tmp_path}/{{0..9}}.tar", "out": str(tmp_path)}
+    batches_of(**run, step=0, count=1)
+    assert len(headers) > 1000
+    headers.clear()
+    resumed = batches_of(**run, step=1250, count=1)
+    assert len(headers) <= 2 * 8
+    assert_same(batches_of(run["path"], 1250, 1), resumed)
+
+
+def test_shards_are_counted_once_and_again_if_they_change(tmp_path, headers, capsys):
+    for shard in range(3):
+        tar(tmp_path / f"{shard}.tar", [(f"{10 * shard + i}.jpg", JPEG) for i in range(10)])
+    paths = [f"{tmp_path}/{shard}.tar" for shard in range(3)]
+    first = data.kept_index(paths, tmp_path, 0, rank=0)
+    assert [len(offsets) for offsets in first] == [10, 10, 10]
+    headers.clear()
+    assert np.array_equal(data.kept_index(paths, tmp_path, 0, rank=1), first) and not headers
+    tar(tmp_path / "1.tar", [("x.jpg", JPEG)])
+    assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 0, rank=0)] == [10, 1, 10]
+    assert set(headers) == {paths[1]} and "1 of 3 shards are new or changed" in capsys.readouterr().err
+    kept = tmp_path / "shards.npz"
+    kept.write_bytes(kept.read_bytes()[:300])
+    assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 2, rank=0)] == [10, 1, 10]
+    headers.clear()
+    assert len(data.kept_index(paths[:2], tmp_path, 0, rank=0)) == 2 and not headers
+
+
+def test_an_evaluation_of_few_samples_reads_few_shards(tmp_path, headers):
+    tar(tmp_path / "0.tar", [(f"{i}.jpg", JPEG) for i in range(10)])
+    for shard in range(1, 20):
+        os.link(tmp_path / "0.tar", tmp_path / f"{shard}.tar")
+    source = data.open_source(settings(f"{tmp_path}/{{0..19}}.tar"), "val", (16, 16))
+    found = [name for *_, names, _ in data.in_order(source, 8, 4) for name in names]
+    assert found == [str(i) for i in range(8)] and set(headers) == {f"{tmp_path}/0.tar"}
+    assert sum(len(names) for *_, names, _ in data.in_order(source, 15, 4, workers=1)) == 15
+    assert sum(len(names) for *_, names, _ in data.in_order(source, None, 50)) == 200
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -355,17 +451,6 @@ def test_few_samples_and_many_workers(tmp_path):
     args = settings(tmp_path / "one.tar", workers=4, batch_size=2)
     stream = data.training_batches(data.open_source(args, "train", (16, 16)), args, 0, 0, 1, "cpu")
     assert all(next(stream)[0]["rgb"].shape == (2, 3, 16, 16) for _ in range(6))
-
-
-def test_shuffled_through_the_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE", 10)
-    tar(tmp_path / "a.tar", [(f"{i:03}.jpg", JPEG) for i in range(100)])
-    source = data.open_source(settings(tmp_path / "a.tar"), "train", (16, 16))
-    order = [int(name) for name, *_ in source.epoch(0, 0)]
-    assert sorted(order) == list(range(100)) and order != sorted(order)
-    assert max(place - i for place, i in enumerate(order)) > 15 and all(
-        i <= place + 10 for place, i in enumerate(order)
-    )
 
 
 def test_resuming_past_a_bad_batch(tmp_path):
@@ -394,13 +479,25 @@ def test_a_folder_is_its_own_root(tmp_path, monkeypatch):
     monkeypatch.chdir(folder(tmp_path / "f", ['{"file_name": "../f/b.jpg"}', '{"file_name": "../secret.jpg"}']))
     (tmp_path / "secret.jpg").write_bytes(JPEG)
     source = data.open_source(settings("."), "val", (16, 16))
-    *_, names, _, problems = source.batch([(*sample, 0) for sample in source.epoch(0, 0)], 0)
+    *_, names, problems = data.collate([source[i] for i in range(source.count)])
     assert names == ("a", "../f/b") and len(problems) == 1 and "../secret.jpg: leads out" in problems[0]
 
 
-def test_brace_ranges():
-    with pytest.raises(SystemExit):
-        data.open_source(settings("x{5..3}.tar"), "train", (16, 16))
+def test_brace_ranges(capsys):
+    for pattern in (
+        "x{5..3}.tar",
+        "x{0..99999999999}.tar",
+        f"x{{0..{'9' * 5000}}}.tar",
+        "x{0..1999}{0..1999}.tar",
+        "{0..0}" * 2000,
+        "x" * 5000,
+    ):
+        start = time.perf_counter()
+        with pytest.raises(SystemExit) as stopped:
+            data.open_source(settings(pattern), "train", (16, 16))
+        message = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(message.splitlines()) == 1 and len(message) < 600, message
+        assert time.perf_counter() - start < 1
     assert data.expand("a{08..10}.tar") == ["a08.tar", "a09.tar", "a10.tar"]
     assert data.expand("{0..1}/{1..2}.tar") == ["0/1.tar", "0/2.tar", "1/1.tar", "1/2.tar"]
 
@@ -445,9 +542,9 @@ def test_rows_without_depth_and_text(tmp_path):
 # ---- What cannot be used: one line that names it ----
 
 
-def huge():
-    """A PNG that says it has 60,000 x 60,000 pixels."""
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+def huge(side, depth=False):
+    """A PNG, of a picture or of depth, whose header says that it has side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, *((16, 0) if depth else (8, 2)), 0, 0, 0)
     content = to_bytes(PICTURE, "PNG")
     chunk = b"IHDR" + header
     return content[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
@@ -460,6 +557,20 @@ def declared(name, **fields):
     return member
 
 
+def header_of_npy(shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header
+
+
+def sparse(name, size):
+    """The header of a GNU sparse member of 512 bytes that says how large the file is that it stands for."""
+    header = bytearray(declared(name, size=512, type=tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0" % 0 + b"%011o\0" % 512  # the first piece that is not a hole: where, and how long
+    header[483:495] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return header + bytes(512)
+
+
 def zipped():
     return data.to_bytes(lambda file: np.savez(file, a=DEPTH))
 
@@ -469,7 +580,9 @@ IMAGE_FILES = {  # name of the image file: its content, what the line says
     "cut.jpg": (JPEG[:-60], "cut.jpg: image file is truncated"),
     "cut.png": (to_bytes(PICTURE, "PNG")[:300], "cut.png"),
     "zip.png": (zipped(), "zip.png: not an image"),
-    "huge.png": (huge(), "huge.png: Image size (3600000000 pixels) exceeds"),
+    "huge.png": (huge(60000), "huge.png: Image size (3600000000 pixels) exceeds"),
+    "large.png": (huge(8001), "large.png: has 64,016,001 pixels; at most 64,000,000 are read"),
+    "warned.png": (huge(9500), "warned.png: has 90,250,000 pixels"),  # where Pillow warns
     "empty.jpg": (b"", "empty.jpg: not an image"),
 }
 DEPTH_FILES = {
@@ -489,6 +602,12 @@ DEPTH_FILES = {
     "zip.npy": (zipped(), "zip.npy"),
     "cut.pfm": (b"Pf\n16 16\n-1.0\n" + bytes(100), "cut.pfm"),
     "colour.pfm": (b"PF\n16 16\n-1.0\n" + bytes(3072), "colour.pfm: not a one-channel PFM"),
+    "large16.png": (huge(8001, depth=True), "large16.png: has 64,016,001 pixels"),
+    "large.npy": (header_of_npy("(8001, 8001)"), "large.npy: has 64,016,001 pixels"),
+    "large.pfm": (b"Pf\n8001 8001\n-1.0\n" + bytes(100), "large.pfm: has 64,016,001 pixels"),
+    "endless.pfm": (b"Pf\n" + b"9" * 5000 + b" 8001\n-1.0\n", "endless.pfm: "),
+    "wordy.npy": (header_of_npy("(" + "1, " * 100_000 + ")"), "wordy.npy: "),
+    "overflow.npy": (npy(np.full((16, 16), 1e300)), "no valid pixel"),
     "depth.exr": (b"v/1\x01", "depth is read from png, npy, pfm"),
 }
 ROWS = {  # lines of metadata.jsonl after a good one
@@ -502,15 +621,35 @@ ROWS = {  # lines of metadata.jsonl after a good one
     '{"file_name": "b.jpg", "depth_file_name": "../secret.npy"}': "metadata.jsonl row 2: ../secret.npy: leads out",
     '{"file_name": "b.jpg", "text": 7}': "row 2: its caption is not text",
     '{"file_name": "b.jpg", "depth_file_name": 7}': "metadata.jsonl row 2: 7: No such file",
+    '{"file_name": "b.jpg", "text": false}': "row 2: its caption is not text",
+    '{"file_name": "b.jpg", "text": ["b"]}': "row 2: its caption is not text",
+    '{"file_name": "\\u0000.jpg"}': "metadata.jsonl row 2: ?.jpg: embedded null byte",
+    json.dumps({"file_name": "long" * 100_000}): ": File name too long",
+    '{"file_name": "a\\nb.jpg"}': "metadata.jsonl row 2: a?b.jpg: No such file",
     '{"file_name": "\\ud800.jpg"}': "metadata.jsonl row 2: ",
     '{"file_name": "b.jpg", "text": "\\ud800"}': "row 2: 'utf-8' codec can't encode",
     json.dumps({"file_name": "b.jpg", "text": "word " * 200_000}): "row 2: its caption is not text, or longer than",
     b'{"file_name": "b.jpg", "text": "\xff"}': "metadata.jsonl row 2: not UTF-8",
 }
+ROWS |= {
+    json.dumps(
+        {"file_name": "b.jpg", "depth_file_name": "d.npy", "depth_scale": scale}
+    ): f"depth_scale {scale!r} is not"
+    for scale in (0, -1, "0.001", [1], True, float("nan"), float("inf"))
+}
 SHARDS = {
     "link": ([("b.jpg", declared("b.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"))], "b.jpg is a link"),
     "absolute": ([("/outside/b.jpg", JPEG)], "/outside/b.jpg is a name that leads out"),
     "dots": ([("../b.jpg", JPEG)], "../b.jpg is a name that leads out"),
+    "negative": ([("b.jpg", declared("b.jpg", size=-512))], "damaged ("),
+    "negative, large": ([("b.jpg", declared("b.jpg", size=-(1 << 40)))], "damaged ("),
+    "slightly negative": ([("b.jpg", declared("b.jpg", size=-1))], "damaged ("),
+    "long name": ([("b", declared("b", size=8 << 30, type=tarfile.GNUTYPE_LONGNAME))], "a header of 8589934592 bytes"),
+    "negative name": ([("b", declared("b", size=-512, type=tarfile.GNUTYPE_LONGNAME))], "a header of -512 bytes"),
+    "sparse": ([("b.jpg", sparse("b.jpg", 1 << 20))], "b.jpg is a link, a device or sparse"),
+    "negative, sparse": ([("b.jpg", sparse("b.jpg", -1))], "damaged ("),
+    "scale": ([("b.jpg", JPEG), ("b.depth.npy", npy(DEPTH)), ("b.json", b'{"depth_scale": "1"}')], "depth_scale '1'"),
+    "long": ([(f"{'b' * 5000}.jpg", b"")], "bbb: jpg: not an image"),
     "empty member": ([("b.jpg", b"")], "b: jpg: not an image"),
     "many gigabytes": ([("b.jpg", declared("b.jpg", size=8 << 30))], "b: jpg: declares 8589934592 bytes"),
     "no image": ([("b.txt", b"words alone")], "b: no image"),
@@ -563,6 +702,33 @@ def test_bad_samples_end_an_evaluation_with_one_line(tmp_path, capsys):
             everything(data.open_source(settings(path), "val", (16, 16)))
         message = capsys.readouterr().err
         assert stopped.value.code == 2 and len(message.splitlines()) == 1 and says in message, (name, message)
+        assert len(message) < len(str(path)) + 260, (name, message)
+
+
+def test_warnings_of_libraries_do_not_reach_the_user(tmp_path):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for content in (npy(np.full((16, 16), 1e300)), huge(9500)):
+            with pytest.raises(data.BadSample):
+                data.parse("a", data.read_depth, "a.npy" if content[:1] == b"\x93" else "a.png", content)
+    assert not warned
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for path in (tmp_path / "fifo", tmp_path / "zero", tmp_path, "/dev/zero"):
+        with pytest.raises(data.BadSample, match="not a regular file"):
+            data.read_file(path)
+
+
+def test_no_more_of_a_file_is_read_than_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
+    (tmp_path / "a").write_bytes(bytes(1000))
+    assert data.read_file(tmp_path / "a") == bytes(1000)
+    (tmp_path / "b").write_bytes(bytes(1001))
+    with pytest.raises(data.BadSample, match="larger than"):
+        data.read_file(tmp_path / "b")
 
 
 def test_bad_samples_are_skipped_in_training(tmp_path, capsys):
@@ -602,7 +768,7 @@ def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path):
     tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG) for i in range(5)])
     content = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024) + 600])
-    samples = list(data.read_shard(tmp_path / "a.tar"))
+    samples = [data.read_group(tmp_path / "a.tar", offset) for offset in data.sample_offsets(tmp_path / "a.tar")]
     *whole, cut, damage = samples
     assert [name for name, *_ in whole] == ["0", "1", "2"]
     assert all(files["read"](files["image"]) == JPEG for files in (load() for *_, load in whole))
@@ -611,4 +777,4 @@ def test_a_damaged_shard_gives_what_comes_before_the_damage(tmp_path):
     with pytest.raises(data.BadSample, match="damaged"):
         damage[2]()
     (tmp_path / "a.tar").write_bytes(content[: 3 * (512 + 1024)] + b"x" * 2048)  # no header where one should be
-    assert [name for name, *_ in data.read_shard(tmp_path / "a.tar")][:-1] == ["0", "1", "2"]
+    assert [name for _, name, *_ in data.read_shard(tmp_path / "a.tar")][:-1] == ["0", "1", "2"]

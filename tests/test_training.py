@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,13 @@ def finish(process):
     return process.returncode, printed
 
 
+def write_files(out, flags, monkeypatch):
+    """The built-in world as files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["data.py", *f"--out {out} --size 16 {flags}".split()])
+        data.main()
+
+
 def rows(out):
     return {row["step"]: row for row in data.read_rows(Path(out) / "metrics.jsonl")}
 
@@ -91,9 +99,16 @@ def t2i(tmp_path_factory):
 @pytest.mark.parametrize(("stage", "flags"), [("train_t2i", ""), ("train_forcing", "--shard")])
 def test_a_batch_may_be_split_in_any_way(stage, flags, t2i, tmp_path, monkeypatch):
     """In float64, with uneven sparse masks: the same losses and weights after three steps, EMA, clipping, teacher and
-    all, from one rank, from parts that checkpoint activations, and from the parts of two ranks, plain or sharded.
+    all, from one rank, from parts that checkpoint activations, and from the parts of two ranks, plain or sharded. The
+    first stage trains on tar shards, with other workers in each, the second on the built-in world.
     """
-    line = f"{QUICK} --steps 3" + (f" --init {t2i}" if stage == "train_forcing" else "")
+    line = f"{QUICK} --steps 3"
+    if stage == "train_forcing":
+        line += f" --init {t2i}"
+    else:
+        write_files(tmp_path / "files", "--layout shards --count 150", monkeypatch)
+        line += f" --data {tmp_path}/files/{{000..001}}.tar --workers 0"
+        flags = "--workers 1"
     assert finish(start(stage, f"{line} --grad-accum 2 {flags} --out {tmp_path}/ranks", FLOAT64, ranks=2))[0] == 0
     script = {"train_t2i": train_t2i, "train_forcing": train_forcing}[stage]
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -201,9 +216,7 @@ def wait_for_step(out, step, process):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_end_the_run(number, code, tmp_path, monkeypatch):
     """Sent to all its processes, as schedulers and Ctrl-C do: those that load data too."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["data.py", *f"--out {tmp_path}/files --count 8 --size 16".split()])
-        data.main()
+    write_files(tmp_path / "files", "--count 8", monkeypatch)
     line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 1 --out {tmp_path}/a"
     process = start("train_t2i", line)
     wait_for_step(tmp_path / "a", 3, process)
@@ -232,6 +245,83 @@ def test_a_row_may_span_a_stop(tmp_path, monkeypatch):
     run(train_t2i, f"--resume --out {tmp_path}/cut", monkeypatch)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def alive(group):
+    """Processes of a group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                found.append(path.parent.name)
+    return found
+
+
+def ends_with_all_its_workers(process, seconds):
+    """Its exit code; fails if it, or a process of its group, is alive after so many seconds."""
+    try:
+        code = process.wait(seconds)
+        for _ in range(100):  # those of a process that was killed are killed at once, not by it
+            if not alive(process.pid):
+                return code
+            time.sleep(0.05)
+        raise AssertionError(f"alive: {alive(process.pid)}")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        finish(process)
+
+
+ENDS = {  # what happens in the second step
+    "an exception": "raise RuntimeError('out of memory')",
+    "a worker killed": "multiprocessing.active_children()[0].kill()",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+def in_step_2(what):
+    """Lines that do something in the second step of stage 1."""
+    return f"""
+import multiprocessing
+whole = model.breakdown
+def breakdown(*args):
+    breakdown.calls += 1
+    if breakdown.calls == 2:
+        {what}
+    return whole(*args)
+breakdown.calls, model.breakdown = 0, breakdown
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("end", ENDS)
+def test_processes_that_load_data_end_with_the_one_that_trains(end, tmp_path, monkeypatch):
+    write_files(tmp_path / "files", "--count 8", monkeypatch)
+    line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --out {tmp_path}/a"
+    assert ends_with_all_its_workers(start("train_t2i", line, in_step_2(ENDS[end])), 40) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_rank_waits_no_longer_than_it_should_for_one_that_stopped(tmp_path, monkeypatch):
+    write_files(tmp_path / "files", "--count 8", monkeypatch)
+    line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --timeout 6 --out {tmp_path}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    ranks = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        stop = in_step_2("os.kill(os.getpid(), signal.SIGSTOP)") if rank == "1" else ""
+        ranks.append(start("train_t2i", f"{line}/{rank}", stop))
+    try:
+        assert ends_with_all_its_workers(ranks[0], 40) not in (0, None)
+    finally:
+        ranks[1].kill()
+    assert ends_with_all_its_workers(ranks[1], 10) == -signal.SIGKILL
 
 
 @contextlib.contextmanager
