@@ -1486,7 +1486,7 @@ def parse_run(p):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (int, float, str)):
             flags.append(f"--{flag}={value}")
-        elif value is not None:
+        elif value is not None or p.get_default(name) is not None:
             fail(f"--resume: {path}: {name} is a {type(value).__name__}, not a setting; remove it")
     left_out = "--out=", "--encoders=", "--resume", "--no-resume"
     args, _ = p.parse_known_args([flag for flag in flags if not flag.startswith(left_out)])

@@ -22,7 +22,6 @@ import itertools
 import math
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -227,7 +226,6 @@ def main():
         model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     names = [m.name for m in config.modalities]
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def over_ranks(sums):
         """{name: (total, count)} of this rank -> of all ranks, as floats."""
@@ -270,11 +268,10 @@ def main():
         for part in parts:
             x0, noisy, t, valid, text, count = part
             network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
-            with autocast:
-                x0_hat = network(noisy, t, text)
+            x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
             if teacher is not None:
-                with torch.no_grad(), autocast:
+                with torch.no_grad():
                     target = teacher({m: noisy[m] for m in known}, {m: t[m] for m in known}, text)
                 t_unknown = torch.stack([t[m] for m in names if m not in known]).mean(0)
                 weight = distillation_weight(t_unknown, args.distill_lo, args.distill_hi)
@@ -339,7 +336,7 @@ def main():
                 saved = data.save_checkpoint(out, state, args.keep)
             clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            with data.tolerate(out / "samples"), autocast:
+            with data.tolerate(out / "samples"):
                 picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()

@@ -18,7 +18,6 @@ import itertools
 import math
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
@@ -122,7 +121,6 @@ def main():
         model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     names = [m.name for m in config.modalities]
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def over_ranks(sums):
         """{name: (total, count)} of this rank -> of all ranks, as floats."""
@@ -163,8 +161,7 @@ def main():
         for part in parts:
             x0, noisy, t, text, count = part
             network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
-            with autocast:
-                x0_hat = network(noisy, t, text)
+            x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m]) for m in names}
             loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
             loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN reaches the norm on every rank
@@ -225,7 +222,7 @@ def main():
                 saved = data.save_checkpoint(out, state, args.keep)
             clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            with data.tolerate(out / "samples"), autocast:
+            with data.tolerate(out / "samples"):
                 picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
             clock, since = time.perf_counter(), step
     bar.close()

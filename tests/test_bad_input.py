@@ -363,7 +363,7 @@ SOURCES = [
     (evaluate, FOLDER + "folder-twice", "again"),
     (evaluate, FOLDER + "folder-caption", "caption"),
     (evaluate, FOLDER + "folder-long", "caption"),
-    (evaluate, "depth" + FOLDER[5:] + "folder-scale", "no valid pixel"),
+    (evaluate, "depth" + FOLDER[5:] + "folder-scale", "depth_scale nan"),
     (evaluate, "depth" + FOLDER[5:] + "folder-aspect", "another shape"),
     (evaluate, "depth" + FOLDER[5:] + "folder-no-depth", "no valid depth"),
     (evaluate, FOLDER + "maps-empty", "unknown source"),
@@ -397,9 +397,9 @@ CHECKPOINTS = [
     (train_forcing, "--init {tmp}/bad.pt --out {tmp}/x", "--init"),
 ]
 
-# ---- Rows that are not met yet: each list joins ROWS once its part is done ----
+# ---- Files that are no files, crafted checkpoints, run directories, the environment ----
 
-NOT_YET_FILES = [  # regular files only, at most MAX_BYTES of them; ranges in braces; no warning of numpy
+ODD_FILES = [  # regular files only, at most MAX_BYTES of them; ranges in braces; no warning of numpy
     (sample, IMAGE + "fifo", "fifo"),
     (sample, IMAGE + "fifo.png", "fifo.png"),
     (sample, "--checkpoint {forcing} --image /dev/zero", "/dev/zero"),
@@ -455,13 +455,11 @@ RUNS = {  # the file of a run directory that is changed -> its content, what the
         (b'{"preset": "huge"}', "preset"),
         (b'{"steps": null}', "steps"),
     ],
-    "metrics.jsonl": [(b"\xff\xfe\n", "metrics.jsonl")],
-    "starts.jsonl": [(b"\xff\xfe\n", "starts.jsonl")],
 }
 CHANGED_RUNS = [(name, content, says) for name, changes in RUNS.items() for content, says in changes]
 TRAIN = "--no-compile --device cpu --size 16 --batch-size 4 --warmup 2 --steps 3 "
 
-NOT_YET_RUNS = [  # one loader of checkpoints, settings of a run, --out, environment
+RUN_DIRECTORIES = [  # one loader of checkpoints, settings of a run, --out, environment
     *[(sample, f"--checkpoint {{tmp}}/crafted-{name}.pt", says) for name, (_, says) in CRAFTED.items()],
     (evaluate, "follow --checkpoint {forcing} --judge {tmp}/crafted-nan.pt", "--judge"),
     (train_forcing, "--init {tmp}/crafted-nan.pt --out {tmp}/x", "--init"),
@@ -498,6 +496,8 @@ ROWS = [
     *IMAGES,
     *SOURCES,
     *CHECKPOINTS,
+    *ODD_FILES,
+    *RUN_DIRECTORIES,
 ]
 
 
