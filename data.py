@@ -876,27 +876,6 @@ def fail(message):
     raise SystemExit(2)
 
 
-def run_script(main):
-    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
-
-    Every other exception is a bug, and keeps its traceback.
-    """
-    memory = "out of memory; lower --batch-size or --size"
-    try:
-        return main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except OSError as error:
-        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-    except (MemoryError, torch.OutOfMemoryError):
-        fail(memory)
-    except RuntimeError as error:
-        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
-        if not any(text in str(error) for text in texts):
-            raise
-        fail(memory)
-
-
 def parse_size(text, flag):
     """ "HxW", or one side, in pixels -> (H, W). Exit code 2 if it is neither."""
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
@@ -947,6 +926,27 @@ def pick_device(name):
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 1 << 30), libc.mallopt(-1, (1 << 31) - 1)
     return device
+
+
+def run_script(main):
+    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
+
+    Every other exception is a bug, and keeps its traceback.
+    """
+    memory = "out of memory; lower --batch-size or --size"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except (MemoryError, torch.OutOfMemoryError):
+        fail(memory)
+    except RuntimeError as error:
+        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
+        if not any(text in str(error) for text in texts):
+            raise
+        fail(memory)
 
 
 def make_folder(path):
