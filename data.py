@@ -1288,27 +1288,6 @@ def training_settings(p, steps, out):
     )
 
 
-def run_script(main):
-    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
-
-    Every other exception is a bug, and keeps its traceback.
-    """
-    memory = "out of memory; lower --batch-size or --size"
-    try:
-        return main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except OSError as error:
-        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-    except (MemoryError, torch.OutOfMemoryError):
-        fail(memory)
-    except RuntimeError as error:
-        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
-        if not any(text in str(error) for text in texts):
-            raise
-        fail(memory)
-
-
 def parse_order(text, names):
     """--order: log2(alpha), or different ones of names -> a float in -14..14, or their list. Exit code 2 otherwise."""
     try:
@@ -1359,6 +1338,27 @@ def pick_device(name):
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 1 << 30), libc.mallopt(-1, (1 << 31) - 1)
     return device
+
+
+def run_script(main):
+    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
+
+    Every other exception is a bug, and keeps its traceback.
+    """
+    memory = "out of memory; lower --batch-size or --size"
+    try:
+        return main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+    except (MemoryError, torch.OutOfMemoryError):
+        fail(memory)
+    except RuntimeError as error:
+        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
+        if not any(text in str(error) for text in texts):
+            raise
+        fail(memory)
 
 
 def make_folder(path):

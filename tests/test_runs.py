@@ -91,7 +91,7 @@ def poisoned(value):
 
 class Evil:
     def __reduce__(self):
-        return os.system, ("touch /tmp/evil",)
+        return os.system, ("touch evil",)
 
 
 STATES = {  # what is done to a checkpoint: what the line says
@@ -188,12 +188,13 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, capsys):
+def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     FILES[case](tmp_path / "last.pt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(capsys, "last.pt", data.load_checkpoint, tmp_path / "last.pt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-    assert not Path("/tmp/evil").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_tensor_larger_than_its_file_takes_no_memory(tmp_path, capsys):
@@ -308,7 +309,7 @@ CONFIGS = {
     "a word of steps": (b'{"steps": "three"}', "--steps"),
     "steps zero": (b'{"steps": 0}', "--steps"),
     "an optimizer": (b'{"optimizer": "sgd"}', "--optimizer"),
-    "a plug-in": (b'{"encoders": "/tmp/code.py"}', "--encoders /tmp/code.py"),
+    "a plug-in": (b'{"encoders": "code.py"}', "--encoders code.py"),
 }
 
 
@@ -334,9 +335,12 @@ def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkey
 
 
 def test_a_copied_run_leaves_the_original_alone(ran, tmp_path, monkeypatch):
+    """Even if it is where runs are by default, so that no --out is given: its config.json names the original's."""
     before = written(ran)
-    out = copy_run(ran, tmp_path / "copy")
-    run(train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+    (tmp_path / "runs").mkdir()
+    out = copy_run(ran, tmp_path / "runs/t2i")
+    monkeypatch.chdir(tmp_path)
+    run(train_t2i, "--resume --steps 3", monkeypatch)
     assert written(ran) == before and torch.load(out / "last.pt", weights_only=True)["step"] == 3
 
 
