@@ -33,16 +33,16 @@ GPU_PARTS="
 9999 training --preset tiny --batch-size 64"
 
 TOY_PARTS="
-120 stages --batch-size 4 --size 16 --steps 5
-60 speed --batch-size 2 --size 16 --turns 1 --checkpoint-activations
-60 graphs --batch-size 2 --size 16
-60 kernels --batch-size 2 --size 16 --eager
-60 suite
-60 sampling --batch-size 2 --size 16 --steps 2
-60 evaluation
-60 rendering --batch-size 8 --size 32
-60 ranks --batch-size 4 --size 16 --steps 5
-120 training --batch-size 4 --size 16"
+300 stages --batch-size 4 --size 16 --steps 5
+300 speed --batch-size 2 --size 16 --turns 1 --checkpoint-activations
+300 graphs --batch-size 2 --size 16
+300 kernels --batch-size 2 --size 16 --eager
+300 suite
+300 sampling --batch-size 2 --size 16 --steps 2
+300 evaluation
+300 rendering --batch-size 8 --size 32
+300 ranks --batch-size 4 --size 16 --steps 5
+300 training --batch-size 4 --size 16"
 
 main() {
     toy=
