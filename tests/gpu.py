@@ -221,7 +221,7 @@ def training(args, report):
     if 0 < args.seconds < 240:
         report.row(f"{args.preset}, both stages", f"skipped: {args.seconds:.0f} s left, too few")
         return
-    end = time.monotonic() + args.seconds - 90
+    end = time.monotonic() + args.seconds - 120
     flags = [*network_flags(args), "--lr", 3e-3, "--ema", 0.998, "--max-skipped", 100]
     init = ["--init", args.work / "t2i" / "last.pt"]
     for stage, share, more in (("t2i", 0.45, []), ("forcing", 1.0, init)):
