@@ -1,0 +1,562 @@
+"""What this code does on a GPU, part by part, as rows of a markdown table. tests/gpu.sh runs all parts in their order.
+
+    python tests/gpu.py speed --preset 370m --batch-size 16          a training step: images/s, utilization, memory
+    python tests/gpu.py speed --preset small --batch-size 8 --eager  on a CPU, in float32
+    python tests/gpu.py sampling --preset nano --batch-size 64       images/s of sampling, peak memory
+
+Rows go to stdout and to OUT/gpu.md as soon as they are known, what the scripts print goes to stderr. The exit code is 1
+if a row says FAIL. Without a GPU the parts run on the CPU.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import platform
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+from model import (
+    DEPTH,
+    I2D_STEPS,
+    PRESETS,
+    RGB,
+    DiT,
+    corrupt,
+    distillation_weight,
+    draw_noise_levels,
+    matmul_peak,
+    memory_plan,
+    noise_levels,
+    scored,
+    training_cost,
+    velocity_loss,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that the device's name contains counts
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+TOLERANCES = {"cuda": 0.01, "cpu": 0.001}  # of losses, relative. What bfloat16 rounds differently grows with the steps.
+LOW_RATE = 1e-3  # learning rate at which these differences stay small for 50 steps
+CPU_ABSREL = 0.058  # of assets/nano.pt by `evaluate.py depth` on a CPU
+FUSED = ("flash", "fmha", "cudnn", "efficient_attention")  # in the names of fused attention kernels
+WITHOUT_INDUCTOR = """
+import functools, runpy, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Report:
+    """Rows of the table: part, what, result, and where it was found."""
+
+    def __init__(self, part, path, device):
+        self.part = part
+        self.path = path
+        self.where = where(device)
+        self.failed = False
+
+    def row(self, what, result):
+        line = f"| {self.part} | {what} | {result} | {self.where} |"
+        print(line, flush=True)
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+
+    def check(self, what, result, good):
+        """A row that says PASS or FAIL."""
+        self.failed = self.failed or not good
+        self.row(what, f"{'PASS' if good else 'FAIL'}: {result}")
+
+
+def where(device):
+    """ "device | torch | commit" of every row."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    commit, *dirty = data.git_commit().partition("-")
+    return f"{name} | {torch.__version__} | {commit[:12] or 'unknown'}{''.join(dirty)}"
+
+
+# ---- Scripts, each in a process of its own ----
+
+
+def command(args, name, *flags, ranks=1):
+    """The command line of a script. A toy traces and differentiates its graphs, but does not generate C++ for them."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    elif args.toy:
+        start += ["-c", WITHOUT_INDUCTOR]
+    return [*start, str(ROOT / name), *map(str, flags), "--device", args.device.type]
+
+
+def run_all(*commands):
+    """Run commands side by side; what they print goes to stderr. Returns the seconds that all took."""
+    begin = time.perf_counter()
+    running = [subprocess.Popen(words, cwd=ROOT, stdout=sys.stderr) for words in commands]
+    codes = [process.wait() for process in running]
+    for code, words in zip(codes, commands, strict=True):
+        if code:
+            raise SystemExit(f"exit code {code}: {shlex.join(words[-40:])}")
+    return time.perf_counter() - begin
+
+
+def results(out):
+    """What evaluate.py has written."""
+    return json.loads((out / "results.json").read_text())
+
+
+def train_command(args, name, out, steps, *flags, ranks=1):
+    """The command line of a training script that logs five rows and saves once, in args.work/out."""
+    lines = ["--out", args.work / out, "--steps", steps, "--log-every", max(1, steps // 5)]
+    lines += ["--checkpoint-every", steps, "--sample-every", steps]
+    return command(args, name, *lines, *flags, ranks=ranks)
+
+
+def metrics(args, out):
+    """The rows of a training run's metrics.jsonl."""
+    return data.read_rows(args.work / out / "metrics.jsonl")
+
+
+def compare_runs(args, report, what, runs):
+    """Train two runs, {name: command}; a row says how far their losses are apart, and how fast they are."""
+    if args.toy:
+        run_all(*runs.values())
+    else:  # in turn, so that neither slows the other
+        for words in runs.values():
+            run_all(words)
+    one, other = (metrics(args, out) for out in runs)
+    tolerance = TOLERANCES[args.device.type]
+    apart = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(one, other, strict=True)]
+    good = len(apart) > 0 and all(difference <= tolerance for difference in apart)  # NaN is not
+    speeds = f"{one[-1]['images_per_s']:.0f} and {other[-1]['images_per_s']:.0f} images/s"
+    result = f"losses at most {max(apart):.1e} apart, relative (tolerance {tolerance}); {speeds}"
+    report.check(f"{what}, {other[-1]['step']} steps", result, good)
+
+
+def network_flags(args):
+    return ["--preset", args.preset, "--batch-size", args.batch_size, "--size", args.size]
+
+
+def stages(args, report):
+    """Both stages compiled against eager, on the same seeds. The second stage of both starts from one checkpoint."""
+    steps = args.steps or 50
+    init = ["--init", args.work / "t2i-eager" / "last.pt"]
+    for stage, more in (("t2i", []), ("forcing", init)):
+        name = f"train_{stage}.py"
+        flags = [*network_flags(args), "--lr", LOW_RATE, *more]
+        runs = {
+            f"{stage}-compiled": train_command(args, name, f"{stage}-compiled", steps, *flags, "--compile"),
+            f"{stage}-eager": train_command(args, name, f"{stage}-eager", steps, *flags, "--no-compile"),
+        }
+        compare_runs(args, report, f"{name}, {args.preset}: compiled, eager", runs)
+
+
+def ranks(args, report):
+    """Two ranks against one, on the same samples."""
+    if args.device.type == "cuda" and torch.cuda.device_count() < 2:
+        report.row("two ranks, one", "skipped: one GPU")
+        return
+    name = "train_forcing.py"
+    flags = [*network_flags(args), "--lr", LOW_RATE, "--init", "none", "--no-compile" if args.toy else "--compile"]
+    steps = args.steps or 50
+    runs = {
+        "two": train_command(args, name, "two", steps, *flags, ranks=2),
+        "one": train_command(args, name, "one", steps, *flags),
+    }
+    compare_runs(args, report, f"{name}, {args.preset}: two ranks, one", runs)
+
+
+def suite(args, report):
+    """The tests of what CUDA does."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    if args.toy:
+        words += ["-k", "fused"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr)
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    report.check("pytest tests/test_cuda.py", lines[-1], done.returncode == 0)
+
+
+def evaluation(args, report):
+    """The network of the repository must be as good here as on a CPU."""
+    out = args.work / "evaluate-depth"
+    seconds = run_all(command(args, "evaluate.py", "depth", "--out", out))
+    found = results(out)["absrel"]
+    result = f"AbsRel {found:.4f} in {seconds:.1f} s, on a CPU {CPU_ABSREL} (tolerance 0.002)"
+    report.check("evaluate.py depth, assets/nano.pt", result, abs(found - CPU_ABSREL) <= 0.002)
+
+
+def train_for(seconds, args, name, out, flags):
+    """Train for about so many seconds: a short run tells how long a step takes, and starting and ending."""
+    few = 5 if args.toy else 100
+    begin = time.monotonic()
+    run_all(train_command(args, name, f"{out}-short", few, *flags))
+    took = time.monotonic() - begin
+    per_step = args.batch_size / metrics(args, f"{out}-short")[-1]["images_per_s"]
+    overhead = took - few * per_step
+    steps = int(0.9 * (seconds - took - overhead) / per_step)
+    run_all(train_command(args, name, out, max(few, steps), *flags))
+
+
+def training(args, report):
+    """A network trained for --seconds, of which the last are for its evaluation."""
+    if 0 < args.seconds < 240:
+        report.row(f"{args.preset}, both stages", f"skipped: {args.seconds:.0f} s left, too few")
+        return
+    end = time.monotonic() + args.seconds - 120
+    flags = [*network_flags(args), "--lr", 3e-3, "--ema", 0.998, "--max-skipped", 100]
+    init = ["--init", args.work / "t2i" / "last.pt"]
+    for stage, share, more in (("t2i", 0.45, []), ("forcing", 1.0, init)):
+        name = f"train_{stage}.py"
+        train_for(share * (end - time.monotonic()), args, name, stage, flags + more)
+        first, *_, last = metrics(args, stage)
+        result = f"loss {first['loss']:.3f} -> {last['loss']:.3f}, {last['images_per_s']:.0f} images/s"
+        report.row(f"{name}, {args.preset}, {last['step']} steps of {args.batch_size}", result)
+        tail = (args.work / stage / "metrics.jsonl").read_text().splitlines()[-5:]
+        (args.out / f"metrics-{stage}.jsonl").write_text("\n".join(tail) + "\n")
+    evaluate_trained(args, report)
+
+
+def evaluate_trained(args, report):
+    """How good the network is that has been trained, and a picture of what it makes."""
+    model = ["--checkpoint", args.work / "forcing" / "last.pt"]
+    few = ["--images", 4, "--steps", 2] if args.toy else []
+    folders = {task: args.work / f"trained-{task}" for task in ("depth", "image", "follow")}
+    commands = [command(args, "evaluate.py", task, *model, *few, "--out", out) for task, out in folders.items()]
+    prompt = ["--prompt", "a red ball and a blue box in a room", "--steps", 2 if args.toy else 50]
+    commands.append(command(args, "sample.py", *model, *prompt, "--out", args.work / "samples"))
+    run_all(*commands)
+    shutil.copy(args.work / "samples" / "grid.png", args.out / "grid.png")
+    for task, keys in (
+        ("depth", ("absrel", "delta1", "baseline_absrel")),
+        ("image", ("frechet", "real_frechet", "following", "shuffled_following")),
+        ("follow", ("absrel", "delta1", "other_absrel")),
+    ):
+        found = results(folders[task])
+        report.row(f"evaluate.py {task}", ", ".join(f"{key} {found[key]:.4f}" for key in keys))
+
+
+# ---- Steps of training and sampling, in this process ----
+
+
+class Training:
+    """train_forcing.py's step on the built-in world, in three parts whose seconds are kept."""
+
+    def __init__(self, args, batch_size, taught, checkpointing=False):
+        self.device = args.device
+        self.batch_size = batch_size
+        base = args.config
+        self.config = base.with_modalities(RGB, DEPTH)
+        self.world = data.World("train", (base.size, base.size), self.device)
+        self.seconds = {"data": [], "network": [], "optimizer": []}
+        self.step = 0
+        with torch.device(self.device):
+            self.model = DiT(self.config)
+            self.teacher = DiT(base).requires_grad_(False) if taught else None
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = self.model.configure_optimizers(1e-4)
+        if taught and self.device.type == "cuda":
+            for matrix in self.teacher.matrices():
+                matrix.data = matrix.data.bfloat16()
+        if not args.eager:
+            self.model.compile_blocks()
+            if taught:
+                self.teacher.compile_blocks()
+        if checkpointing:
+            self.model.checkpoint_activations()
+
+    def timed(self, name, work, *inputs):
+        begin = synchronized(self.device)
+        result = work(*inputs)
+        self.seconds[name].append(synchronized(self.device) - begin)
+        return result
+
+    def __call__(self):
+        batch = self.timed("data", self.draw)
+        self.timed("network", self.learn, *batch)
+        self.timed("optimizer", self.update)
+        self.step += 1
+
+    def draw(self):
+        """Samples, noise levels and noise."""
+        indices = data.training_indices(0, self.step, self.batch_size)
+        values, valid, captions = self.world.samples(indices)
+        draws = data.Draws(0, indices, self.device)
+        valid["depth"] = data.sparsify(valid["depth"], values["rgb"], "mixed", draws.rand)
+        x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in self.config.modalities}
+        t = draw_noise_levels(self.config.modalities, draws.rand)
+        noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m], valid[m]) for m in x0}
+        text = data.encode_text(captions, self.config.text_length).to(self.device)
+        return x0, valid, t, noisy, text
+
+    def learn(self, x0, valid, t, noisy, text):
+        """Losses, and the backward pass."""
+        x0_hat = self.model(noisy, t, text)
+        loss = 0
+        for m in x0:
+            count = scored(x0[m], t[m], valid[m]).sum().clamp(min=1)
+            loss = loss + velocity_loss(x0_hat[m], x0[m], t[m], valid[m]).sum() / count
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self.teacher({"rgb": noisy["rgb"]}, {"rgb": t["rgb"]}, text)
+            weight = distillation_weight(t["depth"], 0.05, 0.5)
+            loss = loss + velocity_loss(x0_hat["rgb"], target["rgb"], t["rgb"], None, weight).sum() / x0["rgb"].numel()
+        loss.backward()
+
+    def update(self):
+        """Clipped step of the optimizers, and of the averaged weights."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.01)
+
+
+def synchronized(device):
+    """The time, in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def median_seconds(device, work, turns):
+    """Of one call, after one that does not count."""
+    found = []
+    for _ in range(turns + 1):
+        begin = synchronized(device)
+        work()
+        found.append(synchronized(device) - begin)
+    return statistics.median(found[1:])
+
+
+def peak_gib(device):
+    """Most memory so far: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def out_of_memory(error):
+    """Whether an exception of torch, or of its compiler, says that the GPU's memory is used up."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
+def free_memory(device):
+    """What a failed attempt held; called once its exception is gone."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def speed(args, report):
+    """A training step with optimizers and EMA. If memory does not suffice: a quarter of the batch, then no teacher."""
+    fewer = max(1, args.batch_size // 4)
+    for batch_size, taught in ((args.batch_size, True), (fewer, True), (fewer, False)):
+        how = f"{args.preset} at {args.config.size}, {'eager' if args.eager else 'compiled'}, {batch_size} images, "
+        how += "with teacher" if taught else "no teacher"
+        how += ", --checkpoint-activations" if args.checkpoint_activations else ""
+        planned = planned_gib(args, batch_size, taught)
+        try:
+            report.row(how, measure_speed(args, batch_size, taught, planned))
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        free_memory(args.device)
+        report.row(how, f"out of memory: planned {planned:.2f} GiB")
+
+
+def planned_gib(args, batch_size, taught):
+    half = args.device.type == "cuda"
+    size = args.config.size, args.config.size
+    joint = args.config.with_modalities(RGB, DEPTH)
+    plans = memory_plan(joint, size, batch_size, 1, taught=args.config if taught else None, half=half)
+    return sum(plans[False, args.checkpoint_activations].values()) / 2**30
+
+
+def measure_speed(args, batch_size, taught, planned):
+    device = args.device
+    size = args.config.size, args.config.size
+    peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    flops = training_cost(args.config.with_modalities(RGB, DEPTH), size)[1]  # without what checkpointing computes again
+    if taught:
+        flops += training_cost(args.config, size)[1] / 3
+
+    step = Training(args, batch_size, taught, args.checkpoint_activations)
+    for _ in range(2):
+        step()
+    first = step.seconds["network"][0]
+    for _ in range(args.turns):
+        step()
+    medians = {name: statistics.median(found[2:]) for name, found in step.seconds.items()}
+    seconds = sum(medians.values())
+
+    rate = batch_size * flops / seconds
+    result = f"{batch_size / seconds:.2f} images/s, {rate / 1e12:.2f} TFLOP/s, "
+    result += f"MFU {rate / peak:.3f} of its matmul ({peak / 1e12:.2f} TFLOP/s)"
+    vendor = [known for name, known in VENDOR_PEAKS.items() if name in where(device)]
+    if vendor:
+        result += f", {rate / vendor[0]:.3f} of the vendor's {vendor[0] / 1e12:.0f}"
+    result += "; ms: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in medians.items())
+    return f"{result}; first pass {first:.1f} s; peak {peak_gib(device):.2f} GiB, planned {planned:.2f}"
+
+
+def graphs(args, report):
+    """How many graphs are compiled in the first step, and after it."""
+    args.config = replace(args.config, decoder_depth=3)
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        stats = torch._dynamo.utils.counters["stats"]
+        stats.clear()
+        step = Training(args, args.batch_size, True, checkpointing)
+        step()
+        compiled = stats["unique_graphs"]
+        for _ in range(3):
+            step()
+        again = stats["unique_graphs"] - compiled
+        what = f"graphs, {args.preset}, --checkpoint-activations {'on' if checkpointing else 'off'}"
+        if compiled == 0:
+            report.row(what, "this torch does not count them")
+            continue
+        result = f"{compiled} compiled in the first step, {again} later; expected 3 (trunk, detokenizer, teacher), 0"
+        report.check(what, result, compiled == 3 and again == 0)
+
+
+def attention_kernels(work):
+    """Names of the attention operators and GPU kernels that work() takes."""
+    with torch.profiler.profile() as profile:
+        work()
+    names = {event.key for event in profile.key_averages()}
+    return {name for name in names if any(word in name.lower() for word in (*FUSED, "attention_math"))}
+
+
+def kernels(args, report):
+    """Attention must take a fused kernel: without one the whole matrix of scores is stored."""
+    step = Training(args, args.batch_size, True)
+    step()
+    sample = sampler(args, step.ema)  # not compiled, as in sample.py
+    found = {
+        "training": attention_kernels(step),
+        "sampling": attention_kernels(functools.partial(sample, 2, ["rgb"])),
+    }
+    for task, names in found.items():
+        fused = any(word in name.lower() for name in names for word in FUSED)
+        short = sorted({name.split("<")[0].split("(")[0] for name in names})
+        good = fused and not any("attention_math" in name for name in names)
+        report.check(f"attention, {task}, {args.preset}", ", ".join(short) or "no fused kernel", good)
+
+
+def sampler(args, model):
+    """sample(steps, given, guidance), a function that makes one batch."""
+    size = args.config.size, args.config.size
+    noise = {m.name: torch.randn(args.batch_size, *m.shape(size), device=args.device) for m in model.modalities}
+    text = torch.zeros(args.batch_size, args.config.text_length, dtype=torch.uint8, device=args.device)
+
+    def sample(steps, given, guidance=None):
+        levels = noise_levels(["rgb", "depth"], steps, strength=dict.fromkeys(given, 1.0))
+        model.sample(levels, noise, text, {m: (noise[m], None) for m in given}, guidance)
+
+    return sample
+
+
+def sampling(args, report):
+    """Image to depth, and image and depth together with guidance."""
+    with torch.device(args.device):
+        model = DiT(args.config.with_modalities(RGB, DEPTH)).requires_grad_(False)
+    sample = sampler(args, model)
+    joint_steps = args.steps or 50
+    for task, settings in (
+        (f"image to depth, {I2D_STEPS} steps", (I2D_STEPS, ["rgb"])),
+        (f"joint, guided, {joint_steps} steps", (joint_steps, [], {"rgb": 3.0})),
+    ):
+        what = f"{task}, {args.preset} at {args.config.size}, {args.batch_size} images"
+        try:
+            sample(1, *settings[1:])
+            seconds = median_seconds(args.device, functools.partial(sample, *settings), 1)
+            result = f"{args.batch_size / seconds:.2f} images/s ({seconds:.3f} s), peak {peak_gib(args.device):.2f} GiB"
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            result = "out of memory"
+        free_memory(args.device)
+        report.row(what, result)
+
+
+def rendering(args, report):
+    """The built-in world's scenes, and the noise of a step."""
+    count = args.batch_size
+    side = args.config.size
+    world = data.World("train", (side, side), args.device)
+
+    def draw():
+        draws = data.Draws(0, range(count), args.device)
+        for m in (RGB, DEPTH):
+            draws.rand()
+            draws.randn(*m.shape((side, side)))
+
+    for what, work in (("World.samples", lambda: world.samples(range(count))), ("Draws, image and depth", draw)):
+        seconds = median_seconds(args.device, work, args.turns)
+        report.row(f"{what}, {count} at {side}", f"{1000 * seconds:.1f} ms, {count / seconds:.0f} images/s")
+
+
+PARTS = (stages, speed, graphs, kernels, suite, sampling, evaluation, rendering, ranks, training)
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", choices=("where", *(part.__name__ for part in PARTS)), help="where: the device alone")
+    p.add_argument("--preset", choices=PRESETS, default="nano", help="network (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    p.add_argument("--size", type=int, default=0, help="side in pixels; 0 is the preset's (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=0, help="of training or sampling; 0 is 50 (default: %(default)s)")
+    p.add_argument("--turns", type=int, default=5, help="of which the median counts (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=0, help="training: how long (default: as short as it goes)")
+    p.add_argument("--eager", action="store_true", help="speed: do not compile")
+    p.add_argument("--checkpoint-activations", action="store_true", help="speed: compute blocks twice")
+    p.add_argument("--toy", action="store_true", help="no code generation, few steps: to test the parts themselves")
+    p.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for gpu.md (default: %(default)s)")
+    return p.parse_args()
+
+
+def main():
+    args = parse()
+    args.device = data.pick_device(args.device)
+    if args.part == "where":
+        print(where(args.device))
+        return
+    args.out = data.make_folder(args.out.resolve())
+    args.work = data.make_folder(args.out / "work" / args.part)
+    args.config = replace(PRESETS[args.preset], size=args.size or PRESETS[args.preset].size)
+    if args.toy:
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    report = Report(args.part, args.out / "gpu.md", args.device)
+    part = next(part for part in PARTS if part.__name__ == args.part)
+    part(args, report)
+    if report.failed:
+        raise SystemExit(f"{args.part}: a check failed")
+
+
+if __name__ == "__main__":
+    main()
