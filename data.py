@@ -342,16 +342,8 @@ def refuse(message):
     raise BadSample(message)
 
 
-def quoted(text, limit=200):
-    """The text of a file or a flag as messages show it: non-printable characters replaced, a long middle cut out."""
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def parse(name, reader, *args):
-    """Returns reader(*args). Whatever it raises becomes a BadSample with a message of one line that begins with name.
+    """Returns reader(*args). Whatever it raises becomes a BadSample with a message that begins with name.
 
     All files are decoded through this function, which also keeps warnings of numpy and Pillow from the user.
     """
@@ -360,8 +352,8 @@ def parse(name, reader, *args):
             warnings.simplefilter("ignore")
             return reader(*args)
     except Exception as error:  # of a file's contents anything may be wrong
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise BadSample(f"{quoted(name, 1000)}: {quoted(what or type(error).__name__)}") from None
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadSample(f"{name}: {what or type(error).__name__}") from None
 
 
 def read_file(path, folder=None):
@@ -699,10 +691,10 @@ def read_index(folder):
             name = line.decode().strip()
             row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
             if not moge:
-                row = json.loads(line)
+                row = parse_json(line)
                 name = os.path.splitext(row["file_name"])[0]
             problem = f"names {row['file_name']} again" if name in rows else None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             row, name, problem = {}, where, "not UTF-8 JSON with a file_name"
         if line.strip():
             rows[where if problem else name] = row | {"name": name, "where": where, "problem": problem}
@@ -765,7 +757,7 @@ def read_shard(path, start=0):
     for name, found in itertools.groupby(members(), lambda member: member[0]):
         group = {suffix: member for _, suffix, member in found}
         offset = min(member.offset for member in group.values())
-        yield offset, name, f"{path}: {quoted(name, 80)}", functools.partial(load_group, path, group)
+        yield offset, name, f"{path}: {name}", functools.partial(load_group, path, group)
     if damage or name is None:
         problem = f"damaged ({damage[0]}), what follows is lost" if damage else "holds no sample"
         yield end, str(path), path, functools.partial(refuse, problem)
@@ -777,9 +769,9 @@ def load_group(path, group):
     def read(suffix):
         member = group[suffix]
         if not member.isfile() or member.issparse():
-            refuse(f"{quoted(member.name, 80)} is a link, a device or sparse")
+            refuse(f"{member.name} is a link, a device or sparse")
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            refuse(f"{quoted(member.name, 80)} is a name that leads out")
+            refuse(f"{member.name} is a name that leads out")
         if member.size > MAX_BYTES:
             refuse(f"declares {member.size} bytes")
         with open(path, "rb") as file:
@@ -790,7 +782,7 @@ def load_group(path, group):
     first = lambda suffixes: next((s for s in suffixes if s in group), None)
     if not first(IMAGES):
         refuse(f"no image ({', '.join(IMAGES)})")
-    fields = parse("json", lambda: dict(json.loads(read("json")))) if "json" in group else {}
+    fields = parse("json", lambda: parse_json(read("json"))) if "json" in group else {}
     text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption")
     names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
     return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
@@ -831,17 +823,12 @@ def kept_index(paths, out, workers, rank):
     keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
     missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
     if known and missing and rank == 0:
-        tell(
-            f"--data: {len(missing)} of {len(paths)} shards are new or changed; the order of samples changes with them"
-        )
+        tell(f"--data: {len(missing)} of {len(paths)} shards are new or changed, and so is the order of samples")
     known |= zip(missing, index_shards(list(missing.values()), workers), strict=True)
     index = [known[key] for key in keys]
     if rank == 0 and missing:
         arrays = {"shards": keys, "counts": [len(offsets) for offsets in index], "offsets": np.concatenate(index)}
-        try:
-            write_whole(kept, lambda file: np.savez(file, **arrays))
-        except OSError as error:
-            fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+        write_whole(kept, lambda file: np.savez(file, **arrays))
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     return index
@@ -853,9 +840,9 @@ def expand(pattern):
     lows, highs = pieces[1::3], pieces[2::3]
     ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
     if not all(ranges):
-        fail(f"--data {quoted(pattern)}: a range in braces must go from the lower number to the higher")
+        fail(f"--data {pattern}: a range in braces must go from the lower number to the higher")
     if math.prod(map(len, ranges)) > MAX_SHARDS:
-        fail(f"--data {quoted(pattern)}: names more than {MAX_SHARDS:,} files; give a smaller range in braces")
+        fail(f"--data {pattern}: names more than {MAX_SHARDS:,} files; give a smaller range in braces")
     choices = [[text] for text in pieces[::3]]
     for i, (low, numbers) in enumerate(zip(lows, ranges, strict=True)):
         choices.insert(2 * i + 1, [f"{number:0{len(low)}}" for number in numbers])
@@ -868,18 +855,15 @@ def open_source(args, split, size, device="cpu", with_depth=True):
         return World(split, size, device)
     folder, settings = Path(args.data), (args, split == "train", size, with_depth)
     if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
-        try:
-            rows = read_index(folder)
-        except OSError as error:
-            fail(f"--data {quoted(args.data)}: cannot be read ({error.strerror})")
+        rows = read_index(folder)
         if not rows:
-            fail(f"--data {quoted(args.data)}: lists no samples")
+            fail(f"--data {args.data}: lists no samples")
         return Files([folder], [rows], read_row, *settings)
     shards = expand(args.data)
     missing = next((path for path in shards if not os.path.isfile(path)), None)
     if missing is not None:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {quoted(args.data)}: unknown source, no file {quoted(missing)}; give {known}")
+        fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
     return Files(shards, None, read_group, *settings)
 
 
@@ -959,7 +943,7 @@ def training_batches(source, args, step, rank, world, device):
                 tell(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
             share = f"{bad} of {tried} samples cannot be used, more than 1%"
-            fail(f"--data {quoted(args.data)}: {share}; the last: {problems[-1]}")
+            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
         for i in range(0, len(indices), part):
             cut = slice(i, i + part)
             yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
@@ -1154,13 +1138,12 @@ def number(low, high, above=False, kind=float):
     return read
 
 
-def whole(low, high):
-    """Type of a flag: text -> a whole number from low to high."""
-    return number(low, high, kind=int)
-
-
+whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
+SIDE = whole(0, MAX_SIDE)  # 0 stands for another flag's or a network's
+SHARE = number(0, 1)
+POSITIVE = number(0, 10**6, above=True)
 
 
 def one_of(*names):
@@ -1219,26 +1202,12 @@ class Flags(argparse.ArgumentParser):
 
 def source_settings(p):
     """The flags of every script that reads samples."""
-    p.setting(
-        "--data", "synthetic", "synthetic, a folder (metadata.jsonl, or MoGe's .index.txt), or 'shards/{000..999}.tar'"
-    )
-    p.setting(
-        "--depth-scale",
-        0.001,
-        "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)",
-        number(0, 10**6, above=True),
-    )
+    p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
+    p.setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth (KITTI: 0.00390625)", POSITIVE)
     p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
     p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
-    p.setting(
-        "--workers",
-        2,
-        "processes that read files, of each rank (evaluation: one at most)",
-        whole(0, 256),
-    )
-    p.setting(
-        "--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings (README)"
-    )
+    p.setting("--workers", 2, "processes that read files, of each rank (evaluation: one at most)", whole(0, 256))
+    p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
 
 
 def check_depth_range(args):
@@ -1247,18 +1216,29 @@ def check_depth_range(args):
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
+def sampling_settings(p):
+    """The flags of every script that samples."""
+    p.setting("--checkpoint", NANO, "what a training script wrote, instead of the built-in world's network")
+    p.setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", one_of("euler", "heun"))
+    p.setting("--cfg", 3.0, "guidance of the image; 1 is none, the released model uses 4", number(0, 100))
+    p.setting("--ensemble", 1, "samples of each depth map, whose median is taken", whole(1, 1000))
+    counted = "members of an ensemble and guided copies among them (all of one image's at once)"
+    p.setting("--batch-size", 16, f"samples that the network sees at a time, {counted}", whole(1, 10**5))
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+
+
 def training_settings(p, steps, out):
     """The flags that both stages of training share; steps and out are their defaults."""
-    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", whole(0, MAX_SIDE))
+    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", SIDE)
     p.setting("--steps", steps, "optimizer steps", COUNT)
     p.setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together", whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
     p.setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero", COUNT)
-    p.setting("--clip", 1.0, "gradient norm is clipped to this", number(0, 10**6, above=True))
-    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", number(0, 1))
-    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", number(0, 1))
+    p.setting("--clip", 1.0, "gradient norm is clipped to this", POSITIVE)
+    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
+    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting("--compile", None, "torch.compile; if neither is given, on CUDA only")
@@ -1270,22 +1250,9 @@ def training_settings(p, steps, out):
     p.setting("--keep", 2, "checkpoints that are kept, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
     p.setting("--sample-every", 500, "steps between picture grids", COUNT)
-    p.setting(
-        "--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops", COUNT
-    )
-    p.setting(
-        "--timeout",
-        1800,
-        "seconds before ranks give up on a silent one; give more than a checkpoint takes",
-        whole(1, 10**6),
-    )
-    p.setting(
-        "--dry-run",
-        0,
-        "print FLOPs, and bytes on each of so many GPUs, and stop",
-        whole(0, 10**6),
-        metavar="GPUS",
-    )
+    p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
+    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; a checkpoint takes some", whole(1, 10**6))
+    p.setting("--dry-run", 0, "number of GPUs: print FLOPs, and the bytes on each, and stop", whole(0, 10**6))
 
 
 def parse_order(text, names):
@@ -1351,7 +1318,8 @@ def run_script(main):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
-        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}; check the path, its permissions and the space on its disk")
     except (MemoryError, torch.OutOfMemoryError):
         fail(memory)
     except RuntimeError as error:
@@ -1361,28 +1329,17 @@ def run_script(main):
         fail(memory)
 
 
-def make_folder(path):
-    """Path of a directory that exists from now on."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out: cannot make the directory {path}: {error.strerror}; choose another")
-    return Path(path)
-
-
 def claim_folder(path, *own, flag="--out"):
     """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
 
     own: names that nobody but the script that asks would have written. So nothing of a user's is overwritten.
     """
     folder = Path(path)
-    try:
-        holds = next(folder.iterdir(), None) if folder.is_dir() else None
-    except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror}); choose another directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    holds = next(folder.iterdir(), None)
     if holds and not any(any(folder.glob(pattern)) for pattern in own):
         fail(f"{flag} {path}: already holds {holds.name}; choose a new or an empty directory")
-    return make_folder(path)
+    return folder
 
 
 @contextlib.contextmanager
@@ -1404,14 +1361,23 @@ def append_row(path, row):
         file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + json.dumps(row).encode() + b"\n")
 
 
+def parse_json(text):
+    """The dictionary that a JSON text, or its bytes, holds. Raises ValueError if it holds anything else."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON dictionary")
+    return found
+
+
 def read_rows(path):
     """The rows of a file of JSON lines, in order; what a crash or a full disk has cut is left out."""
     rows = []
     for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
+        with contextlib.suppress(ValueError):
+            rows.append(parse_json(line))
     return rows
 
 
@@ -1430,12 +1396,10 @@ def write_whole(path, write, sync=True):
                 os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         error.filename = str(path)
         raise
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def write_image(path, image, **options):
@@ -1454,19 +1418,6 @@ def write_json(path, value):
     write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
 
 
-def read_json(path):
-    """The dictionary in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except RecursionError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON dictionary")
-    return found
-
-
 def parse_run(p):
     """p.parse_args of a training script. With --resume the run's own settings, in its config.json, come before p's
     defaults: they are read as if they were flags. --out is where the user says, and a plug-in must be named again.
@@ -1476,24 +1427,23 @@ def parse_run(p):
         return args
     path = Path(args.out) / "config.json"
     try:
-        settings = read_json(path)
+        settings = parse_json(path.read_bytes()) if path.is_file() else {}
     except ValueError:
         fail(f"--resume: {path} is damaged; remove it and give the run's settings as flags")
-    plug_in, flags = settings.get("encoders"), []
+    flags = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
+        if name in ("out", "encoders", "resume") or value == p.get_default(name):
+            continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, (int, float, str)):
+        else:
             flags.append(f"--{flag}={value}")
-        elif value is not None or p.get_default(name) is not None:
-            fail(f"--resume: {path}: {name} is a {type(value).__name__}, not a setting; remove it")
-    left_out = "--out=", "--encoders=", "--resume", "--no-resume"
-    args, _ = p.parse_known_args([flag for flag in flags if not flag.startswith(left_out)])
+    args, _ = p.parse_known_args(flags)
     args = p.parse_args(namespace=args)
     args.resume = True
-    if plug_in and not args.encoders:
-        fail(f"--resume: this run has --encoders {plug_in}, a file that is run; give the flag again")
+    if settings.get("encoders") and not args.encoders:
+        fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
 
 
@@ -1526,10 +1476,7 @@ def lock_run(out, resume):
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
     claim_folder(out, "lock", "starts.jsonl", "step-*.pt", "last.pt")
-    try:
-        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error.strerror}); choose another")
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
     except BlockingIOError:
@@ -1544,17 +1491,14 @@ def open_run(out, settings, device, ranks, resumed=None):
     config.json gets the settings, starts.jsonl a row of what ran where.
     """
     out = Path(out)
-    make_folder(out / "samples")
+    (out / "samples").mkdir(exist_ok=True)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
     row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
-    try:
-        rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
-        write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
-        write_json(out / "config.json", settings)
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+    rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
+    write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    write_json(out / "config.json", settings)
     append_row(out / "starts.jsonl", row)
     return out
 
@@ -1669,7 +1613,8 @@ def unpack(path, check=True):
             if large or not all(re.fullmatch(PICKLED, str(name)) for name in classes) or (check and archive.testzip()):
                 raise ValueError
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
+    except OSError as error:  # the disk's, which tells nothing of what the file holds
+        error.filename = str(path)
         raise
     except Exception:
         raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
@@ -1720,8 +1665,6 @@ def load_checkpoint(path, flag="--checkpoint"):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
         return read_checkpoint(path)
-    except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror})")
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
@@ -1729,14 +1672,12 @@ def load_checkpoint(path, flag="--checkpoint"):
 def newest_checkpoint(out):
     """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
 
-    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one, or the disk fails.
+    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one.
     """
     paths, damaged = list_checkpoints(out), {}
     for path in reversed(paths):
         try:
             state = read_checkpoint(path, training=True)
-        except OSError as error:
-            fail(f"--resume: cannot read {path} ({error.strerror}); try again")
         except ValueError as error:
             damaged[path] = error
             continue
@@ -1943,7 +1884,7 @@ def export(out, layout, samples, per_shard=100):
     for i, group in enumerate(files):
         for suffix, content in group.items():
             path = Path(f"{out}/{i:06}{suffix}")
-            make_folder(path.parent)
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, lambda file, content=content: file.write(content), sync=False)
     index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
     write_whole(out / index, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))

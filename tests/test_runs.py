@@ -305,7 +305,7 @@ CONFIGS = {
     "a number": (b"3", "is damaged"),
     "deep": (b"[" * 100_000, "is damaged"),
     "not utf-8": (b'{"lr": "\xff"}', "is damaged"),
-    "a list of steps": (b'{"steps": [3]}', "steps is a list"),
+    "a list of steps": (b'{"steps": [3]}', "--steps [3]: must be a whole number"),
     "a word of steps": (b'{"steps": "three"}', "--steps"),
     "steps zero": (b'{"steps": 0}', "--steps"),
     "an optimizer": (b'{"optimizer": "sgd"}', "--optimizer"),
