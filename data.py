@@ -77,11 +77,8 @@ MUTED = (
     (0.75, 0.75, 0.74),
 )
 SKY = (0.66, 0.78, 0.90)
-SHAPES = {
-    "ball": (1.0, 1.0, 1.0),
-    "box": (0.0, 0.0, 0.0),
-    "pillar": (1.0, 0.0, 1.0),
-}  # x^2 + y^2 + z^2 <= 1, any, x^2 + z^2 <= 1
+# x^2 + y^2 + z^2 <= 1, any, x^2 + z^2 <= 1
+SHAPES = {"ball": (1.0, 1.0, 1.0), "box": (0.0, 0.0, 0.0), "pillar": (1.0, 0.0, 1.0)}
 FLOORS = ("plain", "checkered", "striped")
 SPLITS = {"train": 1, "val": 2}
 OBJECTS = 3  # at most, in a scene
@@ -836,17 +833,15 @@ def kept_index(paths, out, workers, rank):
 
 def expand(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges, of MAX_SHARDS in all."""
-    pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)  # text, low, high, text, low, high, ..., text
-    lows, highs = pieces[1::3], pieces[2::3]
-    ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
-    if not all(ranges):
-        fail(f"--data {pattern}: a range in braces must go from the lower number to the higher")
-    if math.prod(map(len, ranges)) > MAX_SHARDS:
-        fail(f"--data {pattern}: names more than {MAX_SHARDS:,} files; give a smaller range in braces")
-    choices = [[text] for text in pieces[::3]]
-    for i, (low, numbers) in enumerate(zip(lows, ranges, strict=True)):
-        choices.insert(2 * i + 1, [f"{number:0{len(low)}}" for number in numbers])
-    return ["".join(parts) for parts in itertools.product(*choices)]
+    first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    paths = [first]
+    for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
+        numbers = range(int(low), int(high) + 1)
+        if not 0 < len(numbers) * len(paths) <= MAX_SHARDS:
+            limit = f"and name at most {MAX_SHARDS:,} files"
+            fail(f"--data {pattern}: a range in braces must go from the lower number to the higher, {limit}")
+        paths = [f"{path}{number:0{len(low)}}{text}" for path in paths for number in numbers]
+    return paths
 
 
 def open_source(args, split, size, device="cpu", with_depth=True):
@@ -1027,10 +1022,10 @@ class PixelsAndBytes:
 
 
 ENCODER_NUMBERS = {  # of a plug-in: the range of each
-    "image_channels": (1, 4096),
-    "image_stride": (1, 256),
-    "text_dim": (0, 1 << 16),
-    "text_length": (1, 1 << 16),
+    "image_channels": range(1, 4097),
+    "image_stride": range(1, 257),
+    "text_dim": range(65537),
+    "text_length": range(1, 65537),
 }
 
 
@@ -1038,63 +1033,61 @@ def refuse_encoders(path, problem):
     fail(f"--encoders {path}: {problem}; README shows a file that works")
 
 
-def guarded(path, name, function):
-    """function, the member of a plug-in called name. Whatever it raises is one line and exit code 2."""
-
-    def call(*args):
-        try:
-            return function(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except (Exception, SystemExit) as error:
-            refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
-
-    return call
+@contextlib.contextmanager
+def guarded(path, name):
+    """Whatever the member of a plug-in called name raises is one line and exit code 2. Also decorates a function."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
 
 
 def load_encoders(path, device):
     """Run a plug-in, a Python file -> the seven members of what its load(device) returns, the functions guarded."""
-
-    def load():
+    if not (path.endswith(".py") and Path(path).is_file()):
+        refuse_encoders(path, "no such file, or its name does not end in .py")
+    with guarded(path, "load"):
         spec = importlib.util.spec_from_file_location("encoders", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.load(device)
-
-    if not (path.endswith(".py") and Path(path).is_file()):
-        refuse_encoders(path, "no such file, or its name does not end in .py")
-    loaded, members = guarded(path, "load", load)(), types.SimpleNamespace()
-    for name, (low, high) in ENCODER_NUMBERS.items():
-        value = guarded(path, name, getattr)(loaded, name)
-        if not isinstance(value, int) or not low <= value <= high:
-            refuse_encoders(path, f"{name} is {value!r}, must be a whole number from {low} to {high}")
-        setattr(members, name, value)
-    for name in ("encode_image", "decode_image", "encode_text"):
-        setattr(members, name, guarded(path, name, guarded(path, name, getattr)(loaded, name)))
+        loaded = module.load(device)
+    members = types.SimpleNamespace()
+    for name in (*ENCODER_NUMBERS, "encode_image", "decode_image", "encode_text"):
+        with guarded(path, name):
+            member = getattr(loaded, name)
+        allowed = ENCODER_NUMBERS.get(name)
+        if allowed is None:
+            member = guarded(path, name)(member)
+        elif not isinstance(member, int) or member not in allowed:
+            refuse_encoders(path, f"{name} is {member!r}, must be a whole number from {allowed[0]} to {allowed[-1]}")
+        setattr(members, name, member)
     return members
 
 
 @torch.no_grad()
 def try_encoders(path, encoders, device, patch):
     """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
-    height, width, stride = 4 * patch, 6 * patch, encoders.image_stride
-    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
+    height, width = 4 * patch, 6 * patch
     rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
 
-    latents = encoders.encode_image(rgb)
-    check_encoded(path, "encode_image", latents, (2, encoders.image_channels, height // stride, width // stride))
-    check_encoded(path, "decode_image", encoders.decode_image(latents), (2, 3, height, width))
-    check_encoded(path, "encode_text", encoders.encode_text(["", "a red ball"]), text_shape)
-
-
-def check_encoded(path, name, found, shape):
-    """Refuse what the member called name has returned, unless it is a finite tensor of this shape."""
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+    def check(name, given, *shape):
+        """What the member called name returns for given, which must be a finite tensor of this shape."""
+        found = getattr(encoders, name)(given)
         returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
-    is_bytes = len(shape) == 2 and found.dtype == torch.uint8
-    if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
-        refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+        if returned != shape:
+            refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
+        is_bytes = len(shape) == 2 and found.dtype == torch.uint8
+        if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
+            refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+        return found
+
+    stride = encoders.image_stride
+    latents = check("encode_image", rgb, 2, encoders.image_channels, height // stride, width // stride)
+    check("decode_image", latents, 2, 3, height, width)
+    text_dim = [encoders.text_dim] if encoders.text_dim else []
+    check("encode_text", ["", "a red ball"], 2, encoders.text_length, *text_dim)
 
 
 def open_encoders(path, device, config, trained_with=None):
@@ -1402,20 +1395,31 @@ def write_whole(path, write, sync=True):
         part.unlink(missing_ok=True)
 
 
+def to_bytes(write, *args, **options):
+    """What write(file, *args, **options) writes. (On a full disk Pillow and numpy would raise errors of their own.)"""
+    buffer = io.BytesIO()
+    write(buffer, *args, **options)
+    return buffer.getvalue()
+
+
+def write_bytes(path, content, sync=True):
+    """write_whole so many bytes."""
+    write_whole(path, lambda file: file.write(content), sync)
+
+
 def write_image(path, image, **options):
     """write_whole a Pillow image, in the format that the path's suffix names."""
-    content = to_bytes(lambda file: image.save(file, Path(path).suffix[1:], **options))
-    write_whole(path, lambda file: file.write(content))
+    write_bytes(path, to_bytes(image.save, Path(path).suffix[1:], **options))
 
 
 def write_array(path, array):
     """write_whole an array as .npy."""
-    write_whole(path, lambda file: file.write(to_bytes(lambda buffer: np.save(buffer, array))))
+    write_bytes(path, to_bytes(np.save, array))
 
 
 def write_json(path, value):
     """write_whole a value as JSON."""
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
+    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def parse_run(p):
@@ -1497,7 +1501,7 @@ def open_run(out, settings, device, ranks, resumed=None):
     row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
     rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
     lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
-    write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
+    write_bytes(out / "metrics.jsonl", lines.encode())
     write_json(out / "config.json", settings)
     append_row(out / "starts.jsonl", row)
     return out
@@ -1605,12 +1609,13 @@ def unpack(path, check=True):
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-            members = archive.infolist()
-            (pickled,) = (member.filename for member in members if member.filename.endswith("/data.pkl"))
-            large = sum(member.file_size for member in members) > os.path.getsize(path)
-            codes = pickletools.genops(archive.read(pickled)) if not large else ()
-            classes = {name for code, name, _ in codes if "GLOBAL" in code.name or code.name == "INST"}
-            if large or not all(re.fullmatch(PICKLED, str(name)) for name in classes) or (check and archive.testzip()):
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError
+            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            for code, name, _ in pickletools.genops(archive.read(pickled)):
+                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray too
+                    raise ValueError
+            if check and archive.testzip():
                 raise ValueError
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:  # the disk's, which tells nothing of what the file holds
@@ -1645,12 +1650,8 @@ def read_checkpoint(path, training=False, check=True):
     count = sum(p.numel() for p in network.parameters())
     if 2 * count > os.path.getsize(path):  # two bytes for each, if they are as short as can be
         raise ValueError(f"its config tells of {count} weights, more than the file holds")
-    for name in ("model", "ema") if check else ():
-        if name in kinds:
-            try:
-                check_weights(state[name], network)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for name in kinds.keys() & {"model", "ema"} if check else ():
+        check_weights(state[name], network)
     return state
 
 
@@ -1851,53 +1852,43 @@ def depth_png(depth):
     text = PngImagePlugin.PngInfo()
     text.add_text("near", repr(float(near))), text.add_text("far", repr(float(far)))
     picture = Image.fromarray(np.where(depth > 0, codes, 65535).astype(np.uint16))
-    return to_bytes(lambda file: picture.save(file, "PNG", pnginfo=text))
-
-
-def to_bytes(write):
-    """What write(file) writes."""
-    buffer = io.BytesIO()
-    write(buffer)
-    return buffer.getvalue()
+    return to_bytes(picture.save, "PNG", pnginfo=text)
 
 
 def export(out, layout, samples, per_shard=100):
     """Write samples, (rgb (H, W, 3) uint8, depth (H, W) metres, caption, vertical fov in radians), in a layout."""
-    files, rows = [], []
+    groups, rows = {}, []
     for i, (rgb, depth, line, fov) in enumerate(samples):
-        image = to_bytes(lambda file, rgb=rgb: Image.fromarray(rgb).save(file, "JPEG", quality=100, subsampling=0))
-        numbers, name = to_bytes(lambda file, depth=depth: np.save(file, depth)), f"{i:06}"
+        name, image = f"{i:06}", to_bytes(Image.fromarray(rgb).save, "JPEG", quality=100, subsampling=0)
         if layout == "moge":
             focal = float(0.5 / np.tan(fov / 2))  # in heights
             matrix = [[focal * rgb.shape[0] / rgb.shape[1], 0, 0.5], [0, focal, 0.5], [0, 0, 1]]
             meta = json.dumps({"intrinsics": matrix}).encode()
-            files.append({"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta})
+            groups[name] = {"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta}
             rows.append(name)
         else:
-            files.append({".jpg": image, ".txt": line.encode(), ".depth.npy": numbers})
+            groups[name] = {".jpg": image, ".txt": line.encode(), ".depth.npy": to_bytes(np.save, depth)}
             rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
+    files = [(f"{name}{suffix}", content) for name, group in groups.items() for suffix, content in group.items()]
     if layout == "shards":
-        for start in range(0, len(files), per_shard):
-            shard = functools.partial(write_shard, files[start : start + per_shard], start)
-            write_whole(out / f"{start // per_shard:03}.tar", shard)
+        per_shard *= 3  # files
+        for number, start in enumerate(range(0, len(files), per_shard)):
+            write_whole(out / f"{number:03}.tar", functools.partial(write_tar, files[start : start + per_shard]))
         return
-    for i, group in enumerate(files):
-        for suffix, content in group.items():
-            path = Path(f"{out}/{i:06}{suffix}")
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, lambda file, content=content: file.write(content), sync=False)
+    for name, content in files:
+        (out / name).parent.mkdir(exist_ok=True)
+        write_bytes(out / name, content, sync=False)
     index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
-    write_whole(out / index, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+    write_bytes(out / index, "".join(f"{row}\n" for row in rows).encode())
 
 
-def write_shard(files, start, file):
-    """Write files, for each sample {suffix: content}, into an open file as tar; start is the first one's number."""
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for i, group in enumerate(files, start):
-            for suffix, content in group.items():
-                member = tarfile.TarInfo(f"{i:06}{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+def write_tar(files, target):
+    """Write files, (name, content), into an open file as tar."""
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def main():

@@ -297,7 +297,7 @@ def write_ply(path, rgb, depth, valid, fov):
     points = points[valid]
     properties = "".join(f"property {'float' if c in 'xyz' else 'uchar'} {c}\n" for c in points.dtype.names)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{properties}end_header\n"
-    data.write_whole(path, lambda file: file.write(header.encode() + points.tobytes()))
+    data.write_bytes(path, header.encode() + points.tobytes())
 
 
 def write(folder, made, metadata, fov):
