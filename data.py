@@ -54,7 +54,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageErr
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import TEXT_PATCH, Config, DiT, check_weights
+from model import TEXT_PATCH, Config, DiT, check_numbers, check_weights
 
 # ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
 
@@ -1021,12 +1021,8 @@ class PixelsAndBytes:
         return encode_text(captions, self.text_length)
 
 
-ENCODER_NUMBERS = {  # of a plug-in: the range of each
-    "image_channels": range(1, 4097),
-    "image_stride": range(1, 257),
-    "text_dim": range(65537),
-    "text_length": range(1, 65537),
-}
+# Of a plug-in: the range of each.
+ENCODER_NUMBERS = dict(image_channels=(1, 4096), image_stride=(1, 256), text_dim=(0, 1 << 16), text_length=(1, 1 << 16))
 
 
 def refuse_encoders(path, problem):
@@ -1057,12 +1053,11 @@ def load_encoders(path, device):
     for name in (*ENCODER_NUMBERS, "encode_image", "decode_image", "encode_text"):
         with guarded(path, name):
             member = getattr(loaded, name)
-        allowed = ENCODER_NUMBERS.get(name)
-        if allowed is None:
-            member = guarded(path, name)(member)
-        elif not isinstance(member, int) or member not in allowed:
-            refuse_encoders(path, f"{name} is {member!r}, must be a whole number from {allowed[0]} to {allowed[-1]}")
-        setattr(members, name, member)
+        setattr(members, name, member if name in ENCODER_NUMBERS else guarded(path, name)(member))
+    try:
+        check_numbers(members, **ENCODER_NUMBERS)
+    except ValueError as error:
+        refuse_encoders(path, error)
     return members
 
 
@@ -1102,10 +1097,8 @@ def open_encoders(path, device, config, trained_with=None):
         tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
         first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
-        fail(
-            f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {first.channels} channels at 1/"
-            f"{first.stride} of the pixels, text {config.text_length} x {config.text_dim}; give what fits"
-        )
+        needs = f"{first.channels} channels at 1/{first.stride}, text {config.text_length} x {config.text_dim}"
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {needs}; give what fits")
     return encoders
 
 
@@ -1305,7 +1298,6 @@ def run_script(main):
 
     Every other exception is a bug, and keeps its traceback.
     """
-    memory = "out of memory; lower --batch-size or --size"
     try:
         return main()
     except KeyboardInterrupt:
@@ -1313,13 +1305,11 @@ def run_script(main):
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or error}; check the path, its permissions and the space on its disk")
-    except (MemoryError, torch.OutOfMemoryError):
-        fail(memory)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
-        if not any(text in str(error) for text in texts):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
             raise
-        fail(memory)
+        fail("out of memory; lower --batch-size or --size")
 
 
 def claim_folder(path, *own, flag="--out"):
@@ -1410,11 +1400,6 @@ def write_bytes(path, content, sync=True):
 def write_image(path, image, **options):
     """write_whole a Pillow image, in the format that the path's suffix names."""
     write_bytes(path, to_bytes(image.save, Path(path).suffix[1:], **options))
-
-
-def write_array(path, array):
-    """write_whole an array as .npy."""
-    write_bytes(path, to_bytes(np.save, array))
 
 
 def write_json(path, value):
@@ -1601,7 +1586,7 @@ PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Sto
 
 
 def unpack(path, check=True):
-    """What a training script has put in a file by torch.save, its tensors read from the file when used.
+    """The dictionary that a training script has saved in a file, its tensors read from the file when used.
 
     check: also that the file's checksums are right. Raises OSError, and ValueError if it is no such file. It takes no
     more memory than the file has bytes, whatever the file declares, and runs no code.
@@ -1617,7 +1602,8 @@ def unpack(path, check=True):
                     raise ValueError
             if check and archive.testzip():
                 raise ValueError
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            older = {"sums": {}, "skipped": 0}  # what runs did not save at first
+            return older | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:  # the disk's, which tells nothing of what the file holds
         error.filename = str(path)
         raise
@@ -1635,9 +1621,8 @@ def read_checkpoint(path, training=False, check=True):
     kinds = {"config": dict, "settings": dict, "ema": dict}
     if training:
         kinds |= {"model": dict, "optimizers": list, "step": int, "sums": dict, "skipped": int}
-        state = {"sums": {}, "skipped": 0} | state if isinstance(state, dict) else state
     for name, kind in kinds.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+        if not isinstance(state.get(name), kind):
             raise ValueError(f"it lacks {name!r}; give a last.pt of a training script")
     if not isinstance(state["settings"].get("encoders", ""), str):
         raise ValueError("its setting 'encoders' is no file name")

@@ -213,7 +213,7 @@ def save_map(folder, name, depth):
     """Write depth (1, H, W) as NAME.npy."""
     path = Path(f"{folder}/{name}.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_array(path, depth[0].numpy())
+    data.write_bytes(path, data.to_bytes(np.save, depth[0].numpy()))
 
 
 def blind_map(source, count):
@@ -275,9 +275,8 @@ def score_depth(args, model, encoders, device):
                 if not k.any() or not (whole & ~k).any():
                     data.fail(f"--measured {args.measured}: of {n} it is no pixel, or all; give another share")
             maps[COMPLETED] = estimate_depth(model, encoders, rgb, **given, measured=sparse)
-            maps[FILLED] = [
-                torch.from_numpy(fill(x[0].numpy(), k[0].numpy()))[None] for x, k in zip(*sparse, strict=True)
-            ]
+            filled = [fill(x[0].numpy(), k[0].numpy()) for x, k in zip(*sparse, strict=True)]
+            maps[FILLED] = [torch.from_numpy(x)[None] for x in filled]
         for i, (index, n) in enumerate(zip(indices, names, strict=True)):
             target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
             if not mask.any():
@@ -500,9 +499,8 @@ def evaluate_image(args, model, encoders, device):
         text = encoders.encode_text(captions).to(device)
         draws = data.Draws(args.seed, indices)
         noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in model.modalities}
-        created = encoders.decode_image(
-            model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
-        )
+        created = model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
+        created = encoders.decode_image(created)
         made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:
             other.add(extract(world.samples([i + (args.images or 128) for i in indices])[0]["rgb"]))
@@ -522,9 +520,8 @@ def evaluate_image(args, model, encoders, device):
         results["shuffled_following"] = following(colors, asked[1:] + asked[:1])
         results["real_following"] = following(real_colors, asked)
         print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
-        print(
-            f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})"
-        )
+        in_real = f"(real: {results['real_following']:.3f})"
+        print(f"{'requested colours that appear':50}{results['following']:8.3f}   {in_real}")
         print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
     return results, {"": (rows, ["real", "from its\ncaption"])}
 

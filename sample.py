@@ -146,9 +146,7 @@ def list_jobs(args, length):
     inputs = {m: list_inputs(path, f"--{m}", kinds[m]) for m in kinds if (path := getattr(args, m))}
     stems = sorted(set.intersection(*map(set, inputs.values()))) if inputs else [""]
     if not stems:
-        data.fail(
-            f"--depth {args.depth}: no file of the name of one of --image {args.image}; give files, or directories"
-        )
+        data.fail(f"--depth {args.depth}: no file of the name of one of --image {args.image}; give two files")
     if alone := sorted(set().union(*inputs.values()) - set(stems)):
         data.tell(f"{len(alone)} files are left out: {alone[0]} is not in both directories")
     jobs = []
@@ -172,9 +170,7 @@ def read_inputs(job, args, config, area):
         depth, valid = data.parse(job.depth, lambda: data.read_depth(job.depth, data.read_file(job.depth)))
         job.given["depth"], whole = (torch.from_numpy(depth)[None], torch.from_numpy(valid)[None]), valid.all()
         if job.image and depth.shape != shape:
-            data.refuse(
-                f"{job.depth}: its shape {depth.shape} is not that of {job.image}, {shape}; give one of that shape"
-            )
+            data.refuse(f"{job.depth}: its shape is {depth.shape}; must be that of {job.image}, {shape}")
         if job.image and whole:
             data.refuse(f"{job.depth}: misses no pixel, so beside --image nothing is left to generate; leave one out")
         if whole and args.refine == "depth" and args.depth_strength == 1:
@@ -303,14 +299,14 @@ def write_ply(path, rgb, depth, valid, fov):
 def write(folder, made, metadata, fov):
     """The files of one sample; metadata.json last, so that it tells that the others are there."""
     for m in made.keys() - {"rgb", "depth"}:
-        data.write_array(folder / f"{m}.npy", made[m][0].numpy())
+        data.write_bytes(folder / f"{m}.npy", data.to_bytes(np.save, made[m][0].numpy()))
     if "rgb" in made:
         rgb = data.paint_rgb(made["rgb"][0])
         data.write_image(folder / "rgb.png", Image.fromarray(rgb))
     if "depth" in made:
         values, valid = made["depth"]
         depth, valid = torch.where(valid, values, 0)[0].numpy(), (valid & (values > 0))[0].numpy()
-        data.write_array(folder / "depth.npy", depth)
+        data.write_bytes(folder / "depth.npy", data.to_bytes(np.save, depth))
         data.write_image(folder / "depth.png", data.depth_picture(values, torch.from_numpy(valid)[None]))
         metadata["depth16_scale"], text = float(depth.max()) / 65535 or 1.0, PngImagePlugin.PngInfo()
         text.add_text("scale", repr(metadata["depth16_scale"])), text.add_text("unit", metadata["depth_unit"])

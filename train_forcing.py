@@ -97,9 +97,8 @@ def dry_run(args, config, taught):
     teacher = f", teacher {training_cost(taught, size)[0] / 1e6:.1f}M" if taught else ""
     print(f"{args.size}x{args.size}, image and depth: {training_cost(config, size)[0] / 1e6:.1f}M parameters{teacher}")
     print(f"training FLOPs per image (matmuls and attention): {count_flops(args, config, taught) / 1e9:.2f} GFLOP")
-    print(
-        f"estimated GiB on each of {args.dry_run} GPUs, {images:g} images at a time, before torch.compile saves some:"
-    )
+    gpus = f"each of {args.dry_run} GPUs, {images:g} images at a time"
+    print(f"estimated GiB on {gpus}, before torch.compile saves some:")
     print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, taught, half)))
 
 

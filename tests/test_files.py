@@ -27,11 +27,11 @@ def settings(path, **changed):
 
 
 def to_bytes(array, kind, **options):
-    return data.to_bytes(lambda file: Image.fromarray(array).save(file, kind, **options))
+    return data.to_bytes(Image.fromarray(array).save, kind, **options)
 
 
 def npy(array):
-    return data.to_bytes(lambda file: np.save(file, array))
+    return data.to_bytes(np.save, array)
 
 
 def tar(path, members):
@@ -231,11 +231,11 @@ def test_antialiased():
 def exif(picture, orientation):
     tags = Image.Exif()
     tags[0x0112] = orientation
-    return data.to_bytes(lambda file: Image.fromarray(picture).save(file, "PNG", exif=tags))
+    return data.to_bytes(Image.fromarray(picture).save, "PNG", exif=tags)
 
 
 def convert(picture, mode, kind):
-    return data.to_bytes(lambda file: Image.fromarray(picture).convert(mode).save(file, kind))
+    return data.to_bytes(Image.fromarray(picture).convert(mode).save, kind)
 
 
 def test_every_kind_of_picture_is_rgb():
@@ -572,7 +572,7 @@ def sparse(name, size):
 
 
 def zipped():
-    return data.to_bytes(lambda file: np.savez(file, a=DEPTH))
+    return data.to_bytes(np.savez, a=DEPTH)
 
 
 GREY16 = to_bytes((DEPTH * 1000).astype(np.uint16), "PNG")
