@@ -50,7 +50,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -776,13 +776,15 @@ def load_group(path, group):
             content = file.read(member.size)
         return content if len(content) == member.size else refuse("cut short")
 
-    first = lambda suffixes: next((s for s in suffixes if s in group), None)
-    if not first(IMAGES):
+    image = next((suffix for suffix in IMAGES if suffix in group), None)
+    depth = next((f"depth.{kind}" for kind in MAPS if f"depth.{kind}" in group), None)
+    mask = "mask.png" if "mask.png" in group else None
+    if not image:
         refuse(f"no image ({', '.join(IMAGES)})")
     fields = parse("json", lambda: parse_json(read("json"))) if "json" in group else {}
     text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption")
-    names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
-    return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
+    scale = fields.get("depth_scale")
+    return {"image": image, "depth": depth, "mask": mask, "text": text, "depth_scale": scale, "read": read}
 
 
 def read_group(path, offset):
@@ -1494,15 +1496,13 @@ def open_run(out, settings, device, ranks, resumed=None):
 
 def read_ranks():
     """(rank, ranks) of this process, as torchrun tells them in the environment; (0, 1) if it did not start it."""
-    found = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not re.fullmatch(r"[0-9]{1,6}", text):
-            fail(f"{name}={text}: must be a whole number, as torchrun sets it; unset it to train in one process")
-        found[name] = int(text)
-    rank, ranks = found.values()
-    if rank >= ranks:
-        fail(f"RANK={rank}: must be below WORLD_SIZE, {ranks}; start several processes with torchrun")
+    rank = os.environ.get("RANK", "0")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
+    if not numbers or int(rank) >= int(ranks):
+        fail(f"RANK={rank} WORLD_SIZE={ranks}: must be whole numbers, RANK the lower; use torchrun, or unset both")
+    rank = int(rank)
+    ranks = int(ranks)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if ranks > 1 and not os.environ.get(name):
             fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
@@ -1611,13 +1611,12 @@ def unpack(path, check=True):
         raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
 
 
-def read_checkpoint(path, training=False, check=True):
-    """A checkpoint's dict, its tensors read from the file when used. training: with what resuming needs.
+def read_checkpoint(path, training=False):
+    """unpack, and check that all is there, fits, and is finite. training: also what resuming needs.
 
-    check: read all of the file, so that what it holds is known to be whole and finite. Raises OSError, and ValueError
-    that names the first thing that is wrong.
+    Raises OSError, and ValueError that names the first thing that is wrong.
     """
-    state = unpack(path, check)
+    state = unpack(path)
     kinds = {"config": dict, "settings": dict, "ema": dict}
     if training:
         kinds |= {"model": dict, "optimizers": list, "step": int, "sums": dict, "skipped": int}
@@ -1635,7 +1634,7 @@ def read_checkpoint(path, training=False, check=True):
     count = sum(p.numel() for p in network.parameters())
     if 2 * count > os.path.getsize(path):  # two bytes for each, if they are as short as can be
         raise ValueError(f"its config tells of {count} weights, more than the file holds")
-    for name in kinds.keys() & {"model", "ema"} if check else ():
+    for name in kinds.keys() & {"model", "ema"}:
         check_weights(state[name], network)
     return state
 
@@ -1684,7 +1683,7 @@ def resume(out, wanted, rank, model, ema, optimizers):
         path = [found and found[0]]
         dist.broadcast_object_list(path, device=device)
         try:
-            found = found or (path[0] and (path[0], read_checkpoint(path[0], training=True, check=False)))
+            found = found or (path[0] and (path[0], unpack(path[0], check=False)))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             fail(f"--resume: rank {rank} cannot read {path[0]} ({reason}); do all ranks share the disk?")
@@ -1740,19 +1739,9 @@ def whole_state(optimizer, rank):
 # ---- Pictures ----
 
 
-ANCHORS = np.array(  # of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout
-    [
-        [8, 6, 40],
-        [40, 13, 81],
-        [103, 28, 117],
-        [159, 45, 111],
-        [198, 66, 93],
-        [226, 97, 71],
-        [242, 146, 71],
-        [249, 193, 109],
-        [252, 240, 180],
-    ]
-)
+# Of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout.
+ANCHORS = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
+ANCHORS = np.array([ImageColor.getrgb(color) for color in ANCHORS.split()])
 
 
 def paint_rgb(rgb):
