@@ -50,11 +50,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import TEXT_PATCH, Config, DiT, check_weights
+from model import TEXT_PATCH, Config, DiT, check_numbers, check_weights
 
 # ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
 
@@ -77,11 +77,8 @@ MUTED = (
     (0.75, 0.75, 0.74),
 )
 SKY = (0.66, 0.78, 0.90)
-SHAPES = {
-    "ball": (1.0, 1.0, 1.0),
-    "box": (0.0, 0.0, 0.0),
-    "pillar": (1.0, 0.0, 1.0),
-}  # x^2 + y^2 + z^2 <= 1, any, x^2 + z^2 <= 1
+# x^2 + y^2 + z^2 <= 1, any, x^2 + z^2 <= 1
+SHAPES = {"ball": (1.0, 1.0, 1.0), "box": (0.0, 0.0, 0.0), "pillar": (1.0, 0.0, 1.0)}
 FLOORS = ("plain", "checkered", "striped")
 SPLITS = {"train": 1, "val": 2}
 OBJECTS = 3  # at most, in a scene
@@ -342,16 +339,8 @@ def refuse(message):
     raise BadSample(message)
 
 
-def quoted(text, limit=200):
-    """The text of a file or a flag as messages show it: non-printable characters replaced, a long middle cut out."""
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def parse(name, reader, *args):
-    """Returns reader(*args). Whatever it raises becomes a BadSample with a message of one line that begins with name.
+    """Returns reader(*args). Whatever it raises becomes a BadSample with a message that begins with name.
 
     All files are decoded through this function, which also keeps warnings of numpy and Pillow from the user.
     """
@@ -360,8 +349,8 @@ def parse(name, reader, *args):
             warnings.simplefilter("ignore")
             return reader(*args)
     except Exception as error:  # of a file's contents anything may be wrong
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-        raise BadSample(f"{quoted(name, 1000)}: {quoted(what or type(error).__name__)}") from None
+        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadSample(f"{name}: {what or type(error).__name__}") from None
 
 
 def read_file(path, folder=None):
@@ -699,10 +688,10 @@ def read_index(folder):
             name = line.decode().strip()
             row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
             if not moge:
-                row = json.loads(line)
+                row = parse_json(line)
                 name = os.path.splitext(row["file_name"])[0]
             problem = f"names {row['file_name']} again" if name in rows else None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             row, name, problem = {}, where, "not UTF-8 JSON with a file_name"
         if line.strip():
             rows[where if problem else name] = row | {"name": name, "where": where, "problem": problem}
@@ -765,7 +754,7 @@ def read_shard(path, start=0):
     for name, found in itertools.groupby(members(), lambda member: member[0]):
         group = {suffix: member for _, suffix, member in found}
         offset = min(member.offset for member in group.values())
-        yield offset, name, f"{path}: {quoted(name, 80)}", functools.partial(load_group, path, group)
+        yield offset, name, f"{path}: {name}", functools.partial(load_group, path, group)
     if damage or name is None:
         problem = f"damaged ({damage[0]}), what follows is lost" if damage else "holds no sample"
         yield end, str(path), path, functools.partial(refuse, problem)
@@ -777,9 +766,9 @@ def load_group(path, group):
     def read(suffix):
         member = group[suffix]
         if not member.isfile() or member.issparse():
-            refuse(f"{quoted(member.name, 80)} is a link, a device or sparse")
+            refuse(f"{member.name} is a link, a device or sparse")
         if member.name.startswith("/") or ".." in member.name.split("/"):
-            refuse(f"{quoted(member.name, 80)} is a name that leads out")
+            refuse(f"{member.name} is a name that leads out")
         if member.size > MAX_BYTES:
             refuse(f"declares {member.size} bytes")
         with open(path, "rb") as file:
@@ -787,13 +776,15 @@ def load_group(path, group):
             content = file.read(member.size)
         return content if len(content) == member.size else refuse("cut short")
 
-    first = lambda suffixes: next((s for s in suffixes if s in group), None)
-    if not first(IMAGES):
+    image = next((suffix for suffix in IMAGES if suffix in group), None)
+    depth = next((f"depth.{kind}" for kind in MAPS if f"depth.{kind}" in group), None)
+    mask = "mask.png" if "mask.png" in group else None
+    if not image:
         refuse(f"no image ({', '.join(IMAGES)})")
-    fields = parse("json", lambda: dict(json.loads(read("json")))) if "json" in group else {}
+    fields = parse("json", lambda: parse_json(read("json"))) if "json" in group else {}
     text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption")
-    names = {"image": first(IMAGES), "depth": first(f"depth.{s}" for s in MAPS), "mask": first(["mask.png"])}
-    return {"text": text, "depth_scale": fields.get("depth_scale"), "read": read, **names}
+    scale = fields.get("depth_scale")
+    return {"image": image, "depth": depth, "mask": mask, "text": text, "depth_scale": scale, "read": read}
 
 
 def read_group(path, offset):
@@ -831,17 +822,12 @@ def kept_index(paths, out, workers, rank):
     keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
     missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
     if known and missing and rank == 0:
-        tell(
-            f"--data: {len(missing)} of {len(paths)} shards are new or changed; the order of samples changes with them"
-        )
+        tell(f"--data: {len(missing)} of {len(paths)} shards are new or changed, and so is the order of samples")
     known |= zip(missing, index_shards(list(missing.values()), workers), strict=True)
     index = [known[key] for key in keys]
     if rank == 0 and missing:
         arrays = {"shards": keys, "counts": [len(offsets) for offsets in index], "offsets": np.concatenate(index)}
-        try:
-            write_whole(kept, lambda file: np.savez(file, **arrays))
-        except OSError as error:
-            fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+        write_whole(kept, lambda file: np.savez(file, **arrays))
     if rank == 0 and dist.is_initialized():
         dist.barrier()
     return index
@@ -849,17 +835,15 @@ def kept_index(paths, out, workers, rank):
 
 def expand(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges, of MAX_SHARDS in all."""
-    pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)  # text, low, high, text, low, high, ..., text
-    lows, highs = pieces[1::3], pieces[2::3]
-    ranges = [range(int(low), int(high) + 1) for low, high in zip(lows, highs, strict=True)]
-    if not all(ranges):
-        fail(f"--data {quoted(pattern)}: a range in braces must go from the lower number to the higher")
-    if math.prod(map(len, ranges)) > MAX_SHARDS:
-        fail(f"--data {quoted(pattern)}: names more than {MAX_SHARDS:,} files; give a smaller range in braces")
-    choices = [[text] for text in pieces[::3]]
-    for i, (low, numbers) in enumerate(zip(lows, ranges, strict=True)):
-        choices.insert(2 * i + 1, [f"{number:0{len(low)}}" for number in numbers])
-    return ["".join(parts) for parts in itertools.product(*choices)]
+    first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    paths = [first]
+    for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
+        numbers = range(int(low), int(high) + 1)
+        if not 0 < len(numbers) * len(paths) <= MAX_SHARDS:
+            limit = f"and name at most {MAX_SHARDS:,} files"
+            fail(f"--data {pattern}: a range in braces must go from the lower number to the higher, {limit}")
+        paths = [f"{path}{number:0{len(low)}}{text}" for path in paths for number in numbers]
+    return paths
 
 
 def open_source(args, split, size, device="cpu", with_depth=True):
@@ -868,18 +852,15 @@ def open_source(args, split, size, device="cpu", with_depth=True):
         return World(split, size, device)
     folder, settings = Path(args.data), (args, split == "train", size, with_depth)
     if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
-        try:
-            rows = read_index(folder)
-        except OSError as error:
-            fail(f"--data {quoted(args.data)}: cannot be read ({error.strerror})")
+        rows = read_index(folder)
         if not rows:
-            fail(f"--data {quoted(args.data)}: lists no samples")
+            fail(f"--data {args.data}: lists no samples")
         return Files([folder], [rows], read_row, *settings)
     shards = expand(args.data)
     missing = next((path for path in shards if not os.path.isfile(path)), None)
     if missing is not None:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {quoted(args.data)}: unknown source, no file {quoted(missing)}; give {known}")
+        fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
     return Files(shards, None, read_group, *settings)
 
 
@@ -959,7 +940,7 @@ def training_batches(source, args, step, rank, world, device):
                 tell(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
             share = f"{bad} of {tried} samples cannot be used, more than 1%"
-            fail(f"--data {quoted(args.data)}: {share}; the last: {problems[-1]}")
+            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
         for i in range(0, len(indices), part):
             cut = slice(i, i + part)
             yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
@@ -1042,75 +1023,68 @@ class PixelsAndBytes:
         return encode_text(captions, self.text_length)
 
 
-ENCODER_NUMBERS = {  # of a plug-in: the range of each
-    "image_channels": (1, 4096),
-    "image_stride": (1, 256),
-    "text_dim": (0, 1 << 16),
-    "text_length": (1, 1 << 16),
-}
+# Of a plug-in: the range of each.
+ENCODER_NUMBERS = dict(image_channels=(1, 4096), image_stride=(1, 256), text_dim=(0, 1 << 16), text_length=(1, 1 << 16))
 
 
 def refuse_encoders(path, problem):
     fail(f"--encoders {path}: {problem}; README shows a file that works")
 
 
-def guarded(path, name, function):
-    """function, the member of a plug-in called name. Whatever it raises is one line and exit code 2."""
-
-    def call(*args):
-        try:
-            return function(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except (Exception, SystemExit) as error:
-            refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
-
-    return call
+@contextlib.contextmanager
+def guarded(path, name):
+    """Whatever the member of a plug-in called name raises is one line and exit code 2. Also decorates a function."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, SystemExit) as error:
+        refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
 
 
 def load_encoders(path, device):
     """Run a plug-in, a Python file -> the seven members of what its load(device) returns, the functions guarded."""
-
-    def load():
+    if not (path.endswith(".py") and Path(path).is_file()):
+        refuse_encoders(path, "no such file, or its name does not end in .py")
+    with guarded(path, "load"):
         spec = importlib.util.spec_from_file_location("encoders", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.load(device)
-
-    if not (path.endswith(".py") and Path(path).is_file()):
-        refuse_encoders(path, "no such file, or its name does not end in .py")
-    loaded, members = guarded(path, "load", load)(), types.SimpleNamespace()
-    for name, (low, high) in ENCODER_NUMBERS.items():
-        value = guarded(path, name, getattr)(loaded, name)
-        if not isinstance(value, int) or not low <= value <= high:
-            refuse_encoders(path, f"{name} is {value!r}, must be a whole number from {low} to {high}")
-        setattr(members, name, value)
-    for name in ("encode_image", "decode_image", "encode_text"):
-        setattr(members, name, guarded(path, name, guarded(path, name, getattr)(loaded, name)))
+        loaded = module.load(device)
+    members = types.SimpleNamespace()
+    for name in (*ENCODER_NUMBERS, "encode_image", "decode_image", "encode_text"):
+        with guarded(path, name):
+            member = getattr(loaded, name)
+        setattr(members, name, member if name in ENCODER_NUMBERS else guarded(path, name)(member))
+    try:
+        check_numbers(members, **ENCODER_NUMBERS)
+    except ValueError as error:
+        refuse_encoders(path, error)
     return members
 
 
 @torch.no_grad()
 def try_encoders(path, encoders, device, patch):
     """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
-    height, width, stride = 4 * patch, 6 * patch, encoders.image_stride
-    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
+    height, width = 4 * patch, 6 * patch
     rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
 
-    latents = encoders.encode_image(rgb)
-    check_encoded(path, "encode_image", latents, (2, encoders.image_channels, height // stride, width // stride))
-    check_encoded(path, "decode_image", encoders.decode_image(latents), (2, 3, height, width))
-    check_encoded(path, "encode_text", encoders.encode_text(["", "a red ball"]), text_shape)
-
-
-def check_encoded(path, name, found, shape):
-    """Refuse what the member called name has returned, unless it is a finite tensor of this shape."""
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
+    def check(name, given, *shape):
+        """What the member called name returns for given, which must be a finite tensor of this shape."""
+        found = getattr(encoders, name)(given)
         returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
-    is_bytes = len(shape) == 2 and found.dtype == torch.uint8
-    if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
-        refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+        if returned != shape:
+            refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
+        is_bytes = len(shape) == 2 and found.dtype == torch.uint8
+        if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
+            refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+        return found
+
+    stride = encoders.image_stride
+    latents = check("encode_image", rgb, 2, encoders.image_channels, height // stride, width // stride)
+    check("decode_image", latents, 2, 3, height, width)
+    text_dim = [encoders.text_dim] if encoders.text_dim else []
+    check("encode_text", ["", "a red ball"], 2, encoders.text_length, *text_dim)
 
 
 def open_encoders(path, device, config, trained_with=None):
@@ -1125,10 +1099,8 @@ def open_encoders(path, device, config, trained_with=None):
         tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
         first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
-        fail(
-            f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {first.channels} channels at 1/"
-            f"{first.stride} of the pixels, text {config.text_length} x {config.text_dim}; give what fits"
-        )
+        needs = f"{first.channels} channels at 1/{first.stride}, text {config.text_length} x {config.text_dim}"
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {needs}; give what fits")
     return encoders
 
 
@@ -1154,13 +1126,12 @@ def number(low, high, above=False, kind=float):
     return read
 
 
-def whole(low, high):
-    """Type of a flag: text -> a whole number from low to high."""
-    return number(low, high, kind=int)
-
-
+whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
+SIDE = whole(0, MAX_SIDE)  # 0 stands for another flag's or a network's
+SHARE = number(0, 1)
+POSITIVE = number(0, 10**6, above=True)
 
 
 def one_of(*names):
@@ -1219,26 +1190,12 @@ class Flags(argparse.ArgumentParser):
 
 def source_settings(p):
     """The flags of every script that reads samples."""
-    p.setting(
-        "--data", "synthetic", "synthetic, a folder (metadata.jsonl, or MoGe's .index.txt), or 'shards/{000..999}.tar'"
-    )
-    p.setting(
-        "--depth-scale",
-        0.001,
-        "metres to a unit of 16-bit PNG depth whose row does not say (KITTI: 0.00390625)",
-        number(0, 10**6, above=True),
-    )
+    p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
+    p.setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth (KITTI: 0.00390625)", POSITIVE)
     p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
     p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
-    p.setting(
-        "--workers",
-        2,
-        "processes that read files, of each rank (evaluation: one at most)",
-        whole(0, 256),
-    )
-    p.setting(
-        "--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings (README)"
-    )
+    p.setting("--workers", 2, "processes that read files, of each rank (evaluation: one at most)", whole(0, 256))
+    p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
 
 
 def check_depth_range(args):
@@ -1247,18 +1204,29 @@ def check_depth_range(args):
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
+def sampling_settings(p):
+    """The flags of every script that samples."""
+    p.setting("--checkpoint", NANO, "what a training script wrote, instead of the built-in world's network")
+    p.setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", one_of("euler", "heun"))
+    p.setting("--cfg", 3.0, "guidance of the image; 1 is none, the released model uses 4", number(0, 100))
+    p.setting("--ensemble", 1, "samples of each depth map, whose median is taken", whole(1, 1000))
+    counted = "members of an ensemble and guided copies among them (all of one image's at once)"
+    p.setting("--batch-size", 16, f"samples that the network sees at a time, {counted}", whole(1, 10**5))
+    p.setting("--device", "auto", "auto, cuda, mps or cpu")
+
+
 def training_settings(p, steps, out):
     """The flags that both stages of training share; steps and out are their defaults."""
-    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", whole(0, MAX_SIDE))
+    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", SIDE)
     p.setting("--steps", steps, "optimizer steps", COUNT)
     p.setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together", whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
     p.setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero", COUNT)
-    p.setting("--clip", 1.0, "gradient norm is clipped to this", number(0, 10**6, above=True))
-    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", number(0, 1))
-    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", number(0, 1))
+    p.setting("--clip", 1.0, "gradient norm is clipped to this", POSITIVE)
+    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
+    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting("--compile", None, "torch.compile; if neither is given, on CUDA only")
@@ -1270,22 +1238,9 @@ def training_settings(p, steps, out):
     p.setting("--keep", 2, "checkpoints that are kept, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
     p.setting("--sample-every", 500, "steps between picture grids", COUNT)
-    p.setting(
-        "--max-skipped", 20, "steps in a row with a loss or gradient that is not finite, and the run stops", COUNT
-    )
-    p.setting(
-        "--timeout",
-        1800,
-        "seconds before ranks give up on a silent one; give more than a checkpoint takes",
-        whole(1, 10**6),
-    )
-    p.setting(
-        "--dry-run",
-        0,
-        "print FLOPs, and bytes on each of so many GPUs, and stop",
-        whole(0, 10**6),
-        metavar="GPUS",
-    )
+    p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
+    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; a checkpoint takes some", whole(1, 10**6))
+    p.setting("--dry-run", 0, "number of GPUs: print FLOPs, and the bytes on each, and stop", whole(0, 10**6))
 
 
 def parse_order(text, names):
@@ -1345,29 +1300,18 @@ def run_script(main):
 
     Every other exception is a bug, and keeps its traceback.
     """
-    memory = "out of memory; lower --batch-size or --size"
     try:
         return main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
-        fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
-    except (MemoryError, torch.OutOfMemoryError):
-        fail(memory)
-    except RuntimeError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}; check the path, its permissions and the space on its disk")
+    except (MemoryError, RuntimeError) as error:
         texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
-        if not any(text in str(error) for text in texts):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
             raise
-        fail(memory)
-
-
-def make_folder(path):
-    """Path of a directory that exists from now on."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out: cannot make the directory {path}: {error.strerror}; choose another")
-    return Path(path)
+        fail("out of memory; lower --batch-size or --size")
 
 
 def claim_folder(path, *own, flag="--out"):
@@ -1376,13 +1320,11 @@ def claim_folder(path, *own, flag="--out"):
     own: names that nobody but the script that asks would have written. So nothing of a user's is overwritten.
     """
     folder = Path(path)
-    try:
-        holds = next(folder.iterdir(), None) if folder.is_dir() else None
-    except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror}); choose another directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    holds = next(folder.iterdir(), None)
     if holds and not any(any(folder.glob(pattern)) for pattern in own):
         fail(f"{flag} {path}: already holds {holds.name}; choose a new or an empty directory")
-    return make_folder(path)
+    return folder
 
 
 @contextlib.contextmanager
@@ -1404,14 +1346,23 @@ def append_row(path, row):
         file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + json.dumps(row).encode() + b"\n")
 
 
+def parse_json(text):
+    """The dictionary that a JSON text, or its bytes, holds. Raises ValueError if it holds anything else."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON dictionary")
+    return found
+
+
 def read_rows(path):
     """The rows of a file of JSON lines, in order; what a crash or a full disk has cut is left out."""
     rows = []
     for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
+        with contextlib.suppress(ValueError):
+            rows.append(parse_json(line))
     return rows
 
 
@@ -1430,41 +1381,32 @@ def write_whole(path, write, sync=True):
                 os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         error.filename = str(path)
         raise
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
+
+
+def to_bytes(write, *args, **options):
+    """What write(file, *args, **options) writes. (On a full disk Pillow and numpy would raise errors of their own.)"""
+    buffer = io.BytesIO()
+    write(buffer, *args, **options)
+    return buffer.getvalue()
+
+
+def write_bytes(path, content, sync=True):
+    """write_whole so many bytes."""
+    write_whole(path, lambda file: file.write(content), sync)
 
 
 def write_image(path, image, **options):
     """write_whole a Pillow image, in the format that the path's suffix names."""
-    content = to_bytes(lambda file: image.save(file, Path(path).suffix[1:], **options))
-    write_whole(path, lambda file: file.write(content))
-
-
-def write_array(path, array):
-    """write_whole an array as .npy."""
-    write_whole(path, lambda file: file.write(to_bytes(lambda buffer: np.save(buffer, array))))
+    write_bytes(path, to_bytes(image.save, Path(path).suffix[1:], **options))
 
 
 def write_json(path, value):
     """write_whole a value as JSON."""
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b"\n"))
-
-
-def read_json(path):
-    """The dictionary in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        found = json.loads(Path(path).read_bytes())
-    except RecursionError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON dictionary")
-    return found
+    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def parse_run(p):
@@ -1476,24 +1418,23 @@ def parse_run(p):
         return args
     path = Path(args.out) / "config.json"
     try:
-        settings = read_json(path)
+        settings = parse_json(path.read_bytes()) if path.is_file() else {}
     except ValueError:
         fail(f"--resume: {path} is damaged; remove it and give the run's settings as flags")
-    plug_in, flags = settings.get("encoders"), []
+    flags = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
+        if name in ("out", "encoders", "resume") or value == p.get_default(name):
+            continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, (int, float, str)):
+        else:
             flags.append(f"--{flag}={value}")
-        elif value is not None or p.get_default(name) is not None:
-            fail(f"--resume: {path}: {name} is a {type(value).__name__}, not a setting; remove it")
-    left_out = "--out=", "--encoders=", "--resume", "--no-resume"
-    args, _ = p.parse_known_args([flag for flag in flags if not flag.startswith(left_out)])
+    args, _ = p.parse_known_args(flags)
     args = p.parse_args(namespace=args)
     args.resume = True
-    if plug_in and not args.encoders:
-        fail(f"--resume: this run has --encoders {plug_in}, a file that is run; give the flag again")
+    if settings.get("encoders") and not args.encoders:
+        fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
 
 
@@ -1526,10 +1467,7 @@ def lock_run(out, resume):
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
     claim_folder(out, "lock", "starts.jsonl", "step-*.pt", "last.pt")
-    try:
-        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error.strerror}); choose another")
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
     except BlockingIOError:
@@ -1544,32 +1482,27 @@ def open_run(out, settings, device, ranks, resumed=None):
     config.json gets the settings, starts.jsonl a row of what ran where.
     """
     out = Path(out)
-    make_folder(out / "samples")
+    (out / "samples").mkdir(exist_ok=True)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
     row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
-    try:
-        rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
-        lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
-        write_whole(out / "metrics.jsonl", lambda file: file.write(lines.encode()))
-        write_json(out / "config.json", settings)
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error.strerror}); free some space, or choose another")
+    rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
+    write_bytes(out / "metrics.jsonl", lines.encode())
+    write_json(out / "config.json", settings)
     append_row(out / "starts.jsonl", row)
     return out
 
 
 def read_ranks():
     """(rank, ranks) of this process, as torchrun tells them in the environment; (0, 1) if it did not start it."""
-    found = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not re.fullmatch(r"[0-9]{1,6}", text):
-            fail(f"{name}={text}: must be a whole number, as torchrun sets it; unset it to train in one process")
-        found[name] = int(text)
-    rank, ranks = found.values()
-    if rank >= ranks:
-        fail(f"RANK={rank}: must be below WORLD_SIZE, {ranks}; start several processes with torchrun")
+    rank = os.environ.get("RANK", "0")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
+    if not numbers or int(rank) >= int(ranks):
+        fail(f"RANK={rank} WORLD_SIZE={ranks}: must be whole numbers, RANK the lower; use torchrun, or unset both")
+    rank = int(rank)
+    ranks = int(ranks)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if ranks > 1 and not os.environ.get(name):
             fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
@@ -1653,7 +1586,7 @@ PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Sto
 
 
 def unpack(path, check=True):
-    """What a training script has put in a file by torch.save, its tensors read from the file when used.
+    """The dictionary that a training script has saved in a file, its tensors read from the file when used.
 
     check: also that the file's checksums are right. Raises OSError, and ValueError if it is no such file. It takes no
     more memory than the file has bytes, whatever the file declares, and runs no code.
@@ -1661,33 +1594,34 @@ def unpack(path, check=True):
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-            members = archive.infolist()
-            (pickled,) = (member.filename for member in members if member.filename.endswith("/data.pkl"))
-            large = sum(member.file_size for member in members) > os.path.getsize(path)
-            codes = pickletools.genops(archive.read(pickled)) if not large else ()
-            classes = {name for code, name, _ in codes if "GLOBAL" in code.name or code.name == "INST"}
-            if large or not all(re.fullmatch(PICKLED, str(name)) for name in classes) or (check and archive.testzip()):
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
                 raise ValueError
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
+            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            for code, name, _ in pickletools.genops(archive.read(pickled)):
+                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray too
+                    raise ValueError
+            if check and archive.testzip():
+                raise ValueError
+            older = {"sums": {}, "skipped": 0}  # what runs did not save at first
+            return older | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:  # the disk's, which tells nothing of what the file holds
+        error.filename = str(path)
         raise
     except Exception:
         raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
 
 
-def read_checkpoint(path, training=False, check=True):
-    """A checkpoint's dict, its tensors read from the file when used. training: with what resuming needs.
+def read_checkpoint(path, training=False):
+    """unpack, and check that all is there, fits, and is finite. training: also what resuming needs.
 
-    check: read all of the file, so that what it holds is known to be whole and finite. Raises OSError, and ValueError
-    that names the first thing that is wrong.
+    Raises OSError, and ValueError that names the first thing that is wrong.
     """
-    state = unpack(path, check)
+    state = unpack(path)
     kinds = {"config": dict, "settings": dict, "ema": dict}
     if training:
         kinds |= {"model": dict, "optimizers": list, "step": int, "sums": dict, "skipped": int}
-        state = {"sums": {}, "skipped": 0} | state if isinstance(state, dict) else state
     for name, kind in kinds.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+        if not isinstance(state.get(name), kind):
             raise ValueError(f"it lacks {name!r}; give a last.pt of a training script")
     if not isinstance(state["settings"].get("encoders", ""), str):
         raise ValueError("its setting 'encoders' is no file name")
@@ -1700,12 +1634,8 @@ def read_checkpoint(path, training=False, check=True):
     count = sum(p.numel() for p in network.parameters())
     if 2 * count > os.path.getsize(path):  # two bytes for each, if they are as short as can be
         raise ValueError(f"its config tells of {count} weights, more than the file holds")
-    for name in ("model", "ema") if check else ():
-        if name in kinds:
-            try:
-                check_weights(state[name], network)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for name in kinds.keys() & {"model", "ema"}:
+        check_weights(state[name], network)
     return state
 
 
@@ -1720,8 +1650,6 @@ def load_checkpoint(path, flag="--checkpoint"):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
         return read_checkpoint(path)
-    except OSError as error:
-        fail(f"{flag} {path}: cannot be read ({error.strerror})")
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
@@ -1729,14 +1657,12 @@ def load_checkpoint(path, flag="--checkpoint"):
 def newest_checkpoint(out):
     """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
 
-    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one, or the disk fails.
+    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one.
     """
     paths, damaged = list_checkpoints(out), {}
     for path in reversed(paths):
         try:
             state = read_checkpoint(path, training=True)
-        except OSError as error:
-            fail(f"--resume: cannot read {path} ({error.strerror}); try again")
         except ValueError as error:
             damaged[path] = error
             continue
@@ -1757,7 +1683,7 @@ def resume(out, wanted, rank, model, ema, optimizers):
         path = [found and found[0]]
         dist.broadcast_object_list(path, device=device)
         try:
-            found = found or (path[0] and (path[0], read_checkpoint(path[0], training=True, check=False)))
+            found = found or (path[0] and (path[0], unpack(path[0], check=False)))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             fail(f"--resume: rank {rank} cannot read {path[0]} ({reason}); do all ranks share the disk?")
@@ -1813,19 +1739,9 @@ def whole_state(optimizer, rank):
 # ---- Pictures ----
 
 
-ANCHORS = np.array(  # of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout
-    [
-        [8, 6, 40],
-        [40, 13, 81],
-        [103, 28, 117],
-        [159, 45, 111],
-        [198, 66, 93],
-        [226, 97, 71],
-        [242, 146, 71],
-        [249, 193, 109],
-        [252, 240, 180],
-    ]
-)
+# Of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout.
+ANCHORS = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
+ANCHORS = np.array([ImageColor.getrgb(color) for color in ANCHORS.split()])
 
 
 def paint_rgb(rgb):
@@ -1910,53 +1826,43 @@ def depth_png(depth):
     text = PngImagePlugin.PngInfo()
     text.add_text("near", repr(float(near))), text.add_text("far", repr(float(far)))
     picture = Image.fromarray(np.where(depth > 0, codes, 65535).astype(np.uint16))
-    return to_bytes(lambda file: picture.save(file, "PNG", pnginfo=text))
-
-
-def to_bytes(write):
-    """What write(file) writes."""
-    buffer = io.BytesIO()
-    write(buffer)
-    return buffer.getvalue()
+    return to_bytes(picture.save, "PNG", pnginfo=text)
 
 
 def export(out, layout, samples, per_shard=100):
     """Write samples, (rgb (H, W, 3) uint8, depth (H, W) metres, caption, vertical fov in radians), in a layout."""
-    files, rows = [], []
+    groups, rows = {}, []
     for i, (rgb, depth, line, fov) in enumerate(samples):
-        image = to_bytes(lambda file, rgb=rgb: Image.fromarray(rgb).save(file, "JPEG", quality=100, subsampling=0))
-        numbers, name = to_bytes(lambda file, depth=depth: np.save(file, depth)), f"{i:06}"
+        name, image = f"{i:06}", to_bytes(Image.fromarray(rgb).save, "JPEG", quality=100, subsampling=0)
         if layout == "moge":
             focal = float(0.5 / np.tan(fov / 2))  # in heights
             matrix = [[focal * rgb.shape[0] / rgb.shape[1], 0, 0.5], [0, focal, 0.5], [0, 0, 1]]
             meta = json.dumps({"intrinsics": matrix}).encode()
-            files.append({"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta})
+            groups[name] = {"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta}
             rows.append(name)
         else:
-            files.append({".jpg": image, ".txt": line.encode(), ".depth.npy": numbers})
+            groups[name] = {".jpg": image, ".txt": line.encode(), ".depth.npy": to_bytes(np.save, depth)}
             rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
+    files = [(f"{name}{suffix}", content) for name, group in groups.items() for suffix, content in group.items()]
     if layout == "shards":
-        for start in range(0, len(files), per_shard):
-            shard = functools.partial(write_shard, files[start : start + per_shard], start)
-            write_whole(out / f"{start // per_shard:03}.tar", shard)
+        per_shard *= 3  # files
+        for number, start in enumerate(range(0, len(files), per_shard)):
+            write_whole(out / f"{number:03}.tar", functools.partial(write_tar, files[start : start + per_shard]))
         return
-    for i, group in enumerate(files):
-        for suffix, content in group.items():
-            path = Path(f"{out}/{i:06}{suffix}")
-            make_folder(path.parent)
-            write_whole(path, lambda file, content=content: file.write(content), sync=False)
+    for name, content in files:
+        (out / name).parent.mkdir(exist_ok=True)
+        write_bytes(out / name, content, sync=False)
     index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
-    write_whole(out / index, lambda file: file.write("".join(f"{row}\n" for row in rows).encode()))
+    write_bytes(out / index, "".join(f"{row}\n" for row in rows).encode())
 
 
-def write_shard(files, start, file):
-    """Write files, for each sample {suffix: content}, into an open file as tar; start is the first one's number."""
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for i, group in enumerate(files, start):
-            for suffix, content in group.items():
-                member = tarfile.TarInfo(f"{i:06}{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+def write_tar(files, target):
+    """Write files, (name, content), into an open file as tar."""
+    with tarfile.open(fileobj=target, mode="w") as tar:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def main():

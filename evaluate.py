@@ -16,6 +16,7 @@ grid.png.
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +212,8 @@ def saved_map(args, folder, name, size, whole):
 def save_map(folder, name, depth):
     """Write depth (1, H, W) as NAME.npy."""
     path = Path(f"{folder}/{name}.npy")
-    data.make_folder(path.parent)
-    data.write_array(path, depth[0].numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_bytes(path, data.to_bytes(np.save, depth[0].numpy()))
 
 
 def blind_map(source, count):
@@ -274,9 +275,8 @@ def score_depth(args, model, encoders, device):
                 if not k.any() or not (whole & ~k).any():
                     data.fail(f"--measured {args.measured}: of {n} it is no pixel, or all; give another share")
             maps[COMPLETED] = estimate_depth(model, encoders, rgb, **given, measured=sparse)
-            maps[FILLED] = [
-                torch.from_numpy(fill(x[0].numpy(), k[0].numpy()))[None] for x, k in zip(*sparse, strict=True)
-            ]
+            filled = [fill(x[0].numpy(), k[0].numpy()) for x, k in zip(*sparse, strict=True)]
+            maps[FILLED] = [torch.from_numpy(x)[None] for x in filled]
         for i, (index, n) in enumerate(zip(indices, names, strict=True)):
             target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
             if not mask.any():
@@ -499,9 +499,8 @@ def evaluate_image(args, model, encoders, device):
         text = encoders.encode_text(captions).to(device)
         draws = data.Draws(args.seed, indices)
         noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in model.modalities}
-        created = encoders.decode_image(
-            model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
-        )
+        created = model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
+        created = encoders.decode_image(created)
         made.add(extract(created)), real.add(extract(values["rgb"]))
         if synthetic:
             other.add(extract(world.samples([i + (args.images or 128) for i in indices])[0]["rgb"]))
@@ -521,9 +520,8 @@ def evaluate_image(args, model, encoders, device):
         results["shuffled_following"] = following(colors, asked[1:] + asked[:1])
         results["real_following"] = following(real_colors, asked)
         print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
-        print(
-            f"{'requested colours that appear':50}{results['following']:8.3f}   (real: {results['real_following']:.3f})"
-        )
+        in_real = f"(real: {results['real_following']:.3f})"
+        print(f"{'requested colours that appear':50}{results['following']:8.3f}   {in_real}")
         print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
     return results, {"": (rows, ["real", "from its\ncaption"])}
 
@@ -545,11 +543,11 @@ def open_network(path, flag, args, device):
 def claim_out(path):
     """Make --out. It must be new, or empty, or hold the results.json of an older evaluation."""
     out = data.claim_folder(path, "results.json")
-    try:
-        old = data.read_json(out / "results.json")
-    except ValueError:
-        old = {}
-    if (out / "results.json").exists() and not {"task", "checkpoint"} <= old.keys():
+    results = out / "results.json"
+    ours = not results.exists()
+    with contextlib.suppress(ValueError):
+        ours = ours or {"task", "checkpoint"} <= data.parse_json(results.read_bytes()).keys()
+    if not ours:
         data.fail(f"--out {path}: holds a results.json that this script has not written; choose another directory")
     return out
 
@@ -557,87 +555,28 @@ def claim_out(path):
 def parse():
     p = data.Flags(__doc__)
     p.add_argument("task", choices=("depth", "image", "follow", "joint"))
-    p.setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
+    data.sampling_settings(p)
     data.source_settings(p)
     p.setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world", data.whole(0, 10**9))
-    p.setting(
-        "--size",
-        0,
-        "side of what the network sees, in pixels (its area, for other shapes); 0 is the network's",
-        data.whole(0, data.MAX_SIDE),
-    )
-    p.setting(
-        "--score-size",
-        "",
-        "HxW at which depth is scored; empty is a benchmark's own, or --size squared",
-        data.size_text(2),
-    )
+    p.setting("--size", 0, "side in pixels of what the network sees, or of that area; 0 is the network's", data.SIDE)
+    size = "HxW at which depth is scored; empty is a benchmark's own, or --size squared"
+    p.setting("--score-size", "", size, data.size_text(2))
     p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images", data.whole(0, 10**4))
-    p.setting(
-        "--solver",
-        "euler",
-        "euler, or heun (second order, two evaluations a step)",
-        data.one_of("euler", "heun"),
-    )
-    p.setting(
-        "--measured",
-        0.0,
-        "depth: also complete this share of the true pixels, and score the others in their unit",
-        data.number(0, 1),
-    )
-    p.setting(
-        "--strength",
-        1.0,
-        "depth, follow: how far what is given is trusted, from 0, ignored, to 1, clean",
-        data.number(0, 1),
-    )
-    p.setting(
-        "--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 the image comes first; or rgb,depth or depth,rgb"
-    )
-    p.setting(
-        "--judge", "", "follow, joint: checkpoint that finds the depth in images; empty is the one that made them"
-    )
-    p.setting(
-        "--judge-steps",
-        I2D_STEPS,
-        "follow, joint: sampling steps of the depth that is found",
-        data.whole(1, 10**4),
-    )
-    p.setting(
-        "--align",
-        "affine",
-        "of depth, before it is scored: none, scale, affine or lstsq",
-        data.one_of("none", "scale", "affine", "lstsq"),
-    )
-    p.setting("--ensemble", 1, "samples of each depth map; their median counts", data.whole(1, 1000))
+    measured = "depth: also complete this share of the true pixels, and score the others in their unit"
+    p.setting("--measured", 0.0, measured, data.SHARE)
+    p.setting("--strength", 1.0, "depth, follow: how far what is given is trusted: 1 is clean, 0 ignored", data.SHARE)
+    p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or rgb,depth or depth,rgb")
+    p.setting("--judge", "", "follow, joint: checkpoint that finds depth in images; empty is the one that made them")
+    steps = "follow, joint: sampling steps of the depth that is found"
+    p.setting("--judge-steps", I2D_STEPS, steps, data.whole(1, 10**4))
+    modes = "none", "scale", "affine", "lstsq"
+    p.setting("--align", "affine", f"of depth, before it is scored: {', '.join(modes)}", data.one_of(*modes))
     p.setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
-    p.setting(
-        "--save-predictions",
-        "",
-        "new or empty DIR to write the depth to as NAME.npy, unaligned; NAME is the sample's in --data",
-    )
-    p.setting("--cfg", 3.0, "guidance of generated images", data.number(0, 100))
-    p.setting(
-        "--features",
-        "",
-        "TorchScript feature extractor of the Frechet distance, such as Inception's for FID. It is code: a file "
-        "that is run, and may read and write others; give one that you trust",
-    )
-    p.setting(
-        "--batch-size",
-        16,
-        "samples that the network sees at a time, members of an ensemble and guided copies among them (all of one "
-        "image's at once); changes no result",
-        data.whole(1, 10**5),
-    )
+    p.setting("--save-predictions", "", "new or empty DIR to write unaligned depth to; NAME.npy has --data's NAME")
+    p.setting("--features", "", "TorchScript features of the Frechet distance, a file of code that is run: trust it")
     p.setting("--seed", 0, "of the noise", data.SEED)
-    p.setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.setting(
-        "--out",
-        "",
-        "directory for results.json and grid.png: new, empty, or an older evaluation's, whose files are replaced; "
-        "runs/evaluate-TASK if it is not given",
-    )
+    out = "new, empty or an older evaluation's directory, whose files are replaced; runs/evaluate-TASK if not given"
+    p.setting("--out", "", out)
     args = p.parse_args()
     data.check_depth_range(args)
     args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)

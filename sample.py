@@ -13,7 +13,6 @@ depth16.png (the same, over its text field "scale"), depth.png (coloured, near i
 edges left out) and metadata.json, whose command makes this sample again. grid.png shows the first of them.
 """
 
-import json
 import shlex
 import unicodedata
 import zlib
@@ -35,76 +34,28 @@ OF_THE_CALL = {"count", "out", "resume", "batch_size", "device", "animate", "pro
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting("--checkpoint", data.NANO, "what a training script wrote, instead of the built-in world's network")
+    data.sampling_settings(p)
     p.setting("--prompt", [], "what the picture shows; may be given several times", action="append")
     p.setting("--prompts", "", "file of more prompts, one a line")
     p.setting("--image", "", "image, or directory of images, to generate depth from")
-    p.setting(
-        "--depth",
-        "",
-        "depth map or directory: .npy, .pfm, 16-bit .png; missing is 0, negative or not finite. Beside --image, in its "
-        "pixels (of two directories: files of one name), it is measured depth, which is completed",
-    )
-    p.setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 ignored", data.number(0, 1))
-    p.setting("--depth-strength", 1.0, "the same for --depth, without an image", data.number(0, 1))
-    p.setting(
-        "--order",
-        "",
-        "joint (the default: depth far behind the image); log2(alpha) of Sec. 4.2, -14 to 14 (joint: 5); or names "
-        "rgb,depth (image-first), depth,rgb (depth-first), rgb alone",
-    )
-    p.setting(
-        "--refine",
-        "",
-        "rgb or depth: regenerate it from the other in a second pass",
-        data.one_of("", "rgb", "depth"),
-    )
+    measured = "beside --image, in its pixels (in directories: files of one name), it is measured, and completed"
+    p.setting("--depth", "", f"depth map or directory: .npy, .pfm, 16-bit .png, 0 where missing; {measured}")
+    p.setting("--image-strength", 1.0, "how far the image given is trusted: 1 is clean, 0 ignored", data.SHARE)
+    p.setting("--depth-strength", 1.0, "the same for --depth, without an image", data.SHARE)
+    names = "or names rgb,depth (image-first), depth,rgb (depth-first), rgb alone"
+    p.setting("--order", "", f"joint (if not given); log2(alpha) of Sec. 4.2, -14 to 14 (joint: {JOINT:g}); {names}")
+    refined = "rgb or depth: regenerate it from the other in a second pass"
+    p.setting("--refine", "", refined, data.one_of("", "rgb", "depth"))
     p.setting("--count", 4, "samples of every prompt for every input", data.whole(1, 10**5))
-    p.setting("--ensemble", 1, "samples whose median is an image's depth", data.whole(1, 1000))
-    p.setting(
-        "--size",
-        "",
-        "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area",
-        data.size_text(),
-    )
-    p.setting(
-        "--steps",
-        0,
-        f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50",
-        data.whole(0, 10**4),
-    )
-    p.setting(
-        "--solver",
-        "euler",
-        "euler, or heun (second order, two evaluations a step)",
-        data.one_of("euler", "heun"),
-    )
-    p.setting(
-        "--cfg",
-        3.0,
-        "classifier-free guidance of the image; 1 is none. The released model uses 4, this size less",
-        data.number(0, 100),
-    )
+    size = "HxW in pixels, or a side; empty is the network's. An input keeps its shape, in this area"
+    p.setting("--size", "", size, data.size_text())
+    steps = f"steps of a pass; 0 is {I2D_STEPS} where the image is given, clean, else 50"
+    p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--cfg-depth", 1.0, "classifier-free guidance of the depth", data.number(0, 100))
-    p.setting(
-        "--cfg-interval",
-        [0.0, 1.0],
-        "noise levels where guidance acts",
-        data.number(0, 1),
-        nargs=2,
-        metavar="T",
-    )
+    p.setting("--cfg-interval", [0.0, 1.0], "noise levels where guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees", data.number(1, 179))
     p.setting("--animate", False, "also animation.gif: how the first four lose their noise")
     p.setting("--seed", 0, "of the first sample's noise; the next one's is one more", data.SEED)
-    p.setting(
-        "--batch-size",
-        16,
-        "samples that the network sees at a time, members of an ensemble and guided copies among them (all of one "
-        "sample's at once)",
-        data.whole(1, 10**5),
-    )
-    p.setting("--device", "auto", "auto, cuda, mps or cpu")
     p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
     p.setting("--resume", False, "go on with an --out that has samples: what is there is skipped")
     p.setting("--out", "runs/samples", "directory to write to, new or empty unless you --resume")
@@ -195,9 +146,7 @@ def list_jobs(args, length):
     inputs = {m: list_inputs(path, f"--{m}", kinds[m]) for m in kinds if (path := getattr(args, m))}
     stems = sorted(set.intersection(*map(set, inputs.values()))) if inputs else [""]
     if not stems:
-        data.fail(
-            f"--depth {args.depth}: no file of the name of one of --image {args.image}; give files, or directories"
-        )
+        data.fail(f"--depth {args.depth}: no file of the name of one of --image {args.image}; give two files")
     if alone := sorted(set().union(*inputs.values()) - set(stems)):
         data.tell(f"{len(alone)} files are left out: {alone[0]} is not in both directories")
     jobs = []
@@ -221,9 +170,7 @@ def read_inputs(job, args, config, area):
         depth, valid = data.parse(job.depth, lambda: data.read_depth(job.depth, data.read_file(job.depth)))
         job.given["depth"], whole = (torch.from_numpy(depth)[None], torch.from_numpy(valid)[None]), valid.all()
         if job.image and depth.shape != shape:
-            data.refuse(
-                f"{job.depth}: its shape {depth.shape} is not that of {job.image}, {shape}; give one of that shape"
-            )
+            data.refuse(f"{job.depth}: its shape is {depth.shape}; must be that of {job.image}, {shape}")
         if job.image and whole:
             data.refuse(f"{job.depth}: misses no pixel, so beside --image nothing is left to generate; leave one out")
         if whole and args.refine == "depth" and args.depth_strength == 1:
@@ -346,20 +293,20 @@ def write_ply(path, rgb, depth, valid, fov):
     points = points[valid]
     properties = "".join(f"property {'float' if c in 'xyz' else 'uchar'} {c}\n" for c in points.dtype.names)
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{properties}end_header\n"
-    data.write_whole(path, lambda file: file.write(header.encode() + points.tobytes()))
+    data.write_bytes(path, header.encode() + points.tobytes())
 
 
 def write(folder, made, metadata, fov):
     """The files of one sample; metadata.json last, so that it tells that the others are there."""
     for m in made.keys() - {"rgb", "depth"}:
-        data.write_array(folder / f"{m}.npy", made[m][0].numpy())
+        data.write_bytes(folder / f"{m}.npy", data.to_bytes(np.save, made[m][0].numpy()))
     if "rgb" in made:
         rgb = data.paint_rgb(made["rgb"][0])
         data.write_image(folder / "rgb.png", Image.fromarray(rgb))
     if "depth" in made:
         values, valid = made["depth"]
         depth, valid = torch.where(valid, values, 0)[0].numpy(), (valid & (values > 0))[0].numpy()
-        data.write_array(folder / "depth.npy", depth)
+        data.write_bytes(folder / "depth.npy", data.to_bytes(np.save, depth))
         data.write_image(folder / "depth.png", data.depth_picture(values, torch.from_numpy(valid)[None]))
         metadata["depth16_scale"], text = float(depth.max()) / 65535 or 1.0, PngImagePlugin.PngInfo()
         text.add_text("scale", repr(metadata["depth16_scale"])), text.add_text("unit", metadata["depth_unit"])
@@ -384,10 +331,10 @@ def command(settings, defaults):
 def read_metadata(folder):
     """What write has written last, or None if the sample is not there, or damaged."""
     try:
-        metadata = json.loads(data.read_file(folder / "metadata.json"))
-    except (ValueError, RecursionError):  # among them data.BadSample: it cannot be read
+        metadata = data.parse_json(data.read_file(folder / "metadata.json"))
+    except ValueError:  # among them data.BadSample: it cannot be read
         return None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("settings", {}), dict):
+    if not isinstance(metadata.get("settings", {}), dict):
         return None
     return {"settings": {}, "checkpoint_step": None} | metadata
 
@@ -466,7 +413,8 @@ def main():
             as_given = job.depth and not (args.refine == "depth" and args.depth_strength < 1)
             metadata = {"command": command(told[job.name]["settings"], defaults), **told[job.name]}
             metadata |= {"depth_unit": "that of the depth given" if as_given else "relative", "network_saw": seen_at}
-            write(data.make_folder(out / job.name), made, metadata | {"torch": torch.__version__}, args.fov)
+            (out / job.name).mkdir(exist_ok=True)
+            write(out / job.name, made, metadata | {"torch": torch.__version__}, args.fov)
             job.given, job.seen = {}, {}
     if bar:
         bar.close()

@@ -63,38 +63,18 @@ def sparsity(text):
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting(
-        "--init",
-        "runs/t2i/last.pt",
-        "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none",
-    )
-    p.setting(
-        "--preset",
-        "",
-        f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none",
-        data.one_of("", *PRESETS),
-    )
+    start = "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none"
+    p.setting("--init", "runs/t2i/last.pt", start)
+    network = f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none"
+    p.setting("--preset", "", network, data.one_of("", *PRESETS))
     data.source_settings(p)
-    p.setting(
-        "--sparsity",
-        "mixed",
-        f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1",
-        sparsity,
-    )
-    p.setting("--p-i2d", 0.2, "probability that a sample holds its image clean", data.number(0, 1))
-    p.setting("--p-d2i", 0.2, "probability that a sample holds its depth clean", data.number(0, 1))
-    p.setting(
-        "--distill-hi",
-        0.5,
-        "weight of self-distillation where depth is pure noise (lambda_hi of Eq. 8); both 0: none",
-        data.number(0, 1000),
-    )
-    p.setting(
-        "--distill-lo",
-        0.05,
-        "weight of self-distillation where depth is clean (lambda_lo of Eq. 8)",
-        data.number(0, 1000),
-    )
+    kept = f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
+    p.setting("--sparsity", "mixed", kept, sparsity)
+    p.setting("--p-i2d", 0.2, "probability that a sample holds its image clean", data.SHARE)
+    p.setting("--p-d2i", 0.2, "probability that a sample holds its depth clean", data.SHARE)
+    weight = "weight of self-distillation where depth is"
+    p.setting("--distill-hi", 0.5, f"{weight} pure noise (lambda_hi of Eq. 8); both 0: none", data.number(0, 1000))
+    p.setting("--distill-lo", 0.05, f"{weight} clean (lambda_lo of Eq. 8)", data.number(0, 1000))
     data.training_settings(p, steps=540, out="runs/forcing")
     args = data.parse_run(p)
     data.check_depth_range(args)
@@ -117,9 +97,8 @@ def dry_run(args, config, taught):
     teacher = f", teacher {training_cost(taught, size)[0] / 1e6:.1f}M" if taught else ""
     print(f"{args.size}x{args.size}, image and depth: {training_cost(config, size)[0] / 1e6:.1f}M parameters{teacher}")
     print(f"training FLOPs per image (matmuls and attention): {count_flops(args, config, taught) / 1e9:.2f} GFLOP")
-    print(
-        f"estimated GiB on each of {args.dry_run} GPUs, {images:g} images at a time, before torch.compile saves some:"
-    )
+    gpus = f"each of {args.dry_run} GPUs, {images:g} images at a time"
+    print(f"estimated GiB on {gpus}, before torch.compile saves some:")
     print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, taught, half)))
 
 

@@ -60,9 +60,8 @@ def dry_run(args, config):
     parameters, flops = training_cost(config, size)
     print(f"{args.preset} at {args.size}x{args.size}, text-to-image: {parameters / 1e6:.1f}M parameters")
     print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
-    print(
-        f"estimated GiB on each of {args.dry_run} GPUs, {images:g} images at a time, before torch.compile saves some:"
-    )
+    gpus = f"each of {args.dry_run} GPUs, {images:g} images at a time"
+    print(f"estimated GiB on {gpus}, before torch.compile saves some:")
     print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, half=half)))
 
 

@@ -741,7 +741,7 @@ def call(script, line, patch):
     while words and re.match(r"[A-Z_]+=", words[0]):
         patch.setenv(*words.pop(0).split("=", 1))
     patch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-    script.main()
+    data.run_script(script.main)
 
 
 def snapshot(folder):

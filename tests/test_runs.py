@@ -305,7 +305,7 @@ CONFIGS = {
     "a number": (b"3", "is damaged"),
     "deep": (b"[" * 100_000, "is damaged"),
     "not utf-8": (b'{"lr": "\xff"}', "is damaged"),
-    "a list of steps": (b'{"steps": [3]}', "steps is a list"),
+    "a list of steps": (b'{"steps": [3]}', "--steps [3]: must be a whole number"),
     "a word of steps": (b'{"steps": "three"}', "--steps"),
     "steps zero": (b'{"steps": 0}', "--steps"),
     "an optimizer": (b'{"optimizer": "sgd"}', "--optimizer"),
@@ -555,12 +555,12 @@ def test_ctrl_c_ends_a_script_without_a_traceback(weights, tmp_path):
 
 
 RANKS = {
-    "RANK=x": "RANK=x: must be a whole number",
-    "RANK=-1": "RANK=-1: must be a whole number",
-    "WORLD_SIZE=two": "WORLD_SIZE=two: must be a whole number",
-    "WORLD_SIZE=0": "RANK=0: must be below WORLD_SIZE, 0",
+    "RANK=x": "RANK=x WORLD_SIZE=1: must be whole numbers",
+    "RANK=-1": "RANK=-1 WORLD_SIZE=1: must be whole numbers",
+    "WORLD_SIZE=two": "WORLD_SIZE=two: must be whole numbers",
+    "WORLD_SIZE=0": "RANK=0 WORLD_SIZE=0: must be whole numbers, RANK the lower",
     "WORLD_SIZE=2": "RANK is not set",
-    "RANK=1": "RANK=1: must be below WORLD_SIZE, 1",
+    "RANK=1": "RANK=1 WORLD_SIZE=1: must be whole numbers, RANK the lower",
     "WORLD_SIZE=2 RANK=0": "MASTER_ADDR is not set",
     "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost": "MASTER_PORT is not set",
     "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x": "MASTER_ADDR:MASTER_PORT, localhost:x",

@@ -494,7 +494,8 @@ def test_names_of_many_samples_are_compared_quickly(monkeypatch):
     batches = [[f"{i:06}" for i in range(start, start + 100)] for start in range(0, 20_000, 100)]
     monkeypatch.setattr(data, "open_source", lambda *args: None)
     monkeypatch.setattr(data, "in_order", lambda *args: ((None, None, (), names, ()) for names in batches))
-    args = argparse.Namespace(data="folder", images=0, batch_size=100, workers=0, task="depth")
+    settings = {"data": "folder", "images": 0, "batch_size": 100, "workers": 0, "ensemble": 1, "save_predictions": ""}
+    args = argparse.Namespace(task="depth", **settings)
     start = time.perf_counter()
     indices = [i for *_, some in evaluate.samples_of(args, (16, 16), "cpu") for i in some]
     assert indices == list(range(20_000)) and time.perf_counter() - start < 1

@@ -43,6 +43,6 @@ for start in range(0, 256, 32):
         ours, theirs = ((x - noisy["rgb"]) / level for x in x0_hat)
         apart, length = apart + (ours - theirs).square().sum(), length + theirs.square().sum()
 results = {"drift": (apart / length).sqrt().item()}
-data.make_folder(args.out)
+Path(args.out).mkdir(parents=True, exist_ok=True)
 Path(args.out, "results.json").write_text(json.dumps(results) + "\n")
 print(results)
