@@ -558,6 +558,7 @@ class World:
 
 WINDOW = 8  # shards whose samples are shuffled together
 TRIES = 10  # samples that are tried in place of one that cannot be read
+CHUNK = 500  # shards whose samples are counted before that is written down
 
 
 class Files(Dataset):
@@ -810,27 +811,43 @@ def index_shards(paths, workers=0, limit=None):
     return index
 
 
-def kept_index(paths, out, workers, rank):
-    """index_shards, kept in the run directory as shards.npz. Shards that changed in size or time are counted again."""
-    if rank > 0 and dist.is_initialized():
-        dist.barrier()  # rank 0 counts, the others read its file
-    kept, known = Path(out) / "shards.npz", {}
-    with contextlib.suppress(Exception), np.load(kept) as file:  # there is none yet, or it is damaged
-        parts = np.split(file["offsets"], np.cumsum(file["counts"])[:-1])
-        known = dict(zip(file["shards"].tolist(), parts, strict=True))
+def counted_shards(folder):
+    """{key of a shard: offsets of its samples} of all that is in a run's shards/; offsets stay on disk until used."""
+    known = {}
+    for path in folder.glob("*/*.json"):
+        with contextlib.suppress(OSError, ValueError):  # damaged: these shards are counted again
+            counts = json.loads(path.read_bytes())
+            offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            known |= zip(counts, np.split(offsets, np.cumsum([*counts.values()])[:-1]), strict=True)
+    return known
+
+
+def kept_index(paths, out, workers, rank, ranks):
+    """index_shards, kept in the run directory: shards that changed in size or time are counted again.
+
+    Each rank counts its share, a CHUNK at a time, and waits for the files of the others: no collective, which would
+    have to end within --timeout. If a rank dies, torchrun ends all, and what has been counted is kept.
+    """
+    folder = Path(out) / "shards"
+    own = folder / str(rank)
+    own.mkdir(parents=True, exist_ok=True)
     states = [os.stat(path) for path in paths]
     keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
-    missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
-    if known and missing and rank == 0:
-        tell(f"--data: {len(missing)} of {len(paths)} shards are new or changed, and so is the order of samples")
-    known |= zip(missing, index_shards(list(missing.values()), workers), strict=True)
-    index = [known[key] for key in keys]
-    if rank == 0 and missing:
-        arrays = {"shards": keys, "counts": [len(offsets) for offsets in index], "offsets": np.concatenate(index)}
-        write_whole(kept, lambda file: np.savez(file, **arrays))
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return index
+    known = counted_shards(folder)
+    missing = [(key, path) for key, path in list(zip(keys, paths, strict=True))[rank::ranks] if key not in known]
+    if known and missing:
+        tell(f"--data: {len(missing)} shards are new or changed, and are counted; the order of samples may change")
+    number = len(list(own.glob("*.json")))
+    for start in range(0, len(missing), CHUNK):
+        chunk = dict(missing[start : start + CHUNK])
+        index = index_shards(list(chunk.values()), workers)
+        write_bytes(own / f"{number}.npy", to_bytes(np.save, np.concatenate(index)))
+        write_json(own / f"{number}.json", dict(zip(chunk, map(len, index), strict=True)))
+        number += 1
+    while not counted_shards(folder).keys() >= set(keys):
+        time.sleep(1)
+    known = counted_shards(folder)
+    return [known[key] for key in keys]
 
 
 def expand(pattern):
@@ -865,7 +882,10 @@ def open_source(args, split, size, device="cpu", with_depth=True):
 
 
 def training_indices(seed, step, batch_size, rank=0, world=1):
-    """Global indices of the samples of one step that one rank trains on. Another seed sees other scenes."""
+    """Global indices of the samples of one step that one rank trains on.
+
+    Another seed sees other scenes of the built-in world, unless it is a multiple of 2^25 away.
+    """
     share = batch_size // world
     start = (seed << 32) + step * batch_size + rank * share
     return range(start, start + share)
@@ -881,7 +901,8 @@ class Draws:
     def __init__(self, key, indices, device="cpu"):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "big", signed=True)
-        self.streams = split_mix(torch.tensor(indices, dtype=torch.int64, device=device) * GOLDEN + key)  # (B,)
+        indices = torch.tensor(indices, dtype=torch.int64).to(device, non_blocking=True)
+        self.streams = split_mix(indices * GOLDEN + key)  # (B,)
         self.draws = 0
 
     def bits(self, *shape):
@@ -926,7 +947,7 @@ def training_batches(source, args, step, rank, world, device):
             for i in range(0, len(indices), part):
                 yield *source.samples(indices[i : i + part]), indices[i : i + part]
     if source.index is None and getattr(args, "out", None):
-        source.use(kept_index(source.units, args.out, args.workers, rank))
+        source.use(kept_index(source.units, args.out, args.workers, rank, world))
     if source.index is None:
         source.use(index_shards(source.units, args.workers))
     tried, bad, named = 0, 0, set()
@@ -1006,7 +1027,7 @@ class PixelsAndBytes:
     decode_image  the inverse
     encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
 
-    The first two may be of any floating dtype; nothing is NaN or infinite. A text_dim of 0 is bytes, as here.
+    All return float32 on the device that load was given, nothing NaN or infinite. A text_dim of 0 is uint8, as here.
     """
 
     image_channels, image_stride, text_dim = 3, 1, 0
@@ -1075,9 +1096,9 @@ def try_encoders(path, encoders, device, patch):
         returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         if returned != shape:
             refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
-        is_bytes = len(shape) == 2 and found.dtype == torch.uint8
-        if not (is_bytes or found.is_floating_point()) or not found.isfinite().all():
-            refuse_encoders(path, f"{name} returned {found.dtype}, must be floating and finite")
+        dtype = torch.uint8 if len(shape) == 2 else torch.float32
+        if found.dtype != dtype or not found.isfinite().all():
+            refuse_encoders(path, f"{name} returned {found.dtype}, must be {dtype} and finite")
         return found
 
     stride = encoders.image_stride
@@ -1466,8 +1487,8 @@ def lock_run(out, resume):
     out = Path(out)
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    claim_folder(out, "lock", "starts.jsonl", "step-*.pt", "last.pt")
-    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
+    claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
+    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
     except BlockingIOError:
@@ -1546,18 +1567,18 @@ def list_checkpoints(out):
     return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
 
 
-def worth_saving(step, in_a_row, rank, *networks):
+def worth_saving(step, skipping, rank, *networks):
     """Whether a checkpoint would hold what training can go on from; if not, it says so. All ranks call it, and agree.
 
-    It is not while steps are skipped, in_a_row so far, nor if weights of the networks are not finite.
+    It is not while steps are skipped, nor if weights of the networks are not finite.
     """
     weights = [p for network in networks for p in network.parameters()]
     finite = torch.stack([p.isfinite().all() for p in weights]).all().float()
     if dist.is_initialized():
         dist.all_reduce(finite, dist.ReduceOp.MIN)
-    worth = finite.item() == 1 and in_a_row == 0
+    worth = finite.item() == 1 and not skipping
     if not worth and rank == 0:
-        tell(f"step {step}: no checkpoint, since {'this step was skipped' if in_a_row else 'weights are not finite'}")
+        tell(f"step {step}: no checkpoint, since {'this step was skipped' if skipping else 'weights are not finite'}")
     return worth
 
 
@@ -1607,7 +1628,9 @@ def unpack(path, check=True):
     except OSError as error:  # the disk's, which tells nothing of what the file holds
         error.filename = str(path)
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does this, of Python, torch or mmap
+            raise
         raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
 
 
@@ -1623,6 +1646,8 @@ def read_checkpoint(path, training=False):
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"it lacks {name!r}; give a last.pt of a training script")
+    if training and (state["step"] < 0 or state["skipped"] < 0):
+        raise ValueError(f"it counts {state['step']} steps, {state['skipped']} of them skipped")
     if not isinstance(state["settings"].get("encoders", ""), str):
         raise ValueError("its setting 'encoders' is no file name")
     try:

@@ -152,9 +152,9 @@ def list_jobs(args, length):
     jobs = []
     for stem in stems:
         paths = {m: inputs[m][stem] if m in inputs else "" for m in kinds}
-        first = args.seed + (zlib.crc32(stem.encode()) if stem else 0)  # no two inputs share their noise
+        first = args.seed + (zlib.crc32(stem.encode()) if stem else 0)  # inputs do not share their noise
         for i, prompt in enumerate(p for p in prompts for _ in range(args.count)):
-            jobs.append(Job(f"{stem}-{i:03}" if stem else f"{i:03}", prompt, **paths, seed=first + i))
+            jobs.append(Job(f"{stem}-{i:03}" if stem else f"{i:03}", prompt, **paths, seed=(first + i) % 2**31))
     return jobs
 
 
@@ -397,7 +397,7 @@ def main():
             data.fail(f"--resume: {job.name} was made with another --{other[0].replace('_', '-')}; change --out")
         elif done["checkpoint_step"] != state.get("step"):
             data.fail(f"--resume: {job.name} was made when the checkpoint was at another step; change --out")
-    data.claim_folder(out, *(["*/metadata.json"] if args.resume else []))
+    data.claim_folder(out, *(["*/metadata.json", "*/rgb.png", "*/depth.npy"] if args.resume else []))
 
     frames, refused, bar, layout = [], set(), None, "{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
     for i, (seen_at, batch) in enumerate(batches(todo, args, config, size, refused)):

@@ -204,6 +204,7 @@ def main():
     if args.checkpoint_activations:
         model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    keep_gradients = world > 1 and args.grad_accum > 1  # or the first part would hold them beside the ranks' buckets
     names = [m.name for m in config.modalities]
 
     def over_ranks(sums):
@@ -287,7 +288,7 @@ def main():
             if rank == 0:
                 data.tell(reason)
         for optimizer in optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not keep_gradients)
 
         # Log, save, draw.
         bar.update()
@@ -303,16 +304,17 @@ def main():
                 shown = ", ".join(f"{kind}{m} {losses.get(f'loss_{kind}{m}', 0):.3f}" for m, kind in totals)
                 rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
                 bar.set_postfix_str(f"{shown}, {rates}")
-        due = step % args.checkpoint_every == 0 or step == args.steps or stopping
-        if due:
-            saved = data.worth_saving(step, in_a_row, rank, model, ema)
+        ending = step == args.steps or stopping
+        due = step % args.checkpoint_every == 0 or ending
+        if due:  # in the end even if this step was skipped: its weights are those of the last good one
+            saved = data.worth_saving(step, in_a_row > 0 and not ending, rank, model, ema)
         if due and saved:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
             states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
             if rank == 0:
                 state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
                 state |= {"ema": ema.state_dict(), "optimizers": states, "sums": sums, "skipped": skipped}
-                saved = data.save_checkpoint(out, state, args.keep)
+                saved = data.save_checkpoint(out, state, args.keep + (in_a_row > 0))
             clock, since = time.perf_counter(), step
         if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
             with data.tolerate(out / "samples"):

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tarfile
+import threading
 import time
 import warnings
 import zlib
@@ -419,18 +420,45 @@ def test_shards_are_counted_once_and_again_if_they_change(tmp_path, headers, cap
     for shard in range(3):
         tar(tmp_path / f"{shard}.tar", [(f"{10 * shard + i}.jpg", JPEG) for i in range(10)])
     paths = [f"{tmp_path}/{shard}.tar" for shard in range(3)]
-    first = data.kept_index(paths, tmp_path, 0, rank=0)
-    assert [len(offsets) for offsets in first] == [10, 10, 10]
+    counts = lambda *paths, workers=0: [len(found) for found in data.kept_index(paths, tmp_path, workers, 0, 1)]
+    assert counts(*paths) == [10, 10, 10]
     headers.clear()
-    assert np.array_equal(data.kept_index(paths, tmp_path, 0, rank=1), first) and not headers
+    assert counts(*paths) == [10, 10, 10] and not headers
     tar(tmp_path / "1.tar", [("x.jpg", JPEG)])
-    assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 0, rank=0)] == [10, 1, 10]
-    assert set(headers) == {paths[1]} and "1 of 3 shards are new or changed" in capsys.readouterr().err
-    kept = tmp_path / "shards.npz"
-    kept.write_bytes(kept.read_bytes()[:300])
-    assert [len(offsets) for offsets in data.kept_index(paths, tmp_path, 2, rank=0)] == [10, 1, 10]
+    assert counts(*paths) == [10, 1, 10]
+    assert set(headers) == {paths[1]} and "1 shards are new or changed" in capsys.readouterr().err
+    for kept in (tmp_path / "shards/0").glob("*.npy"):
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert counts(*paths, workers=2) == [10, 1, 10]
     headers.clear()
-    assert len(data.kept_index(paths[:2], tmp_path, 0, rank=0)) == 2 and not headers
+    assert counts(*paths[:2]) == [10, 1] and not headers
+
+
+def test_ranks_count_shards_together_and_keep_what_they_have(tmp_path, headers, monkeypatch):
+    """Each its share; a rank that is stopped keeps the chunks that it has counted; then any number of ranks goes on."""
+    for shard in range(6):
+        tar(tmp_path / f"{shard}.tar", [(f"{10 * shard + i}.jpg", JPEG) for i in range(shard + 1)])
+    paths = [f"{tmp_path}/{shard}.tar" for shard in range(6)]
+    monkeypatch.setattr(data, "CHUNK", 1)
+    count = data.index_shards
+
+    def stop(chunk, workers):
+        if chunk == [paths[4]]:
+            raise KeyboardInterrupt
+        return count(chunk, workers)
+
+    monkeypatch.setattr(data, "index_shards", stop)
+    with pytest.raises(KeyboardInterrupt):  # rank 0 of two has 0, 2 and 4
+        data.kept_index(paths, tmp_path, 0, 0, 2)
+    assert set(headers) == {paths[0], paths[2]}
+    monkeypatch.setattr(data, "index_shards", count)
+    other = threading.Thread(target=data.kept_index, args=(paths, tmp_path, 0, 1, 2))
+    other.start()  # it waits for the first
+    headers.clear()
+    index = data.kept_index(paths, tmp_path, 0, 0, 2)
+    other.join()
+    assert [len(offsets) for offsets in index] == [1, 2, 3, 4, 5, 6]
+    assert paths[0] not in headers and paths[2] not in headers
 
 
 def test_an_evaluation_of_few_samples_reads_few_shards(tmp_path, headers):

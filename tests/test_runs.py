@@ -404,7 +404,7 @@ def test_two_processes_do_not_share_a_run(tmp_path, capsys):
     hold = (
         "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint(flush=True)\ninput()"
     )
-    other = subprocess.Popen([sys.executable, "-c", hold, out / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", hold, out / "run.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
         refused(capsys, "another process is training in it", data.lock_run, out, True)
