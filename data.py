@@ -1087,7 +1087,8 @@ def load_encoders(path, device):
 @torch.no_grad()
 def try_encoders(path, encoders, device, patch):
     """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
-    height, width = 4 * patch, 6 * patch
+    height = 4 * patch
+    width = 6 * patch
     rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
 
     def check(name, given, *shape):
@@ -1119,7 +1120,8 @@ def open_encoders(path, device, config, trained_with=None):
     if trained_with and path and Path(trained_with).name != Path(path).name:
         tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
-        first, was = config.modalities[0], f"--encoders {trained_with}" if trained_with else "no --encoders"
+        first = config.modalities[0]
+        was = f"--encoders {trained_with}" if trained_with else "no --encoders"
         needs = f"{first.channels} channels at 1/{first.stride}, text {config.text_length} x {config.text_dim}"
         fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {needs}; give what fits")
     return encoders
@@ -1212,7 +1214,7 @@ class Flags(argparse.ArgumentParser):
 def source_settings(p):
     """The flags of every script that reads samples."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
-    p.setting("--depth-scale", 0.001, "metres to a unit of 16-bit PNG depth (KITTI: 0.00390625)", POSITIVE)
+    p.setting("--depth-scale", 0.001, "metres a unit of PNG depth, unless its row says (KITTI: 0.00390625)", POSITIVE)
     p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
     p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, of each rank (evaluation: one at most)", whole(0, 256))
@@ -1260,7 +1262,7 @@ def training_settings(p, steps, out):
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
     p.setting("--sample-every", 500, "steps between picture grids", COUNT)
     p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
-    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; a checkpoint takes some", whole(1, 10**6))
+    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; allow for a checkpoint", whole(1, 10**6))
     p.setting("--dry-run", 0, "number of GPUs: print FLOPs, and the bytes on each, and stop", whole(0, 10**6))
 
 
@@ -1765,8 +1767,8 @@ def whole_state(optimizer, rank):
 
 
 # Of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout.
-ANCHORS = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
-ANCHORS = np.array([ImageColor.getrgb(color) for color in ANCHORS.split()])
+FAR_TO_NEAR = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
+ANCHORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])
 
 
 def paint_rgb(rgb):
@@ -1856,9 +1858,11 @@ def depth_png(depth):
 
 def export(out, layout, samples, per_shard=100):
     """Write samples, (rgb (H, W, 3) uint8, depth (H, W) metres, caption, vertical fov in radians), in a layout."""
-    groups, rows = {}, []
+    groups = {}
+    rows = []
     for i, (rgb, depth, line, fov) in enumerate(samples):
-        name, image = f"{i:06}", to_bytes(Image.fromarray(rgb).save, "JPEG", quality=100, subsampling=0)
+        name = f"{i:06}"
+        image = to_bytes(Image.fromarray(rgb).save, "JPEG", quality=100, subsampling=0)
         if layout == "moge":
             focal = float(0.5 / np.tan(fov / 2))  # in heights
             matrix = [[focal * rgb.shape[0] / rgb.shape[1], 0, 0.5], [0, focal, 0.5], [0, 0, 1]]
@@ -1870,9 +1874,9 @@ def export(out, layout, samples, per_shard=100):
             rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
     files = [(f"{name}{suffix}", content) for name, group in groups.items() for suffix, content in group.items()]
     if layout == "shards":
-        per_shard *= 3  # files
-        for number, start in enumerate(range(0, len(files), per_shard)):
-            write_whole(out / f"{number:03}.tar", functools.partial(write_tar, files[start : start + per_shard]))
+        count = 3 * per_shard  # a sample has three files
+        for number, start in enumerate(range(0, len(files), count)):
+            write_whole(out / f"{number:03}.tar", functools.partial(write_tar, files[start : start + count]))
         return
     for name, content in files:
         (out / name).parent.mkdir(exist_ok=True)
