@@ -241,7 +241,7 @@ def test_claims_are_measured_once_and_again_when_a_command_has_changed(claims):
     result.write_text(result.read_text().replace("--steps 1200", "--steps 1100"))
     assert "left: claim 3,4,5,9, seed 7, plain: evaluate.py depth --images 256" in claims("--list", "4")[1]
     assert [call[0] for call in claims("4")[3]] == ["evaluate.py"]  # the network is as it was
-    (work / "short.7/recipe").write_text("another")
+    (work / "short.7.recipe").write_text("another")
     (result.parent.parent / "short/depth.7.json").unlink()
     assert [call[0] for call in claims("4")[3]] == ["train_forcing.py", "evaluate.py"]
 
@@ -276,6 +276,18 @@ def test_a_training_that_was_stopped_is_not_done(claims, monkeypatch):
     assert code == 2 and "was stopped before step" in wrong
     monkeypatch.delenv("STOPPED")
     assert claims("4")[3][0][0] == "train_t2i.py"
+
+
+def test_a_claim_is_trained_and_measured(claims, monkeypatch):
+    """By the scripts themselves, in a step each."""
+    script = claims.repository / "tests/claims/claims.sh"
+    text = re.sub(r"--steps (500|1200)", "--steps 1", script.read_text()).replace("--images 256", "--images 2")
+    before, after = text.split('measurements="')
+    script.write_text(before + 'measurements="\n4   short        depth         $depth\n"' + after.split('"', 1)[1])
+    monkeypatch.setenv("PYTHON", sys.executable)
+    code, said, wrong, _ = claims()
+    assert (code, said) == (0, ["1 measurements done, 0 left"]), wrong
+    assert json.loads((claims.repository / "tests/claims/results/short/depth.7.json").read_text())["absrel"] > 0
 
 
 def test_claims_refuse_what_they_do_not_know(claims, monkeypatch):

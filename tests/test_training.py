@@ -127,6 +127,36 @@ def test_a_batch_may_be_split_in_any_way(stage, flags, t2i, tmp_path, monkeypatc
             torch.testing.assert_close(v, expected[k], rtol=0, atol=1e-9, msg=f"{other}: {k}")
 
 
+def test_ranks_exchange_gradients_once_a_step_and_hold_them_once(tmp_path):
+    """However many parts a batch has: one reduction of each bucket a step, and from the second on no copies beside."""
+    count = """
+from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+begin, clip, loss = DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.velocity_loss
+parameters, reduced, beside = [], [], []
+def hook(group, bucket):
+    reduced.append(bucket.index())
+    return allreduce_hook(group, bucket)
+def wrap(network, module, **options):
+    begin(network, module, **options)
+    network.register_comm_hook(None, hook)
+    parameters.extend(module.parameters())
+def part(*args):
+    beside.append(sum(p.grad is not None and p.grad._base is None for p in parameters))
+    return loss(*args)
+def step(*args):
+    os.write(1, f"reduced {reduced.count(0)} beside {beside}\\n".encode())
+    reduced.clear(), beside.clear()
+    return clip(*args)
+DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.velocity_loss = wrap, step, part
+"""
+    code, printed = finish(start("train_t2i", f"{QUICK} --steps 3 --grad-accum 4 --out {tmp_path}/a", count, ranks=2))
+    assert code == 0, printed
+    found = re.findall(r"reduced (\d+) beside (.*)", printed)
+    assert len(found) == 6 and {times for times, _ in found} == {"1"}
+    assert {beside for _, beside in found[2:]} == {"[0, 0, 0, 0]"}
+
+
 def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeypatch):
     """Rank 1 alone is signalled in step 2: both stop after step 3. That checkpoint is damaged, so both go on from step
     2, with sharded optimizers; after step 4 one rank goes on with whole ones. All as if one had taken the five steps.

@@ -191,20 +191,21 @@ run() {  # patch, seed, folder for what it writes, command
             words[i]=$work/${other%%/*}.$2${other#"${other%%/*}"}
         fi
     done
-    mkdir -p "$3"
+    mkdir -p "$(dirname "$3")"  # the folder itself is for what the script writes
     echo "$(date +%T) seed $2, patch $1: $4" >&2
-    "$python" "$folder/${words[0]}" "${words[@]:1}" --out "$3" >"$3/log" 2>&1 </dev/null &
+    "$python" "$folder/${words[0]}" "${words[@]:1}" --out "$3" >"$3.log" 2>&1 </dev/null &
     child=$!
-    wait $child || { tail -n 3 "$3/log" >&2; fail "stopped; $3/log says why"; }
+    wait $child || { tail -n 3 "$3.log" >&2; fail "stopped; $3.log says why"; }
 }
 
 train() {  # network, seed
     local folder=$work/$1.$2 command steps
     command=$(command_of "$1")
     [ -n "$command" ] || fail "no network is called $1"
-    [ "$(cat "$folder/recipe" 2>/dev/null)" = "$(recipe "$(patch_of "$1")" "$command")" ] || rm -rf "$folder"
+    [ "$(cat "$folder.recipe" 2>/dev/null)" = "$(recipe "$(patch_of "$1")" "$command")" ] || rm -rf "$folder"
     [ ! -e "$folder/done" ] || return 0
-    mkdir -p "$folder" && recipe "$(patch_of "$1")" "$command" >"$folder/recipe"
+    [[ $command != data.py* ]] || rm -rf "$folder"  # begun and not ended; trainings go on
+    mkdir -p "$work" && recipe "$(patch_of "$1")" "$command" >"$folder.recipe"
     run "$(patch_of "$1")" "$2" "$folder" "$command"
     steps=$(sed -n 's/.*--steps \([0-9]*\).*/\1/p' <<<"$command")  # a signal ends training early, with exit code 0
     [ -z "$steps" ] || [ -e "$folder/step-$(printf %07d "$steps").pt" ] || fail "$folder was stopped before step $steps"
