@@ -1081,6 +1081,8 @@ def load_encoders(path, device):
         check_numbers(members, **ENCODER_NUMBERS)
     except ValueError as error:
         refuse_encoders(path, error)
+    if not members.text_dim and members.text_length % TEXT_PATCH:
+        refuse_encoders(path, f"text_length is {members.text_length}, must be a multiple of {TEXT_PATCH} bytes")
     return members
 
 

@@ -250,6 +250,11 @@ PLUG_INS = [
     ("Encoders.encode_text = lambda self, captions: torch.zeros(2, 20, 16).long()", "encode_text returned torch.int64"),
     ("Encoders.encode_text = lambda self, captions: exit('no text')", "encode_text raised SystemExit: no text"),
     ("Encoders.encode_text = lambda self, captions: torch.zeros(1, 20, 16)", "encode_text returned (1, 20, 16)"),
+    (
+        "Encoders.encode_image = lambda self, rgb: F.pixel_unshuffle(rgb, 2).bfloat16()",
+        "encode_image returned torch.bf",
+    ),
+    ("Encoders.text_dim = 0", "text_length is 20, must be a multiple of 8"),
 ]
 ENCODERS = [
     *[(train_t2i, f"--encoders {{tmp}}/plug-in{i}.py --out {{tmp}}/x", says) for i, (_, says) in enumerate(PLUG_INS)],

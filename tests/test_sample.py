@@ -724,3 +724,14 @@ def test_an_evaluations_batch_counts_members_and_guided_copies():
         args = argparse.Namespace(task=task, cfg=cfg, ensemble=ensemble, batch_size=16)
         assert evaluate.images_at_a_time(args) == images
     assert evaluate.images_at_a_time(argparse.Namespace(task="joint", cfg=1.0, ensemble=40, batch_size=16)) == 1
+
+
+def test_seeds_of_a_directory_are_seeds_that_the_flag_takes(tmp_path):
+    """So that the command in metadata.json makes the sample again. No two inputs have the same."""
+    names = ("a", "b", "photo", "x" * 50)
+    for name in names:
+        picture(tmp_path / f"{name}.png")
+    settings = {"prompt": [], "prompts": "", "depth": "", "image": str(tmp_path), "count": 2, "seed": 2**31 - 1}
+    jobs = sample.list_jobs(argparse.Namespace(**settings), 0)
+    assert [data.SEED(str(job.seed)) for job in jobs] == [job.seed for job in jobs]
+    assert len({job.seed for job in jobs}) == len(jobs) == 8
