@@ -1492,7 +1492,7 @@ def lock_run(out, resume):
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
     claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
-    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT)  # stays open until the process ends
+    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
     except BlockingIOError:
