@@ -206,7 +206,10 @@ def evaluation(args, report):
 
 def train_for(seconds, args, name, out, flags):
     """Train for about so many seconds: a short run tells how long a step takes, and starting and ending."""
-    few = 5 if args.toy else 100
+    if args.toy:
+        run_all(train_command(args, name, out, 5, *flags))
+        return
+    few = 100
     begin = time.monotonic()
     run_all(train_command(args, name, f"{out}-short", few, *flags))
     took = time.monotonic() - begin
@@ -239,17 +242,20 @@ def evaluate_trained(args, report):
     """How good the network is that has been trained, and a picture of what it makes."""
     model = ["--checkpoint", args.work / "forcing" / "last.pt"]
     few = ["--images", 4, "--steps", 2] if args.toy else []
-    folders = {task: args.work / f"trained-{task}" for task in ("depth", "image", "follow")}
+    tasks = {
+        "depth": ("absrel", "delta1", "baseline_absrel"),
+        "image": ("frechet", "real_frechet", "following", "shuffled_following"),
+        "follow": ("absrel", "delta1", "other_absrel"),
+    }
+    if args.toy:
+        del tasks["image"], tasks["follow"]
+    folders = {task: args.work / f"trained-{task}" for task in tasks}
     commands = [command(args, "evaluate.py", task, *model, *few, "--out", out) for task, out in folders.items()]
     prompt = ["--prompt", "a red ball and a blue box in a room", "--steps", 2 if args.toy else 50]
     commands.append(command(args, "sample.py", *model, *prompt, "--out", args.work / "samples"))
     run_all(*commands)
     shutil.copy(args.work / "samples" / "grid.png", args.out / "grid.png")
-    for task, keys in (
-        ("depth", ("absrel", "delta1", "baseline_absrel")),
-        ("image", ("frechet", "real_frechet", "following", "shuffled_following")),
-        ("follow", ("absrel", "delta1", "other_absrel")),
-    ):
+    for task, keys in tasks.items():
         found = results(folders[task])
         report.row(f"evaluate.py {task}", ", ".join(f"{key} {found[key]:.4f}" for key in keys))
 
@@ -546,8 +552,9 @@ def main():
     if args.part == "where":
         print(where(args.device))
         return
-    args.out = data.make_folder(args.out.resolve())
-    args.work = data.make_folder(args.out / "work" / args.part)
+    args.out = args.out.resolve()
+    args.work = args.out / "work" / args.part
+    args.work.mkdir(parents=True, exist_ok=True)
     args.config = replace(PRESETS[args.preset], size=args.size or PRESETS[args.preset].size)
     if args.toy:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")

@@ -137,7 +137,7 @@ def test_every_part_runs_at_toy_size(tmp_path):
     others = [part.__name__ for part in gpu.PARTS if part.__name__ not in last]
     running = {}
     for i, names in enumerate((others, last)):
-        environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / str(i))}
+        environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / str(i)), "OMP_NUM_THREADS": "1"}
         words = ["tests/gpu.sh", "--toy", *names]
         running[*names] = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     for i, (names, process) in enumerate(running.items()):
