@@ -825,8 +825,8 @@ def counted_shards(folder):
 def kept_index(paths, out, workers, rank, ranks):
     """index_shards, kept in the run directory: shards that changed in size or time are counted again.
 
-    Each rank counts its share, a CHUNK at a time, and waits for the files of the others: no collective, which would
-    have to end within --timeout. If a rank dies, torchrun ends all, and what has been counted is kept.
+    Each rank counts its share, a CHUNK at a time, and waits for the files of the others, since counting may take longer
+    than --timeout allows a collective. If a rank dies, torchrun ends all, and what has been counted is kept.
     """
     folder = Path(out) / "shards"
     own = folder / str(rank)
@@ -1027,7 +1027,10 @@ class PixelsAndBytes:
     decode_image  the inverse
     encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
 
-    All return float32 on the device that load was given, nothing NaN or infinite. A text_dim of 0 is uint8, as here.
+    image_channels, image_stride  channels of the latents, and pixels per latent, per side
+    text_length, text_dim         tokens of a caption, channels of each; text_dim 0 is bytes, (B, text_length) uint8
+
+    What they return is finite, and float32 but for bytes.
     """
 
     image_channels, image_stride, text_dim = 3, 1, 0
@@ -1100,8 +1103,10 @@ def try_encoders(path, encoders, device, patch):
         if returned != shape:
             refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
         dtype = torch.uint8 if len(shape) == 2 else torch.float32
-        if found.dtype != dtype or not found.isfinite().all():
-            refuse_encoders(path, f"{name} returned {found.dtype}, must be {dtype} and finite")
+        if found.dtype != dtype:
+            refuse_encoders(path, f"{name} returned {found.dtype}, must be {dtype}")
+        if not found.isfinite().all():
+            refuse_encoders(path, f"{name} returned NaN or infinity for a batch of two")
         return found
 
     stride = encoders.image_stride
@@ -1208,7 +1213,7 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         flag, _, problem = message.removeprefix("argument ").partition(": ")
-        if ": must be " in problem:  # raised by a type: it begins with the value
+        if ": must be " in problem:  # our types' messages begin with the value, argparse's own do not
             fail(f"{flag} {problem}")
         fail(f"{message.removeprefix('argument ')}; --help lists the flags")
 
@@ -1216,7 +1221,12 @@ class Flags(argparse.ArgumentParser):
 def source_settings(p):
     """The flags of every script that reads samples."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
-    p.setting("--depth-scale", 0.001, "metres a unit of PNG depth, unless its row says (KITTI: 0.00390625)", POSITIVE)
+    p.setting(
+        "--depth-scale",
+        0.001,
+        "metres per unit of a 16-bit PNG without a scale of its own (KITTI: 0.00390625)",
+        POSITIVE,
+    )
     p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
     p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, of each rank (evaluation: one at most)", whole(0, 256))
@@ -1231,12 +1241,12 @@ def check_depth_range(args):
 
 def sampling_settings(p):
     """The flags of every script that samples."""
-    p.setting("--checkpoint", NANO, "what a training script wrote, instead of the built-in world's network")
+    p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
     p.setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", one_of("euler", "heun"))
     p.setting("--cfg", 3.0, "guidance of the image; 1 is none, the released model uses 4", number(0, 100))
     p.setting("--ensemble", 1, "samples of each depth map, whose median is taken", whole(1, 1000))
-    counted = "members of an ensemble and guided copies among them (all of one image's at once)"
-    p.setting("--batch-size", 16, f"samples that the network sees at a time, {counted}", whole(1, 10**5))
+    counted = "ensemble members and guided copies count, and those of one image stay together"
+    p.setting("--batch-size", 16, f"samples per call of the network; {counted}", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
@@ -1254,7 +1264,7 @@ def training_settings(p, steps, out):
     p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.setting("--compile", None, "torch.compile; if neither is given, on CUDA only")
+    p.setting("--compile", None, "torch.compile; the default is on CUDA only")
     p.setting("--out", out, "run directory")
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
@@ -1552,7 +1562,7 @@ def join_ranks(backend, seconds):
 
 
 def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT, for the training loop to see. The same again is deadly."""
+    """A list that gets the number of a SIGTERM or SIGINT, for the training loop. A second one ends the process."""
     caught = []
 
     def note(number, frame):
@@ -1599,7 +1609,7 @@ def save_checkpoint(out, state, keep):
         for old in list_checkpoints(out)[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as error:
-        first = error.__context__ or error  # torch's, raised on top of the disk's, tells of a wrong position
+        first = error.__context__ or error  # torch hides the disk's error behind one about a position in the file
         reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
         whole = ", ".join(old.name for old in list_checkpoints(out))
         tell(f"{path}: not written ({reason}); there is {whole or 'no older one'}")
@@ -1629,11 +1639,11 @@ def unpack(path, check=True):
                 raise ValueError
             older = {"sums": {}, "skipped": 0}  # what runs did not save at first
             return older | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:  # the disk's, which tells nothing of what the file holds
+    except OSError as error:  # a failing disk does not mean that the file is damaged
         error.filename = str(path)
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does this, of Python, torch or mmap
+        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does a lack of memory
             raise
         raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
 

@@ -588,7 +588,7 @@ def parse():
             name = flag.replace("_", "-")
             data.fail(f"--{name} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
     if args.predictions and (args.save_predictions or args.task == "image"):
-        data.fail("--predictions: there is nothing to save or to generate beside them")
+        data.fail("--predictions: cannot go with --save-predictions, nor with image")
     return args
 
 

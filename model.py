@@ -261,7 +261,7 @@ ENCODINGS = {  # how stored values become diffused ones, and back
 
 
 def check_numbers(entry, **ranges):
-    """Raise ValueError unless these fields of a Modality or Config, {name: (low, high)}, are whole numbers in range."""
+    """Raise ValueError unless the attributes of entry named in ranges are whole numbers between their (low, high)."""
     for name, (low, high) in ranges.items():
         value = getattr(entry, name)
         if type(value) is not int or not low <= value <= high:
@@ -345,7 +345,9 @@ class Config:
         check_numbers(self, width=(1, 1 << 16), depth=(0, 1024), head=(1, 1024), patch=(1, 1024), size=(1, 1 << 16))
         check_numbers(self, decoder_depth=(0, 128), text_length=(1, 1 << 16), text_dim=(0, 1 << 16))
         if self.head % 16 or self.width % (4 * self.head):
-            raise ValueError(f"width {self.width} must be a multiple of 4 heads of {self.head}, a head of 16 channels")
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 x head, {self.head}, and head a multiple of 16"
+            )
         names = {m.name for m in self.modalities}
         if not 0 < len(names) == len(self.modalities) <= 8:
             raise ValueError("modalities must be 1 to 8, of different names")
@@ -424,14 +426,14 @@ def rotate(x, cos, sin):
 
 
 def mixed_precision(device):
-    """A context in which matmuls and attention are in bfloat16 on CUDA. On other devices it changes nothing."""
+    """A context in which linear layers and attention run in bfloat16 on CUDA. On other devices it changes nothing."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Block(nn.Module):
     """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside.
 
-    The residual stream, norms and modulation are float32; under autocast only matmuls and attention are in bfloat16.
+    The residual stream, norms and modulation are float32; linear layers, attention and SwiGLU follow autocast.
     """
 
     def __init__(self, width, head):
@@ -447,7 +449,7 @@ class Block(nn.Module):
     def forward(self, x, modulation, rope):
         """x (B, N, D); modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin). -> (B, N, D).
 
-        All are float32 and x is contiguous, so that torch.compile makes one graph of all blocks.
+        All are float32 and x is contiguous, so that torch.compile reuses the first block's graph for the others.
         """
         shift, scale, gate = modulation
         h = torch.addcmul(shift, self.pre_norm(x), 1 + scale)
@@ -477,7 +479,9 @@ class Decoder(nn.Module):
         vector = F.silu(vector)[:, None]
         if self.blocks:
             modulation = self.block_modulation(vector).float().chunk(3, -1)
-            x = x.clone(memory_format=torch.contiguous_format)  # of the whole sequence it is a slice
+            x = x.clone(
+                memory_format=torch.contiguous_format
+            )  # x is a slice of the whole sequence; blocks need contiguous input
             for block in self.blocks:
                 x = block(x, modulation, rope)
         shift, scale = self.modulation(vector).chunk(2, -1)
@@ -530,7 +534,7 @@ class DiT(nn.Module):
             return self.predict_x0(noisy, t, text)
 
     def predict_x0(self, noisy, t, text):
-        """forward, in the precision that is set."""
+        """forward, without choosing the precision."""
         present = [m for m in self.modalities if m.name in noisy]
         names, first = [m.name for m in self.modalities], present[0]
         vectors = {}
@@ -627,7 +631,7 @@ class DiT(nn.Module):
         """Load weights of fewer modalities (Sec. 3.2): all parts as they are, new modulations cloned from the first's.
 
         Tokenizer, timestep embedder, mixers and detokenizer of new modalities keep their fresh values.
-        Raises ValueError unless the weights are all those of this network with the first, or more, of its modalities.
+        Raises ValueError unless state is a whole network of the first modality, or of the first and some others.
         """
         first, *others = self.modalities
         known = [first] + [m for m in others if f"modulations.{m.name}.weight" in state]

@@ -13,7 +13,7 @@ scored on its valid pixels. Held at t = 0 it conditions and carries no loss; mis
 either. The image prediction is also kept near the frozen text-to-image teacher's (Eq. 8), most where depth is noise.
 
 The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality, training
-mode and range of t; speed), samples/ and the last checkpoints; --checkpoint of sample.py and evaluate.py is last.pt.
+mode and range of t; speed), samples/ and the last checkpoints. Give its last.pt to sample.py and evaluate.py.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def sparsity(text):
 
 def parse():
     p = data.Flags(__doc__)
-    start = "text-to-image checkpoint to start from and be taught by (or one of this stage, to go on), or none"
+    start = "checkpoint to start from: a text-to-image one, which is also the teacher; or one of this stage; or none"
     p.setting("--init", "runs/t2i/last.pt", start)
-    network = f"network: {', '.join(PRESETS)}; empty is that of --init, or nano where that is none"
+    network = f"network: {', '.join(PRESETS)}; the default is that of --init, or nano if that is none"
     p.setting("--preset", "", network, data.one_of("", *PRESETS))
     data.source_settings(p)
     kept = f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
@@ -92,7 +92,7 @@ def count_flops(args, config, taught):
 
 
 def dry_run(args, config, taught):
-    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device != "cpu"
+    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device in ("auto", "cuda")
     size = args.size, args.size
     teacher = f", teacher {training_cost(taught, size)[0] / 1e6:.1f}M" if taught else ""
     print(f"{args.size}x{args.size}, image and depth: {training_cost(config, size)[0] / 1e6:.1f}M parameters{teacher}")
@@ -156,9 +156,13 @@ def main():
     config = config.with_encoders(encoders)
     if init:
         check_modalities(args.init, Config(**init["config"]), config)
-    taught = base.with_encoders(encoders) if planned else Config(**init["config"]) if init else config
+    taught = config
+    if planned:
+        taught = base.with_encoders(encoders)
+    elif init:
+        taught = Config(**init["config"])
     if len(taught.modalities) == len(config.modalities) or not (args.distill_lo or args.distill_hi):
-        taught = None  # not wanted, or nothing to go back to: from scratch, or on from a checkpoint of this stage
+        taught = None  # no teacher: its weights are zero, or --init is none, or --init knows depth already
     args.size = args.size or config.size
     if args.size % config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
@@ -194,7 +198,7 @@ def main():
     optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
     if rank == 0:
         data.lock_run(args.out, args.resume)
-    # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
+    # sums {name of a loss: (total, count)} are those since the last row of metrics.jsonl.
     step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
@@ -204,7 +208,9 @@ def main():
     if args.checkpoint_activations:
         model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    keep_gradients = world > 1 and args.grad_accum > 1  # or the first part would hold them beside the ranks' buckets
+    keep_gradients = (
+        world > 1 and args.grad_accum > 1
+    )  # as views of DDP's buckets, or parts without sync hold a second copy
     names = [m.name for m in config.modalities]
 
     def over_ranks(sums):
@@ -223,7 +229,7 @@ def main():
     clock, since, in_a_row, stopping, saved = time.perf_counter(), step, 0, False, True
     while step < args.steps and not stopping:
         # Draw the batch, with depth as sparse as sensors leave it, and a noise level for each modality (Sec. 3.2). All
-        # randomness follows from (seed, index of the sample): how a batch is split over ranks and parts is no matter.
+        # randomness follows from (seed, index of the sample), so the split over ranks and parts changes no result.
         parts, counts = [], torch.zeros(len(names) + 1, dtype=torch.long, device=device)
         for values, valid, captions, indices in itertools.islice(batches, args.grad_accum):
             draws = data.Draws(args.seed, indices, device)
@@ -247,7 +253,7 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, valid, text, count = part
-            network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
+            network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync() does
             x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
             if teacher is not None:
@@ -258,7 +264,8 @@ def main():
                 for m in known:
                     totals[m, "distill_"] = velocity_loss(x0_hat[m], target[m], t[m], valid[m], weight)
             loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
-            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN reaches the norm on every rank
+            # A loss that is not finite may have a finite gradient. With NaN in all gradients all ranks skip the step.
+            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
             for (m, kind), total in totals.items():
                 for group, pair in breakdown(m, total.detach(), count[m], t).items():
                     step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
@@ -306,7 +313,9 @@ def main():
                 bar.set_postfix_str(f"{shown}, {rates}")
         ending = step == args.steps or stopping
         due = step % args.checkpoint_every == 0 or ending
-        if due:  # in the end even if this step was skipped: its weights are those of the last good one
+        # A skipped step is saved at the end alone. Its weights are those of the step before, but may be diverging: one
+        # more of the older checkpoints is kept.
+        if due:
             saved = data.worth_saving(step, in_a_row > 0 and not ending, rank, model, ema)
         if due and saved:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
@@ -325,7 +334,9 @@ def main():
         dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
     if not saved and rank == 0:
-        data.fail(f"--out {args.out}: the last checkpoint could not be written, see above; --resume uses an older one")
+        data.fail(
+            f"--out {args.out}: there is no checkpoint of the last step, see above; --resume goes on from an older one"
+        )
     if stopping and rank == 0:
         data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:

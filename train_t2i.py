@@ -55,7 +55,7 @@ def parse():
 
 
 def dry_run(args, config):
-    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device != "cpu"
+    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device in ("auto", "cuda")
     size = args.size, args.size
     parameters, flops = training_cost(config, size)
     print(f"{args.preset} at {args.size}x{args.size}, text-to-image: {parameters / 1e6:.1f}M parameters")
@@ -111,7 +111,7 @@ def main():
     optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
     if rank == 0:
         data.lock_run(args.out, args.resume)
-    # sums are since the last row of metrics.jsonl, {name of a loss: (total, count)}
+    # sums {name of a loss: (total, count)} are those since the last row of metrics.jsonl.
     step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
     out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
     if args.compile or (args.compile is None and cuda):
@@ -119,7 +119,9 @@ def main():
     if args.checkpoint_activations:
         model.checkpoint_activations()
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    keep_gradients = world > 1 and args.grad_accum > 1  # or the first part would hold them beside the ranks' buckets
+    keep_gradients = (
+        world > 1 and args.grad_accum > 1
+    )  # as views of DDP's buckets, or parts without sync hold a second copy
     names = [m.name for m in config.modalities]
 
     def over_ranks(sums):
@@ -137,8 +139,8 @@ def main():
     batches = data.training_batches(source, args, step, rank, world, device)
     clock, since, in_a_row, stopping, saved = time.perf_counter(), step, 0, False, True
     while step < args.steps and not stopping:
-        # Draw the batch, noise levels and noise. All randomness follows from (seed, index of the sample): how a batch
-        # is split over ranks and parts is no matter.
+        # Draw the batch, noise levels and noise. All randomness follows from (seed, index of the sample): the
+        # result does not depend on how ranks and parts split a batch.
         parts, counts = [], torch.zeros(len(names) + 1, dtype=torch.long, device=device)
         for values, _, captions, indices in itertools.islice(batches, args.grad_accum):
             draws = data.Draws(args.seed, indices, device)
@@ -160,11 +162,12 @@ def main():
         step_sums = {}
         for part in parts:
             x0, noisy, t, text, count = part
-            network.require_backward_grad_sync = part is parts[-1]  # as no_sync: ranks wait for each other once a step
+            network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync() does
             x0_hat = network(noisy, t, text)
             totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m]) for m in names}
             loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
-            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))  # NaN reaches the norm on every rank
+            # A loss that is not finite may have a finite gradient. With NaN in all gradients all ranks skip the step.
+            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
             for (m, kind), total in totals.items():
                 for group, pair in breakdown(m, total.detach(), count[m], t).items():
                     step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
@@ -212,7 +215,9 @@ def main():
                 bar.set_postfix_str(f"{shown}, {rates}")
         ending = step == args.steps or stopping
         due = step % args.checkpoint_every == 0 or ending
-        if due:  # in the end even if this step was skipped: its weights are those of the last good one
+        # A skipped step is saved at the end alone. Its weights are those of the step before, but may be diverging: one
+        # more of the older checkpoints is kept.
+        if due:
             saved = data.worth_saving(step, in_a_row > 0 and not ending, rank, model, ema)
         if due and saved:
             sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
@@ -231,7 +236,9 @@ def main():
         dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
         dist.destroy_process_group()
     if not saved and rank == 0:
-        data.fail(f"--out {args.out}: the last checkpoint could not be written, see above; --resume uses an older one")
+        data.fail(
+            f"--out {args.out}: there is no checkpoint of the last step, see above; --resume goes on from an older one"
+        )
     if stopping and rank == 0:
         data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
     if signal.SIGINT in stop_signals:

@@ -795,7 +795,7 @@ def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkey
 @pytest.mark.parametrize(
     ("script", "flags"), [("train_t2i", ["--lr", "nan"]), ("evaluate", ["depth", "--size", b"\xff"])]
 )
-def test_bad_input_in_a_process_of_its_own(script, flags, tmp_path):
+def test_bad_input_prints_nothing_else_to_stderr(script, flags, tmp_path):
     """Nothing else reaches stderr: no warning, no message of torch's launcher."""
     command = [sys.executable, ROOT / f"{script}.py", *flags]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
@@ -803,5 +803,5 @@ def test_bad_input_in_a_process_of_its_own(script, flags, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_there_are_rows_enough():
+def test_rows_are_unique_and_at_least_150():
     assert len(set(ROWS)) == len(ROWS) >= 150

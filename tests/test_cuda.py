@@ -1,4 +1,4 @@
-"""What CUDA does that a CPU does not: other autocast rules, graphs compiled once, fused attention kernels."""
+"""CUDA's autocast rules, emulated on a CPU; graphs compiled once; on a GPU, fused attention kernels."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ CONFIG = model.Config(width=64, depth=3, head=16, patch=4, size=16, decoder_dept
 JOINT = CONFIG.with_modalities(model.RGB, model.DEPTH)
 IN_BFLOAT16 = {F.linear, F.scaled_dot_product_attention, torch.matmul}
 IN_FLOAT32 = {F.rms_norm, torch.rms_norm, F.layer_norm, F.softmax, torch.exp, torch.log, torch.sum, torch.pow}
-IN_THE_WIDEST = {torch.addcmul, torch.cat, torch.stack}
+PROMOTED_TO_FLOAT32 = {torch.addcmul, torch.cat, torch.stack}
 
 
-class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast lists, on a CPU: as torch's page on automatic mixed precision has them, what the network uses."""
+class EmulatedCudaAutocast(TorchFunctionMode):
+    """CUDA's autocast on a CPU, for the functions that the network uses, by the lists in torch's documentation."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -25,7 +25,7 @@ class CudaAutocast(TorchFunctionMode):
                 args, kwargs = cast((args, kwargs), torch.bfloat16)
             if function in IN_FLOAT32:
                 args, kwargs = cast((args, kwargs), torch.float32)
-            if function in IN_THE_WIDEST and torch.float32 in dtypes_of((args, kwargs)):
+            if function in PROMOTED_TO_FLOAT32 and torch.float32 in dtypes_of((args, kwargs)):
                 args, kwargs = cast((args, kwargs), torch.float32)
         return function(*args, **kwargs)
 
@@ -43,7 +43,7 @@ def dtypes_of(tree):
 
 @pytest.fixture
 def network():
-    """A network whose every part does something: fresh ones begin with zeros."""
+    """A network with random weights everywhere: a new one has zero gates and output layers."""
     torch.manual_seed(0)
     network = model.DiT(JOINT)
     for parameter in network.parameters():
@@ -75,7 +75,7 @@ def watch_blocks(network):
 
 def test_blocks_are_given_one_dtype_and_one_layout_by_the_rules_of_cuda(network):
     seen = watch_blocks(network)
-    with torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+    with torch.autocast("cpu", torch.bfloat16), EmulatedCudaAutocast():
         network(*inputs())
     assert {dtype for _, dtype, _ in seen} == {torch.float32}
     for blocks in (network.blocks, network.decoders["depth"].blocks):
@@ -83,11 +83,11 @@ def test_blocks_are_given_one_dtype_and_one_layout_by_the_rules_of_cuda(network)
         assert len(layouts) == 3 and layouts[0] == layouts[1] == layouts[2]
 
 
-def test_what_is_computed_does_not_hang_on_a_list_of_autocast(network):
+def test_rules_of_cpu_and_cuda_give_equal_results(network):
     """The lists of CPU and CUDA differ in rms_norm and addcmul; dtypes are explicit, so the results are the same."""
     with torch.autocast("cpu", torch.bfloat16):
         by_cpu = network(*inputs())
-        with CudaAutocast():
+        with EmulatedCudaAutocast():
             by_cuda = network(*inputs())
     exact = network(*inputs())
     for m in exact:
@@ -104,12 +104,12 @@ def test_attention_and_matmuls_are_in_bfloat16_by_the_rules_of_cuda(network, mon
         return attention(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    with torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+    with torch.autocast("cpu", torch.bfloat16), EmulatedCudaAutocast():
         network(*inputs())
     assert seen == {torch.bfloat16}
 
 
-def test_three_graphs_of_trunk_detokenizer_and_teacher(network, monkeypatch):
+def test_trunk_detokenizer_and_teacher_compile_once_each(network, monkeypatch):
     """However many blocks there are, in bfloat16; each is compiled in the first step."""
     graphs, compiler = [], torch.compile
 
@@ -134,7 +134,7 @@ def test_three_graphs_of_trunk_detokenizer_and_teacher(network, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_and_sampling_take_a_fused_attention_kernel():
-    """In float32 with grouped keys there is none, and the whole matrix of scores would be stored."""
+    """No fused kernel takes float32 with grouped keys; the fallback stores the whole matrix of scores."""
     with torch.device("cuda"):
         network, (noisy, t, text) = model.example(JOINT, (16, 16), 2)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):

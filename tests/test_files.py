@@ -481,7 +481,7 @@ def test_few_samples_and_many_workers(tmp_path):
     assert all(next(stream)[0]["rgb"].shape == (2, 3, 16, 16) for _ in range(6))
 
 
-def test_resuming_past_a_bad_batch(tmp_path):
+def test_a_bad_batch_keeps_later_samples_in_place(tmp_path):
     """A batch without any usable sample is still a batch: later ones keep their place."""
     tar(tmp_path / "a.tar", [(f"{i}.jpg", JPEG if i != 3 else b"bad") for i in range(7)])
     args = settings(tmp_path / "a.tar", batch_size=1)
@@ -503,7 +503,7 @@ def test_an_evaluation_reads_no_further_than_it_has_to(tmp_path):
         assert sum(len(batch[3]) for batch in data.in_order(source, 3, batch_size)) == 3
 
 
-def test_a_folder_is_its_own_root(tmp_path, monkeypatch):
+def test_file_names_cannot_leave_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(folder(tmp_path / "f", ['{"file_name": "../f/b.jpg"}', '{"file_name": "../secret.jpg"}']))
     (tmp_path / "secret.jpg").write_bytes(JPEG)
     source = data.open_source(settings("."), "val", (16, 16))

@@ -227,7 +227,7 @@ INITS = {
 
 
 @pytest.mark.parametrize("case", INITS)
-def test_a_stage_takes_over_its_own_modalities_alone(case, tmp_path, monkeypatch, capsys):
+def test_init_with_other_modalities_is_refused(case, tmp_path, monkeypatch, capsys):
     modalities, says = INITS[case]
     torch.save(checkpoint(SMALL.with_modalities(*modalities)), tmp_path / "init.pt")
     line = f"{QUICK} --init {tmp_path}/init.pt --out {tmp_path}/run"
@@ -314,7 +314,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_settings_of_a_run_pass_the_checks_of_flags(case, tmp_path, monkeypatch, capsys):
+def test_bad_values_in_config_json_are_refused(case, tmp_path, monkeypatch, capsys):
     content, says = CONFIGS[case]
     (tmp_path / "config.json").write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["train_t2i.py", "--resume", "--out", str(tmp_path)])
@@ -344,7 +344,7 @@ def test_a_copied_run_leaves_the_original_alone(ran, tmp_path, monkeypatch):
     assert written(ran) == before and torch.load(out / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_rows_of_any_kind_are_survived(ran, tmp_path, monkeypatch):
+def test_resuming_ignores_malformed_rows(ran, tmp_path, monkeypatch):
     out = copy_run(ran, tmp_path / "run")
     odd = b'\n3\n[1]\n"word"\n{}\n{"step": "two"}\n{"step": null}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
     for name in ("metrics.jsonl", "starts.jsonl"):
@@ -582,7 +582,7 @@ RANKS = {
 
 
 @pytest.mark.parametrize("environment", RANKS)
-def test_an_environment_that_no_launcher_makes_is_one_line(environment, monkeypatch, capsys):
+def test_a_bad_rank_or_world_size_is_refused(environment, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for setting in environment.split():
