@@ -118,7 +118,7 @@ STATES = {  # what is done to a checkpoint: what the line says
     "width a float": (with_config(width=64.0), "width is 64.0"),
     "depth a string": (with_config(depth="1"), "depth is '1'"),
     "patch a boolean": (with_config(patch=True), "patch is True"),
-    "width without heads": (with_config(width=96), "multiple of 4 heads"),
+    "width without heads": (with_config(width=96), "multiple of 4 x head"),
     "text cut": (with_config(text_length=9), "text_length 9"),
     "no modalities": (with_config(modalities=[]), "modalities must be"),
     "modalities a number": (with_config(modalities=3), "config"),
@@ -372,7 +372,7 @@ def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as stopped:
         run(train_t2i, f"--resume --steps 8 --checkpoint-every 1 --keep 1 --out {out}", monkeypatch)
     lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "the last checkpoint could not be written" in lines[-1]
+    assert stopped.value.code == 2 and "there is no checkpoint of the last step" in lines[-1]
     assert any("step 7: no checkpoint, since this step was skipped" in line for line in lines)
     assert any("step 8: no checkpoint, since weights are not finite" in line for line in lines)
     assert [path.name for path in data.list_checkpoints(out)] == ["step-0000002.pt"]
