@@ -44,6 +44,7 @@ import traceback
 import types
 import warnings
 import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import TEXT_PATCH, Config, DiT, check_numbers, check_weights
+from model import (
+    MODALITIES,
+    TEXT_PATCH,
+    DiT,
+    check_numbers,
+    check_weights,
+    matmul_peak,
+    rename_weights,
+    split_by_mode,
+    training_cost,
+)
 
 # ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
 
@@ -1135,12 +1156,13 @@ def open_encoders(path, device, config, trained_with=None):
 
 
 # ---- Flags ----
+# The command lines of all scripts: types that check a value, and the settings that several scripts share.
 
 MAX_SIDE = 8192  # pixels
 
 
 def number(low, high, above=False, kind=float):
-    """Type of a flag: text -> a number from low to high, or above low. NaN and infinity are out of every range."""
+    """Type of a flag: a number from low to high, or above low. NaN and infinity are never in the range."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1159,13 +1181,13 @@ def number(low, high, above=False, kind=float):
 whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
-SIDE = whole(0, MAX_SIDE)  # 0 stands for another flag's or a network's
+SIDE = whole(0, MAX_SIDE)  # 0 stands for the value of another flag or of the network
 SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
 
 
 def one_of(*names):
-    """Type of a flag: text that is one of names, unchanged."""
+    """Type of a flag: one of the names, unchanged."""
 
     def read(text):
         if text not in names:
@@ -1175,8 +1197,37 @@ def one_of(*names):
     return read
 
 
+def by_modality(read_number):
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A lone number is for the image."""
+    image = next(iter(MODALITIES))
+
+    def read(text):
+        numbers = {}
+        for entry in filter(None, text.split(",")):
+            name, equals, value = entry.rpartition("=")
+            if not equals:
+                name = image
+            if name not in MODALITIES or name in numbers:
+                example = f"{image}=0.5,depth=0.2, with each of {', '.join(MODALITIES)} at most once"
+                raise argparse.ArgumentTypeError(f"{text}: must be a number, or {example}")
+            numbers[name] = read_number(value)
+        return numbers
+
+    return read
+
+
+def modality_list(text):
+    """Type of a flag: names of modalities, the image first, unchanged."""
+    image = next(iter(MODALITIES))
+    names = text.split(",")
+    if names[0] != image or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
+        known = ", ".join(MODALITIES)
+        raise argparse.ArgumentTypeError(f"{text}: must be {image} and different ones of {known}, joined by commas")
+    return text
+
+
 def parse_size(text, low=1):
-    """ "HxW", or one side, in pixels -> (H, W). Raises argparse.ArgumentTypeError if it is neither, or out of range."""
+    """Size in pixels, one side ("64") or "HxW" -> (H, W). Raises argparse.ArgumentTypeError if it is out of range."""
     match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < low or max(size) > MAX_SIDE:
@@ -1186,7 +1237,7 @@ def parse_size(text, low=1):
 
 
 def size_text(low=1):
-    """Type of a flag: text that is empty, or that parse_size reads, unchanged."""
+    """Type of a flag: a text that parse_size reads, or the empty text, unchanged."""
 
     def read(text):
         if text:
@@ -1196,15 +1247,29 @@ def size_text(low=1):
     return read
 
 
+def parse_order(text, names):
+    """--order: log2(alpha) from -14 to 14, or different ones of names -> a float, or their list. Else exit code 2."""
+    try:
+        order = float(text)
+    except ValueError:
+        order = text.replace(" ", "").split(",")
+        if sorted(set(order) & set(names)) != sorted(order):
+            fail(f"--order {text}: must be joint, log2(alpha), or different ones of {', '.join(names)}")
+        return order
+    if not -14 <= order <= 14:
+        fail(f"--order {text}: log2(alpha) must be from -14 to 14; rgb,depth and depth,rgb are its limits")
+    return order
+
+
 class Flags(argparse.ArgumentParser):
-    """The flags of a script. Whatever is wrong with what a user gives is told in one line, with exit code 2."""
+    """The flags of a script. A mistake on the command line is reported in one line, with exit code 2."""
 
     def __init__(self, description):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
 
     def setting(self, flag, default, help, type=str, **options):
-        """Declare a flag. type reads and checks its text; a default of False or None makes it a switch."""
+        """Declare a flag. type reads and checks its text. A default of False or None makes the flag a switch."""
         if default is None or default is False:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -1213,105 +1278,134 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         flag, _, problem = message.removeprefix("argument ").partition(": ")
-        if ": must be " in problem:  # our types' messages begin with the value, argparse's own do not
+        if ": must be " in problem:  # the messages of our types begin with the value, those of argparse do not
             fail(f"{flag} {problem}")
         fail(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
-def source_settings(p):
-    """The flags of every script that reads samples."""
+def source_settings(p, maps=True):
+    """The flags of a script that reads samples. maps: it reads more than images and captions."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
-    p.setting(
-        "--depth-scale",
-        0.001,
-        "metres per unit of a 16-bit PNG without a scale of its own (KITTI: 0.00390625)",
-        POSITIVE,
-    )
-    p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
-    p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
-    p.setting("--workers", 2, "processes that read files, of each rank (evaluation: one at most)", whole(0, 256))
+    if maps:
+        unit = "metres per unit of a 16-bit PNG that has no scale of its own (KITTI: 0.00390625)"
+        p.setting("--depth-scale", 0.001, unit, POSITIVE)
+        p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
+        p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
+    p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
     p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
 
 
 def check_depth_range(args):
-    """Refuse source_settings by which all depth is missing."""
+    """Refuse source_settings that leave no depth."""
     if 0 < args.depth_max <= args.depth_min:
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
 def sampling_settings(p):
-    """The flags of every script that samples."""
+    """The flags of a script that samples."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    p.setting("--solver", "euler", "euler, or heun (second order, two evaluations a step)", one_of("euler", "heun"))
-    p.setting("--cfg", 3.0, "guidance of the image; 1 is none, the released model uses 4", number(0, 100))
-    p.setting("--ensemble", 1, "samples of each depth map, whose median is taken", whole(1, 1000))
-    counted = "ensemble members and guided copies count, and those of one image stay together"
-    p.setting("--batch-size", 16, f"samples per call of the network; {counted}", whole(1, 10**5))
+    scale = "scale of classifier-free guidance: a number for the image, or rgb=3,depth=2; 1 is none"
+    p.setting("--cfg", "3", f"{scale} (the released model uses 4)", by_modality(number(0, 100)))
+    p.setting("--ensemble", 1, "number of samples of each depth map, of which the median is taken", whole(1, 1000))
+    counted = "ensemble members and guided copies count; the members of one image stay together"
+    p.setting("--batch-size", 16, f"samples in each call of the network; {counted}", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
 def training_settings(p, steps, out):
-    """The flags that both stages of training share; steps and out are their defaults."""
-    p.setting("--size", 0, "side of the images in pixels; 0 is the network's", SIDE)
-    p.setting("--steps", steps, "optimizer steps", COUNT)
-    p.setting("--batch-size", 32, "samples a step, over all ranks and accumulation steps together", whole(1, 1 << 20))
-    p.setting("--grad-accum", 1, "parts that each rank's share of a batch is split into, to save memory", COUNT)
+    """The flags that both training scripts share; steps and out are their defaults."""
+    p.setting("--size", 0, "side of the images in pixels; 0 is the side that the network is made for", SIDE)
+    p.setting("--steps", steps, "number of optimizer steps", COUNT)
+    p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
+    p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
-    p.setting("--warmup", 50, "steps of linear warm-up; then the rate falls linearly to zero", COUNT)
-    p.setting("--clip", 1.0, "gradient norm is clipped to this", POSITIVE)
+    p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly to zero", COUNT)
+    p.setting("--clip", 1.0, "largest norm of the gradient, to which it is clipped", POSITIVE)
     p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
-    p.setting("--drop-caption", 0.1, "share of captions dropped, for classifier-free guidance", SHARE)
-    p.setting("--seed", 0, "of weights, scenes and noise", SEED)
+    p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
+    p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.setting("--compile", None, "torch.compile; the default is on CUDA only")
-    p.setting("--out", out, "run directory")
+    p.setting("--compile", None, "torch.compile the blocks; the default is on CUDA only")
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
-    p.setting("--shard", False, "split the optimizer's state over the ranks, if there are several (ZeRO, stage 1)")
-    p.setting("--resume", False, "go on from the run directory's newest whole checkpoint, if any")
+    p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
+    p.setting("--out", out, "run directory")
+    p.setting("--resume", False, "go on from the newest checkpoint of the run directory, if there is one")
     p.setting("--checkpoint-every", 250, "steps between checkpoints", COUNT)
-    p.setting("--keep", 2, "checkpoints that are kept, the newest ones", COUNT)
+    p.setting("--keep", 2, "number of checkpoints to keep, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
-    p.setting("--sample-every", 500, "steps between picture grids", COUNT)
+    p.setting("--sample-every", 500, "steps between sample pictures", COUNT)
     p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
     p.setting("--timeout", 1800, "seconds until a silent rank ends the run; allow for a checkpoint", whole(1, 10**6))
-    p.setting("--dry-run", 0, "number of GPUs: print FLOPs, and the bytes on each, and stop", whole(0, 10**6))
+    p.setting("--dry-run", False, "print the number of parameters and the FLOPs, and stop")
 
 
-def parse_order(text, names):
-    """--order: log2(alpha), or different ones of names -> a float in -14..14, or their list. Exit code 2 otherwise."""
+def parse_run(p):
+    """p.parse_args() of a training script. With --resume, the settings in the run's config.json replace p's defaults.
+
+    The settings are read as if they were flags. --out is never taken from config.json, since a run directory may have
+    been copied. A plug-in of --encoders must be named again, since it is code that is run.
+    """
+    args = p.parse_args()
+    if not args.resume:
+        return args
+    path = Path(args.out) / "config.json"
     try:
-        order = float(text)
-        if not -14 <= order <= 14:
-            fail(f"--order {text}: log2(alpha) is in -14..14; rgb,depth and depth,rgb are the limits")
+        settings = parse_json(path.read_bytes()) if path.is_file() else {}
     except ValueError:
-        order = text.replace(" ", "").split(",")
-        if sorted(set(order) & set(names)) != sorted(order):
-            fail(f"--order {text}: choose joint, log2(alpha), or different ones of {', '.join(names)}")
-    return order
+        fail(f"--resume: {path} is damaged; remove it and give the settings of the run as flags")
+    if "p_i2d" in settings:  # a run of an earlier version
+        settings["p_clean"] = {"rgb": settings["p_i2d"], "depth": settings.get("p_d2i")}
+
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if name in ("out", "encoders", "resume") or value == p.get_default(name):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            continue
+        if isinstance(value, dict):  # as by_modality reads it
+            value = ",".join(f"{key}={number}" for key, number in value.items())
+        flags.append(f"--{flag}={value}")
+    args, _ = p.parse_known_args(flags)  # a setting that this version does not have is ignored
+    args = p.parse_args(namespace=args)
+    if settings.get("encoders") and not args.encoders:
+        fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
+    return args
 
 
 # ---- Runs on disk ----
+# What a script needs around its work: messages, a device, files that survive accidents, and checkpoints.
 
 
-def tell(message):
-    """One line on stderr, above a progress bar. What a message quotes may be of any length: its middle is cut."""
+def log(message):
+    """Print one line on stderr, above a progress bar. A long message loses its middle, since it may quote anything."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    tqdm.write(line if len(line) < 300 else f"{line[:190]} ... {line[-100:]}", file=sys.stderr)
+    if len(line) > 300:
+        line = f"{line[:190]} ... {line[-100:]}"
+    tqdm.write(line, file=sys.stderr)
 
 
 def fail(message):
-    """One clear line on stderr, exit code 2."""
-    tell(message)
+    """Print one line on stderr and exit with code 2."""
+    log(message)
     raise SystemExit(2)
 
 
+def reason(error):
+    """The first line of what an exception says."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def pick_device(name):
-    """--device auto | cuda | mps | cpu -> torch.device; of several GPUs that of this rank, unless cuda:N names one."""
+    """--device auto | cuda | mps | cpu -> torch.device. Without a number, cuda is the GPU of this rank."""
     if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-        fail(f"--device {name}: choose auto, cuda, mps or cpu")
+        fail(f"--device {name}: must be auto, cuda, mps or cpu")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(kind for kind, found in available.items() if found)
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1319,21 +1413,28 @@ def pick_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError):  # the last of torch without CUDA
+    except (RuntimeError, AssertionError, AttributeError):  # a torch without CUDA raises AttributeError
         fail(f"--device {name}: not available here; use --device auto")
     if device.type == "cpu" and sys.platform == "linux":
-        # glibc hands every freed block over 32 MB back to the system, and faulting it in again costs more than the
-        # matmul that fills it. Keep memory: M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 1 << 30), libc.mallopt(-1, (1 << 31) - 1)
+        keep_freed_memory()
     return device
 
 
-def run_script(main):
-    """Call main, a whole script. What the machine or the user's disk lacks is one line and exit code 2; Ctrl-C is 130.
+def keep_freed_memory():
+    """Tell glibc not to hand freed blocks above 32 MB back to the system.
 
-    Every other exception is a bug, and keeps its traceback.
+    It does so by default, and to fault such a block in again costs more than the matmul that fills it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def run_script(main):
+    """Call the main function of a script. A problem of the machine or the disk is one line and exit code 2.
+
+    Ctrl-C is exit code 130. Any other exception is a bug and keeps its traceback.
     """
     try:
         return main()
@@ -1341,48 +1442,50 @@ def run_script(main):
         raise SystemExit(130) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}; check the path, its permissions and the space on its disk")
+        fail(f"{where}{reason(error)}; check the path, its permissions and the space on its disk")
     except (MemoryError, RuntimeError) as error:
-        texts = "can't allocate memory", "out of memory", "size calculation overflowed"  # of torch's allocators
+        texts = ("can't allocate memory", "out of memory", "size calculation overflowed")  # of torch's allocators
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
             raise
         fail("out of memory; lower --batch-size or --size")
 
 
 def claim_folder(path, *own, flag="--out"):
-    """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
+    """Make a directory to write to. Nothing in it is overwritten unless this project wrote it.
 
-    own: names that nobody but the script that asks would have written. So nothing of a user's is overwritten.
+    The directory must be new, or empty, or hold a file that fits one of the patterns own, which only the calling script
+    would have written.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    holds = next(folder.iterdir(), None)
-    if holds and not any(any(folder.glob(pattern)) for pattern in own):
-        fail(f"{flag} {path}: already holds {holds.name}; choose a new or an empty directory")
+    first = next(folder.iterdir(), None)
+    if first and not any(any(folder.glob(pattern)) for pattern in own):
+        fail(f"{flag} {path}: already holds {first.name}; choose a new or an empty directory")
     return folder
 
 
 @contextlib.contextmanager
 def tolerate(path):
-    """A full disk, or a picture that takes more memory than there is, is reported and does not stop training."""
+    """Report a full disk, or a picture that needs more memory than there is, and go on training."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch's errors, that of a full GPU too, are RuntimeErrors
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        tell(f"{path}: not written ({reason}); training goes on")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full GPU as a RuntimeError
+        log(f"{path}: not written ({reason(error)}); training goes on")
         traceback.clear_frames(error.__traceback__)  # their variables hold on to the memory
         torch.cuda.empty_cache()
 
 
 def append_row(path, row):
-    """Add a row to a file of JSON lines, if the disk lets it; after a line that a crash has cut, on a new one."""
+    """Add a row to a file of JSON lines, if the disk permits. It starts on a new line, even if a crash cut the last."""
     with tolerate(path), open(path, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
-        file.write((b"\n" if file.read(1) not in (b"", b"\n") else b"") + json.dumps(row).encode() + b"\n")
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def parse_json(text):
-    """The dictionary that a JSON text, or its bytes, holds. Raises ValueError if it holds anything else."""
+    """Read a dictionary from JSON text or bytes. Raises ValueError if it holds anything else."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -1393,21 +1496,22 @@ def parse_json(text):
 
 
 def read_rows(path):
-    """The rows of a file of JSON lines, in order; what a crash or a full disk has cut is left out."""
+    """The rows of a file of JSON lines, without those that a crash or a full disk has cut."""
     rows = []
-    for line in Path(path).read_bytes().splitlines() if Path(path).is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(parse_json(line))
+    if Path(path).is_file():
+        for line in Path(path).read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(parse_json(line))
     return rows
 
 
 def write_whole(path, write, sync=True):
-    """write(file) beside the file, then renamed: if the process dies meanwhile, it is the old one or the new.
+    """Call write(file) on a temporary file and rename it, so that a crash leaves the old file or the new one.
 
-    sync: also if the machine dies. It takes milliseconds, which many small files need not.
+    sync: this also holds if the machine crashes. It takes milliseconds, which is too long for many small files.
     """
     part = Path(path).with_name("partly-written")
-    part.unlink(missing_ok=True)  # not written through, should it be a link
+    part.unlink(missing_ok=True)  # if it is a link, what it points to must not be written
     try:
         with open(part, "wb") as file:
             write(file)
@@ -1423,69 +1527,27 @@ def write_whole(path, write, sync=True):
 
 
 def to_bytes(write, *args, **options):
-    """What write(file, *args, **options) writes. (On a full disk Pillow and numpy would raise errors of their own.)"""
+    """What write(file, *args, **options) writes. (Pillow and numpy would hide the error of a full disk.)"""
     buffer = io.BytesIO()
     write(buffer, *args, **options)
     return buffer.getvalue()
 
 
 def write_bytes(path, content, sync=True):
-    """write_whole so many bytes."""
     write_whole(path, lambda file: file.write(content), sync)
 
 
 def write_image(path, image, **options):
-    """write_whole a Pillow image, in the format that the path's suffix names."""
+    """Write a Pillow image in the format that the suffix of path names."""
     write_bytes(path, to_bytes(image.save, Path(path).suffix[1:], **options))
 
 
 def write_json(path, value):
-    """write_whole a value as JSON."""
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def parse_run(p):
-    """p.parse_args of a training script. With --resume the run's own settings, in its config.json, come before p's
-    defaults: they are read as if they were flags. --out is where the user says, and a plug-in must be named again.
-    """
-    args = p.parse_args()
-    if not (args.resume or tried_again(args.out)):
-        return args
-    path = Path(args.out) / "config.json"
-    try:
-        settings = parse_json(path.read_bytes()) if path.is_file() else {}
-    except ValueError:
-        fail(f"--resume: {path} is damaged; remove it and give the run's settings as flags")
-    flags = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if name in ("out", "encoders", "resume") or value == p.get_default(name):
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag}={value}")
-    args, _ = p.parse_known_args(flags)
-    args = p.parse_args(namespace=args)
-    args.resume = True
-    if settings.get("encoders") and not args.encoders:
-        fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
-    return args
-
-
-def parent():
-    """What started this process: "host:pid"."""
-    return f"{platform.node()}:{os.getppid()}"
-
-
-def tried_again(out):
-    """Whether the torchrun that started the run's last processes has now, with --max-restarts, started this one."""
-    starts = read_rows(Path(out) / "starts.jsonl")
-    return "TORCHELASTIC_RUN_ID" in os.environ and bool(starts) and starts[-1].get("parent") == parent()
-
-
 def git_commit():
-    """The commit of this code, with -dirty if its files differ from it; "" where git knows none."""
+    """The commit of this code, with -dirty if files differ from it, or "" if there is none."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -1493,76 +1555,159 @@ def git_commit():
         return ""
 
 
-def lock_run(out, resume):
-    """Make the run directory, and keep it for this process until that ends, however it ends.
+def list_checkpoints(out):
+    """Paths of the checkpoints in a run directory, oldest first; last.pt if there is nothing else."""
+    paths = [path for path in Path(out).glob("step-*.pt") if re.fullmatch(r"step-[0-9]{7,}\.pt", path.name)]
+    paths.sort(key=lambda path: (len(path.name), path.name))
+    return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
 
-    A directory that holds a run is refused, unless it is to be resumed and no other process is at it.
+
+def save_checkpoint(out, state, keep):
+    """Write step-<step>.pt, point last.pt to it, and remove all but the newest checkpoints. Returns whether it could.
+
+    If it could not, because the disk is full for example, it says so and the older checkpoints stay.
     """
-    out = Path(out)
-    if list_checkpoints(out) and not resume:
-        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
-    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
+    path = out / f"step-{state['step']:07}.pt"
+    link = out / "partly-written"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock of this kind is not inherited by data loaders
-    except BlockingIOError:
-        fail(f"--out {out}: another process is training in it; wait for its end, or choose another --out")
-    except OSError as error:  # some network disks have no locks
-        tell(f"--out {out}: cannot be locked ({error.strerror}); start no second run in it")
+        write_whole(path, lambda file: torch.save(state, file))
+        link.symlink_to(path.name)
+        os.replace(link, out / "last.pt")
+        for old in list_checkpoints(out)[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch raises another error while it handles that of the disk
+        names = ", ".join(old.name for old in list_checkpoints(out))
+        log(f"{path}: not written ({reason(cause)}); there is {names or 'no older one'}")
+        return False
+    return True
 
 
-def open_run(out, settings, device, ranks, resumed=None):
-    """Begin a run, or go on from step resumed: rows of metrics.jsonl past it will be written again.
+PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
+NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
+INFERENCE_KEYS = {"config": dict, "settings": dict, "ema": dict}
+TRAINING_KEYS = {**INFERENCE_KEYS, "model": dict, "step": int, "sums": dict, "skipped": int}
 
-    config.json gets the settings, starts.jsonl a row of what ran where.
+
+def unpack(path):
+    """Read the dictionary that a training script saved. Its tensors are read from the file when they are used.
+
+    This runs no code and takes no more memory than the file has bytes, whatever the file declares. Raises OSError, and
+    ValueError if the file is damaged or something else.
     """
-    out = Path(out)
-    (out / "samples").mkdir(exist_ok=True)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": resumed or 0}
-    row |= {"commit": git_commit(), "torch": torch.__version__, "device": chip, "ranks": ranks, "parent": parent()}
-    rows = [row for row in read_rows(out / "metrics.jsonl") if isinstance(row.get("step"), int)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= (resumed or 0))
-    write_bytes(out / "metrics.jsonl", lines.encode())
-    write_json(out / "config.json", settings)
-    append_row(out / "starts.jsonl", row)
-    return out
+    try:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about some damaged files before it refuses them
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError
+            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            for code, name, _ in pickletools.genops(archive.read(pickled)):
+                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray, too
+                    raise ValueError
+            if archive.testzip():
+                raise ValueError
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:  # a disk that fails does not mean that the file is damaged
+        error.filename = str(path)
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does a lack of memory
+            raise
+        raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
+
+
+def read_checkpoint(path, keys=INFERENCE_KEYS):
+    """unpack a checkpoint that must hold these keys. Raises OSError, and ValueError that names what is wrong."""
+    state = unpack(path)
+    if isinstance(state, dict):
+        state = {"sums": {}, "skipped": 0, **state}  # early checkpoints lack these
+    for key, kind in keys.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise ValueError(f"it lacks {key!r}; give a last.pt of a training script")
+    if not isinstance(state["settings"].get("encoders", ""), str):
+        raise ValueError("its setting 'encoders' is not a file name")
+    return state
+
+
+def load_checkpoint(path, flag="--checkpoint"):
+    """read_checkpoint, or one line and exit code 2 if the file is missing, damaged, or not a checkpoint."""
+    if path == NANO:
+        log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
+    if not os.path.isfile(path):
+        fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        fail(f"{flag} {path}: {error}")
+
+
+def open_network(path, flag="--checkpoint"):
+    """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
+    state = load_checkpoint(path, flag)
+    try:
+        return DiT.from_checkpoint(state), state
+    except ValueError as error:
+        fail(f"{flag} {path}: {error}")
+
+
+def newest_checkpoint(out):
+    """The newest checkpoint of a run directory that is whole, as a dictionary, or None if there is none at all.
+
+    Names the damaged ones that it passes over. Exit code 2 if all are damaged.
+    """
+    paths = list_checkpoints(out)
+    damaged = []
+    for path in reversed(paths):
+        try:
+            state = read_checkpoint(path, TRAINING_KEYS)
+        except ValueError as error:
+            damaged.append(f"{path.name} is damaged ({error})")
+            continue
+        if damaged:
+            log(f"--resume: {'; '.join(damaged)}; going on from {path.name}")
+        return state
+    if damaged:
+        fail(f"--resume: no checkpoint in {out} is whole ({damaged[0]}); start anew with another --out")
+    log(f"--resume: no checkpoint in {out} yet; from the beginning")
+    return None
+
+
+# ---- The training run ----
+# What both training scripts repeat around their loops, and nothing of the method.
 
 
 def read_ranks():
-    """(rank, ranks) of this process, as torchrun tells them in the environment; (0, 1) if it did not start it."""
+    """(rank, number of ranks) of this process, which torchrun puts into the environment; (0, 1) without torchrun."""
     rank = os.environ.get("RANK", "0")
     ranks = os.environ.get("WORLD_SIZE", "1")
     numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
     if not numbers or int(rank) >= int(ranks):
         fail(f"RANK={rank} WORLD_SIZE={ranks}: must be whole numbers, RANK the lower; use torchrun, or unset both")
-    rank = int(rank)
-    ranks = int(ranks)
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if ranks > 1 and not os.environ.get(name):
+        if int(ranks) > 1 and not os.environ.get(name):
             fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
-    return rank, ranks
+    return int(rank), int(ranks)
 
 
 def join_ranks(backend, seconds):
-    """Join torchrun's ranks in a process group; all end if one is silent for so many seconds.
+    """Join the ranks of torchrun in a process group. All end if one is silent for so many seconds.
 
-    torchrun shows a second try (--max-restarts) what the first has stored, addresses of the dead among it. So on one
-    node every try has keys of its own; on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each a new store.
+    torchrun shows a second try (--max-restarts) what the first has stored, such as addresses of dead processes. So on
+    one node every try has its own keys; on several nodes, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives it a new store.
     """
-    timeout = datetime.timedelta(seconds=seconds)
     try:
         store, rank, ranks = next(dist.rendezvous("env://"))
     except (ValueError, dist.DistError) as error:
-        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        fail(f"no other ranks at MASTER_ADDR:MASTER_PORT, {where} ({str(error).splitlines()[0]}); start with torchrun")
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        fail(f"no other ranks at MASTER_ADDR:MASTER_PORT, {address} ({reason(error)}); start with torchrun")
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    timeout = datetime.timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT, for the training loop. A second one ends the process."""
+    """A list that gets the number of a SIGTERM or SIGINT when one arrives. The second one ends the process."""
     caught = []
 
     def note(number, frame):
@@ -1574,205 +1719,405 @@ def catch_signals():
     return caught
 
 
-def list_checkpoints(out):
-    """Paths of a run directory's checkpoints, oldest first; last.pt if there is nothing else."""
-    paths = [path for path in Path(out).glob("step-*.pt") if re.fullmatch(r"step-[0-9]{7,}\.pt", path.name)]
-    paths.sort(key=lambda path: (len(path.name), path.name))
-    return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
+def lock_run(out, resume):
+    """Make the run directory and lock it until this process ends, however it ends.
 
-
-def worth_saving(step, skipping, rank, *networks):
-    """Whether a checkpoint would hold what training can go on from; if not, it says so. All ranks call it, and agree.
-
-    It is not while steps are skipped, nor if weights of the networks are not finite.
+    A directory that holds a run is refused, unless you resume it and no other process trains in it.
     """
-    weights = [p for network in networks for p in network.parameters()]
-    finite = torch.stack([p.isfinite().all() for p in weights]).all().float()
-    if dist.is_initialized():
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    worth = finite.item() == 1 and not skipping
-    if not worth and rank == 0:
-        tell(f"step {step}: no checkpoint, since {'this step was skipped' if skipping else 'weights are not finite'}")
-    return worth
-
-
-def save_checkpoint(out, state, keep):
-    """write_whole step-<step>.pt, let last.pt point to it, remove all but the newest keep. Returns whether it could.
-
-    If not (a full disk, say), it says so, and the older ones stay.
-    """
-    path, link = out / f"step-{state['step']:07}.pt", out / "partly-written"
+    out = Path(out)
+    if list_checkpoints(out) and not resume:
+        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
+    claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
+    (out / "samples").mkdir(exist_ok=True)
+    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
     try:
-        write_whole(path, lambda file: torch.save(state, file))
-        link.symlink_to(path.name)
-        os.replace(link, out / "last.pt")
-        for old in list_checkpoints(out)[:-keep]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:
-        first = error.__context__ or error  # torch hides the disk's error behind one about a position in the file
-        reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
-        whole = ", ".join(old.name for old in list_checkpoints(out))
-        tell(f"{path}: not written ({reason}); there is {whole or 'no older one'}")
-        return False
-    return True
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data loaders do not inherit a lock of this kind
+    except BlockingIOError:
+        fail(f"--out {out}: another process is training in it; wait for its end, or choose another --out")
+    except OSError as error:  # some network disks have no locks
+        log(f"--out {out}: cannot be locked ({error.strerror}); start no second run in it")
 
 
-PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
-
-
-def unpack(path, check=True):
-    """The dictionary that a training script has saved in a file, its tensors read from the file when used.
-
-    check: also that the file's checksums are right. Raises OSError, and ValueError if it is no such file. It takes no
-    more memory than the file has bytes, whatever the file declares, and runs no code.
+def training_flops(config, size, teacher_config=None):
+    """FLOPs of a training step per image of size (H, W): both passes, and the teacher's forward pass, a third of its
+    training.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's second thoughts about a damaged file
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError
-            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            for code, name, _ in pickletools.genops(archive.read(pickled)):
-                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray too
-                    raise ValueError
-            if check and archive.testzip():
-                raise ValueError
-            older = {"sums": {}, "skipped": 0}  # what runs did not save at first
-            return older | torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:  # a failing disk does not mean that the file is damaged
-        error.filename = str(path)
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does a lack of memory
+    flops = training_cost(config, size)[1]
+    if teacher_config:
+        flops += training_cost(teacher_config, size)[1] / 3
+    return flops
+
+
+def shard(network):
+    """Split the weights of a network over the ranks: each rank keeps a part, and gathers a block when it runs it."""
+    for block in network.all_blocks():
+        fully_shard(block)
+    fully_shard(network, reshard_after_forward=True)
+
+
+def local_part(parameter):
+    """What this rank holds of a parameter, which may be sharded."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def name_optimizer_state(saved, optimizers, names):
+    """Optimizer states of an earlier version, one for each optimizer, by index -> one state, by names of parameters.
+
+    names maps a parameter to its name.
+    """
+    state = {}
+    groups = []
+    for old, optimizer in zip(saved, optimizers, strict=True):
+        for group, old_group in zip(optimizer.param_groups, old["param_groups"], strict=True):
+            group_names = [names[p] for p in group["params"]]
+            groups.append({**old_group, "params": group_names})
+            for index, name in zip(old_group["params"], group_names, strict=True):
+                state[name] = old["state"][index]
+    return {"state": state, "param_groups": groups}
+
+
+@dataclass
+class Part:
+    """What one forward pass needs; with --grad-accum a step has several. Dictionaries are keyed by modality name."""
+
+    x0: dict  # (B, C, H, W)
+    noisy: dict  # (B, C, H, W)
+    t: dict  # (B,)
+    mask: dict  # (B, C, H, W) bool, the values that the loss is taken on
+    text: torch.Tensor  # (B, L) or (B, L, text_dim)
+
+
+def drop_captions(text, dropped):
+    """Set the text (B, L) or (B, L, text_dim) of samples to zero, which is no text; dropped (B,) bool."""
+    return torch.where(dropped.view(-1, *[1] * (text.ndim - 1)), 0, text)
+
+
+class Run:
+    """A training run. A script calls the methods in this order:
+
+    run = Run(args, device)           join the other ranks, claim the run directory
+    run.start(network, draw_samples)  average, shard, resume, compile
+    while run.goes_on():
+        run.sum_over_ranks(counts)    before the loss is divided by them
+        for part in run.each(parts):
+            run.backward(loss)
+            run.record(...)           what metrics.jsonl reports
+        run.end_step()                update the weights; log, save and draw when it is time
+    run.close()
+    """
+
+    def __init__(self, args, device):
+        self.args = args
+        self.device = device
+        self.out = Path(args.out)
+        self.rank, self.ranks = read_ranks()
+        parts = self.ranks * args.grad_accum
+        if args.batch_size % parts:
+            fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
+
+        self.caught_signals = catch_signals()
+        self.stopping = False
+        self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.saved = True
+        self.step_sums = {}  # {name: (2,) total and count} of this rank, in this step
+        self.running_sums = {}  # the same, since the last row of metrics.jsonl
+        self.terms = []  # names of the losses that add up to the whole loss
+
+        if self.ranks > 1:
+            join_ranks("nccl" if device.type == "cuda" else "gloo", args.timeout)
+        if self.rank == 0:
+            lock_run(self.out, args.resume)
+
+    def start(self, network, draw_samples, teacher=None):
+        """Prepare the networks, and go on from a checkpoint with --resume.
+
+        Args: network, a DiT to train; draw_samples(network), which returns a picture, or None if it cannot; teacher, a
+        frozen DiT or None.
+        """
+        args = self.args
+        cuda = self.device.type == "cuda"
+        self.draw_samples = draw_samples
+        self.model = network.to(self.device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.to(self.device)
+            for matrix in teacher.matrices() if cuda else []:
+                matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
+
+        self.sharded = args.shard and self.ranks > 1
+        networks = [each for each in (self.model, self.ema, teacher) if each is not None]
+        for each in networks if self.sharded else []:
+            shard(each)
+        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
+        if args.resume:
+            self.resume()
+        if self.rank == 0:
+            self.write_start()
+
+        for each in (self.model, teacher):
+            if each is not None and (args.compile or (args.compile is None and cuda)):
+                each.compile_blocks()
+        if args.checkpoint_activations:
+            self.model.checkpoint_activations()
+        self.network = self.model
+        if self.ranks > 1 and not self.sharded:
+            self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+        size = (args.size, args.size)
+        self.flops = training_flops(network.config, size, teacher and teacher.config)
+        self.peak = self.ranks * matmul_peak(self.device, torch.bfloat16 if cuda else torch.float32)
+        if self.rank == 0:
+            print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on {self.device}")
+        hidden = self.rank > 0
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=hidden, mininterval=2, dynamic_ncols=True)
+        self.reset_clock()
+
+    def goes_on(self):
+        """Whether there is another step to take."""
+        self.step_sums = {}
+        return self.step < self.args.steps and not self.stopping
+
+    def sum_over_ranks(self, values):
+        """{name: tensor} of this rank -> the sums over all ranks. All tensors have one shape and type.
+
+        Signals are counted on the way. So all ranks learn in the same step that one of them was told to stop.
+        """
+        table = torch.stack(list(values.values()))
+        signals = torch.full_like(table[:1], len(self.caught_signals))
+        table = torch.cat([table, signals])
+        if self.ranks > 1:
+            dist.all_reduce(table)
+        self.signal_count = table[-1]
+        return dict(zip(values, table[:-1].unbind(), strict=True))
+
+    def each(self, parts):
+        """Iterate over the parts of a batch. DDP sums the gradients over the ranks after the last of them.
+
+        FSDP does so after each part, since it has no memory for a whole gradient.
+        """
+        for part in parts:
+            self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
+            yield part
+
+    def backward(self, loss):
+        """Add the gradient of loss, which is a sum over the samples of this rank divided by counts over all ranks."""
+        loss = self.ranks * loss  # DDP and FSDP divide the sum of gradients by the number of ranks
+        # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
+        start = torch.where(loss.isfinite(), 1.0, torch.nan)
+        loss.backward(start)
+
+    def record(self, term, name, values, part):
+        """Note values for metrics.jsonl, where their mean is called term, and apart for each training mode.
+
+        Args: name of a modality; values (B,), sums over part.mask[name] for each sample; part, which has mask
+        {m: (B, C, H, W)} and t {m: (B,)}.
+        """
+        if term not in self.terms:
+            self.terms.append(term)
+        counts = part.mask[name].sum((1, 2, 3))
+        for mode, sums in split_by_mode(name, torch.stack([values.detach(), counts]), part.t).items():
+            self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
+
+    def end_step(self):
+        """Update the weights, or skip the step; then log, save and draw when it is time."""
+        args = self.args
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        norm, signals = torch.stack([norm, self.signal_count]).tolist()  # waits for the device once
+        self.stopping = signals > 0
+        self.step += 1
+        if math.isfinite(norm):
+            self.update_weights()
+        else:
+            self.skip_step()
+        # With --grad-accum the gradients are views of DDP's buckets. New ones would take the memory once more.
+        keep = self.network is not self.model and args.grad_accum > 1
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=not keep)
+
+        self.bar.update()
+        last = self.step == args.steps
+        if self.running_sums and (last or self.step % args.log_every == 0):
+            self.write_row(norm)
+        if last or self.stopping or self.step % args.checkpoint_every == 0:
+            self.save(last or self.stopping)
+        if last or self.step % args.sample_every == 0:
+            self.draw()
+
+    def close(self):
+        """End the run. Exit code 2 without a checkpoint of the last step, 130 after Ctrl-C."""
+        self.bar.close()
+        if self.ranks > 1:
+            dist.barrier()  # a process that ends while gloo's threads are at work can hang
+            dist.destroy_process_group()
+        if not self.saved and self.rank == 0:
+            problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
+            fail(f"--out {self.out}: {problem}")
+        if self.stopping and self.rank == 0:
+            log(f"stopped by a signal after step {self.step} of {self.args.steps}, saved; --resume goes on")
+        if signal.SIGINT in self.caught_signals:
+            raise SystemExit(130)
+
+    # What start and end_step consist of.
+
+    def write_start(self):
+        """Write config.json and a row of starts.jsonl. Rows of metrics.jsonl after this step will be written again."""
+        device = f"{platform.machine()} {self.device.type}"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": self.step}
+        row.update(commit=git_commit(), torch=torch.__version__, device=device, ranks=self.ranks)
+        rows = [row for row in read_rows(self.out / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+        write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
+        write_json(self.out / "config.json", vars(self.args))
+        append_row(self.out / "starts.jsonl", row)
+
+    def resume(self):
+        """Load the newest checkpoint that rank 0 finds, into all ranks."""
+        state = newest_checkpoint(self.out) if self.rank == 0 else None
+        progress = [state and (state["step"], state["skipped"], list(state["sums"]))]
+        if self.ranks > 1:
+            dist.broadcast_object_list(progress, device=self.device)
+        if not progress[0]:
+            return
+        self.step, self.skipped, names = progress[0]
+        self.running_sums = {name: torch.zeros(2, device=self.device) for name in names}
+        loaded = {"model": {}, "ema": {}, "optimizer": {}}  # ranks but the first get theirs from it
+        try:
+            if self.rank == 0:
+                loaded = self.check_state(state)
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
+            set_model_state_dict(self.model, loaded["model"], options=options)
+            set_model_state_dict(self.ema, loaded["ema"], options=options)
+            set_optimizer_state_dict(self.model, self.optimizers, loaded["optimizer"], options=options)
+        except torch.OutOfMemoryError:
             raise
-        raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
+        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
+            problem = "holds another network or optimizer; resume with its first settings"
+            fail(f"--resume: {self.out} {problem} ({reason(error)})")
 
+    def check_state(self, state):
+        """What rank 0 has read from a checkpoint, under today's names. Raises an error unless it fits this run."""
+        model = rename_weights(state["model"])
+        ema = rename_weights(state["ema"])
+        for weights in (model, ema):
+            check_weights(weights, self.model)
+        parameters = dict(self.model.named_parameters())
+        optimizer = state.get("optimizer")
+        if optimizer is None:
+            names = {p: name for name, p in parameters.items()}
+            optimizer = name_optimizer_state(state["optimizers"], self.optimizers, names)
+        for name, slots in optimizer["state"].items():
+            for slot, value in slots.items():
+                if value.shape not in (parameters[name].shape, ()) or not value.isfinite().all():
+                    raise ValueError(f"{slot} of {name}")
+                slots[slot] = value.clone()  # no longer a part of the file
+        self.running_sums = {name: sums.view(2).to(self.device) for name, sums in state["sums"].items()}
+        return {"model": model, "ema": ema, "optimizer": optimizer}
 
-def read_checkpoint(path, training=False):
-    """unpack, and check that all is there, fits, and is finite. training: also what resuming needs.
+    def learning_rate(self):
+        """The learning rate of this step: linear warm-up, then linear decline to zero."""
+        steps = self.args.steps
+        warmup = self.args.warmup
+        return self.args.lr * min(self.step / warmup, (steps - self.step + 1) / max(1, steps - warmup))
 
-    Raises OSError, and ValueError that names the first thing that is wrong.
-    """
-    state = unpack(path)
-    kinds = {"config": dict, "settings": dict, "ema": dict}
-    if training:
-        kinds |= {"model": dict, "optimizers": list, "step": int, "sums": dict, "skipped": int}
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"it lacks {name!r}; give a last.pt of a training script")
-    if training and (state["step"] < 0 or state["skipped"] < 0):
-        raise ValueError(f"it counts {state['step']} steps, {state['skipped']} of them skipped")
-    if not isinstance(state["settings"].get("encoders", ""), str):
-        raise ValueError("its setting 'encoders' is no file name")
-    try:
-        config = Config(**state["config"])
-        with torch.device("meta"):
-            network = DiT(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its config is wrong: {error}") from None
-    count = sum(p.numel() for p in network.parameters())
-    if 2 * count > os.path.getsize(path):  # two bytes for each, if they are as short as can be
-        raise ValueError(f"its config tells of {count} weights, more than the file holds")
-    for name in kinds.keys() & {"model", "ema"}:
-        check_weights(state[name], network)
-    return state
+    def update_weights(self):
+        """Step of the optimizers and of the average."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
+        decay = min(self.args.ema, self.step / (9 + self.step))  # the average of a young run is shorter
+        averages = [local_part(p) for p in self.ema.parameters()]
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [local_part(p) for p in self.model.parameters()], 1 - decay)
+        for name, sums in self.step_sums.items():
+            self.running_sums[name] = self.running_sums.get(name, 0) + sums
+        self.skipped_in_a_row = 0
 
+    def skip_step(self):
+        """Leave the weights as they are; end the run after many such steps. All ranks do the same."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        sums = self.sum_over_ranks(self.step_sums)
+        bad = [name for name, (total, _) in sums.items() if not total.isfinite()]
+        message = f"step {self.step} skipped, not finite: {', '.join(bad) or 'the gradient alone'}"
+        if self.skipped_in_a_row == self.args.max_skipped:
+            self.bar.close()
+            fail(f"{message}; {self.skipped_in_a_row} in a row: lower --lr (now {self.args.lr}), check --data")
+        if self.rank == 0:
+            log(message)
 
-NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
+    def write_row(self, norm):
+        """Add a row to metrics.jsonl: means since the last one, and the speed."""
+        means = {}
+        for name, sums in self.sum_over_ranks(self.running_sums).items():
+            total, count = sums.tolist()
+            if count:
+                means[name] = total / count
+        losses = {term: means.get(term, 0.0) for term in self.terms if term.startswith("loss")}
+        speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
+        row = {"step": self.step, "loss": sum(losses.values()), **means}
+        row.update(grad_norm=norm, lr=self.learning_rate(), skipped=self.skipped, images_per_s=speed)
+        row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
+        self.running_sums = {}
+        self.reset_clock()
+        if self.rank == 0:
+            append_row(self.out / "metrics.jsonl", row)
+            shown = [f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items()]
+            shown += [f"{speed:.0f} images/s", f"{row['tflops']:.2f} TFLOP/s"]
+            self.bar.set_postfix_str(f"{', '.join(shown)}, {row['utilization']:.2f} of matmul peak")
 
+    def reset_clock(self):
+        self.clock = time.perf_counter()
+        self.clock_step = self.step
 
-def load_checkpoint(path, flag="--checkpoint"):
-    """read_checkpoint, or one line and exit code 2 if the file is missing, damaged, or not what it should be."""
-    if path == NANO:
-        tell(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
-    if not os.path.isfile(path):
-        fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
-    try:
-        return read_checkpoint(path)
-    except ValueError as error:
-        fail(f"{flag} {path}: {error}")
+    def save(self, ending):
+        """Write a checkpoint, unless weights are not finite or this step was skipped.
 
+        After a skipped step the weights are those of the step before, but they may be diverging. So it is saved only if
+        the run ends with it, and one more of the older checkpoints stays.
+        """
+        networks = (self.model, self.ema)
+        bad = [~local_part(p).isfinite().all() for network in networks for p in network.parameters()]
+        bad = self.sum_over_ranks({"weights": torch.stack(bad).sum()})["weights"].item()
+        skipping = self.skipped_in_a_row > 0 and not ending
+        self.saved = not bad and not skipping
+        if not self.saved:
+            if self.rank == 0:
+                problem = "this step was skipped" if skipping else "weights are not finite"
+                log(f"step {self.step}: no checkpoint, since {problem}")
+            return
 
-def newest_checkpoint(out):
-    """(path, dict) of a run directory's newest whole checkpoint, or None if it has none yet.
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0 alone
+        state = {
+            "config": asdict(self.model.config),
+            "settings": vars(self.args),
+            "step": self.step,
+            "skipped": self.skipped,
+            "sums": self.sum_over_ranks(self.running_sums) if self.running_sums else {},
+            "model": get_model_state_dict(self.model, options=options),
+            "ema": get_model_state_dict(self.ema, options=options),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+        }
+        if self.rank == 0:
+            self.saved = save_checkpoint(self.out, state, self.args.keep + (self.skipped_in_a_row > 0))
+        self.reset_clock()
 
-    Damaged ones after it are named and renamed. Exit code 2 if there is no whole one.
-    """
-    paths, damaged = list_checkpoints(out), {}
-    for path in reversed(paths):
-        try:
-            state = read_checkpoint(path, training=True)
-        except ValueError as error:
-            damaged[path] = error
-            continue
-        for other, error in damaged.items():
-            tell(f"--resume: {other} is damaged ({error}); going on from {path.name}")
-            other.rename(f"{other}.damaged")
-        return path, state
-    if damaged:
-        newest, error = next(iter(damaged.items()))
-        fail(f"--resume: no checkpoint in {out} is whole ({newest.name}: {error}); start anew with another --out")
-    tell(f"--resume: no checkpoint in {out} yet; from the beginning")
-
-
-def resume(out, wanted, rank, model, ema, optimizers):
-    """Load the checkpoint that rank 0 wants and finds newest, on all ranks. Returns its (step, skipped, sums)."""
-    device, found = next(model.parameters()).device, newest_checkpoint(out) if rank == 0 and wanted else None
-    if dist.is_initialized():
-        path = [found and found[0]]
-        dist.broadcast_object_list(path, device=device)
-        try:
-            found = found or (path[0] and (path[0], unpack(path[0], check=False)))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            fail(f"--resume: rank {rank} cannot read {path[0]} ({reason}); do all ranks share the disk?")
-    if not found:
-        return 0, 0, {}
-    state = found[1]
-    try:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, slots in saved["state"].items():
-                for value in slots.values():
-                    if value.shape not in (parameters[index].shape, ()) or not value.isfinite().all():
-                        raise ValueError
-            optimizer.load_state_dict(saved)
-        for optimizer in optimizers:
-            own = getattr(optimizer, "optim", optimizer)  # a sharded one keeps its share there
-            for p, slots in own.state.items():  # copied out of the file; step counts too onto the device
-                slots.update({name: value.clone().to(p.device) for name, value in slots.items()})
-            if own is not optimizer:
-                optimizer.state.clear()  # the same once more
-        sums = {name: pair.view(2).to(device) * (rank == 0) for name, pair in state["sums"].items()}
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
-        fail(f"--resume: {out} holds another network or optimizer; resume with its first settings")
-    return state["step"], state["skipped"], sums
-
-
-def whole_state(optimizer, rank):
-    """An optimizer's state_dict; of a sharded one, put together on rank 0 from what the ranks hold. All ranks call it.
-
-    ZeroRedundancyOptimizer's own consolidate_state_dict takes 0.1 microseconds a byte, minutes for large networks.
-    """
-    if not hasattr(optimizer, "consolidate_state_dict"):
-        return optimizer.state_dict()
-    held, merged = optimizer.optim.state, torch.optim.Optimizer.state_dict(optimizer) | {"state": {}}
-    kinds = [None] * dist.get_world_size()
-    slots = {name: (value.ndim, value.dtype) for slots in held.values() for name, value in slots.items()}
-    dist.all_gather_object(kinds, slots)
-    kinds = sorted({name: kind for some in kinds for name, kind in some.items()}.items())
-    for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for name, (ndim, dtype) in kinds:
-            mine = held[p][name].clone() if p in held else torch.zeros(p.shape if ndim else (), dtype=dtype)
-            mine = mine.to(p.device)
-            dist.reduce(mine, 0)  # the others add zeros
-            if rank == 0:
-                merged["state"].setdefault(index, {})[name] = mine.cpu()
-    return merged
+    def draw(self):
+        """Write a picture of samples. If the network is sharded all ranks take part, as each holds a part of it."""
+        if self.rank == 0 or self.sharded:
+            path = self.out / "samples" / f"{self.step:07}.png"
+            with tolerate(path.parent):
+                picture = self.draw_samples(self.ema)
+                if picture is not None and self.rank == 0:
+                    write_image(path, picture)
+        self.reset_clock()
 
 
 # ---- Pictures ----
