@@ -1156,13 +1156,13 @@ def open_encoders(path, device, config, trained_with=None):
 
 
 # ---- Flags ----
-# The command lines of all scripts: types that check a value, and the settings that several scripts share.
+# The command lines of all scripts: types, which check a value, and the settings that several scripts share.
 
 MAX_SIDE = 8192  # pixels
 
 
 def number(low, high, above=False, kind=float):
-    """Type of a flag: a number from low to high, or above low. NaN and infinity are never in the range."""
+    """Type of a flag: a number from low to high, or above low. NaN is in no range."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1199,17 +1199,15 @@ def one_of(*names):
 
 def by_modality(read_number):
     """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A lone number is for the image."""
-    image = next(iter(MODALITIES))
 
     def read(text):
         numbers = {}
         for entry in filter(None, text.split(",")):
-            name, equals, value = entry.rpartition("=")
-            if not equals:
-                name = image
+            name, _, value = entry.rpartition("=")
+            name = name or "rgb"
             if name not in MODALITIES or name in numbers:
-                example = f"{image}=0.5,depth=0.2, with each of {', '.join(MODALITIES)} at most once"
-                raise argparse.ArgumentTypeError(f"{text}: must be a number, or {example}")
+                known = ", ".join(MODALITIES)
+                raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5,depth=0.2, of {known}")
             numbers[name] = read_number(value)
         return numbers
 
@@ -1217,12 +1215,10 @@ def by_modality(read_number):
 
 
 def modality_list(text):
-    """Type of a flag: names of modalities, the image first, unchanged."""
-    image = next(iter(MODALITIES))
+    """Type of a flag: different modalities, the image first, joined by commas, unchanged."""
     names = text.split(",")
-    if names[0] != image or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
-        known = ", ".join(MODALITIES)
-        raise argparse.ArgumentTypeError(f"{text}: must be {image} and different ones of {known}, joined by commas")
+    if names[0] != "rgb" or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
+        raise argparse.ArgumentTypeError(f"{text}: must be rgb, then different ones of {', '.join(MODALITIES)}")
     return text
 
 
@@ -1237,7 +1233,7 @@ def parse_size(text, low=1):
 
 
 def size_text(low=1):
-    """Type of a flag: a text that parse_size reads, or the empty text, unchanged."""
+    """Type of a flag: a text that parse_size reads, or an empty one, unchanged."""
 
     def read(text):
         if text:
@@ -1262,7 +1258,7 @@ def parse_order(text, names):
 
 
 class Flags(argparse.ArgumentParser):
-    """The flags of a script. A mistake on the command line is reported in one line, with exit code 2."""
+    """The flags of a script. A mistake on the command line is one line on stderr and exit code 2."""
 
     def __init__(self, description):
         layout = argparse.RawDescriptionHelpFormatter
@@ -1278,13 +1274,13 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         flag, _, problem = message.removeprefix("argument ").partition(": ")
-        if ": must be " in problem:  # the messages of our types begin with the value, those of argparse do not
+        if ": must be " in problem:  # our types' messages begin with the value, those of argparse do not
             fail(f"{flag} {problem}")
         fail(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
 def source_settings(p, maps=True):
-    """The flags of a script that reads samples. maps: it reads more than images and captions."""
+    """The flags of scripts that read samples; maps: not images and captions alone."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
     if maps:
         unit = "metres per unit of a 16-bit PNG that has no scale of its own (KITTI: 0.00390625)"
@@ -1296,17 +1292,17 @@ def source_settings(p, maps=True):
 
 
 def check_depth_range(args):
-    """Refuse source_settings that leave no depth."""
+    """Refuse settings that leave no depth."""
     if 0 < args.depth_max <= args.depth_min:
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
 def sampling_settings(p):
-    """The flags of a script that samples."""
+    """The flags of scripts that sample."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    scale = "scale of classifier-free guidance: a number for the image, or rgb=3,depth=2; 1 is none"
-    p.setting("--cfg", "3", f"{scale} (the released model uses 4)", by_modality(number(0, 100)))
-    p.setting("--ensemble", 1, "number of samples of each depth map, of which the median is taken", whole(1, 1000))
+    scale = "scale of classifier-free guidance, for the image (3) or by name (rgb=3,depth=2); 1 is none"
+    p.setting("--cfg", "3", f"{scale}; the released model uses 4", by_modality(number(0, 100)))
+    p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
     counted = "ensemble members and guided copies count; the members of one image stay together"
     p.setting("--batch-size", 16, f"samples in each call of the network; {counted}", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1314,14 +1310,14 @@ def sampling_settings(p):
 
 def training_settings(p, steps, out):
     """The flags that both training scripts share; steps and out are their defaults."""
-    p.setting("--size", 0, "side of the images in pixels; 0 is the side that the network is made for", SIDE)
-    p.setting("--steps", steps, "number of optimizer steps", COUNT)
+    p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
+    p.setting("--steps", steps, "optimizer steps", COUNT)
     p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly to zero", COUNT)
-    p.setting("--clip", 1.0, "largest norm of the gradient, to which it is clipped", POSITIVE)
+    p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
     p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
@@ -1330,7 +1326,7 @@ def training_settings(p, steps, out):
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
     p.setting("--out", out, "run directory")
-    p.setting("--resume", False, "go on from the newest checkpoint of the run directory, if there is one")
+    p.setting("--resume", False, "go on from the newest whole checkpoint of the run directory, if there is one")
     p.setting("--checkpoint-every", 250, "steps between checkpoints", COUNT)
     p.setting("--keep", 2, "number of checkpoints to keep, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
@@ -1341,17 +1337,17 @@ def training_settings(p, steps, out):
 
 
 def parse_run(p):
-    """p.parse_args() of a training script. With --resume, the settings in the run's config.json replace p's defaults.
+    """Parse the flags of a training script. With --resume, the run's config.json replaces p's defaults.
 
-    The settings are read as if they were flags. --out is never taken from config.json, since a run directory may have
-    been copied. A plug-in of --encoders must be named again, since it is code that is run.
+    Its settings are read as if they were flags, but for --out, since a run may have been copied, and for the plug-in of
+    --encoders, which must be named again, since it is code that is run.
     """
     args = p.parse_args()
-    if not args.resume:
-        return args
     path = Path(args.out) / "config.json"
+    if not args.resume or not path.is_file():
+        return args
     try:
-        settings = parse_json(path.read_bytes()) if path.is_file() else {}
+        settings = parse_json(path.read_bytes())
     except ValueError:
         fail(f"--resume: {path} is damaged; remove it and give the settings of the run as flags")
     if "p_i2d" in settings:  # a run of an earlier version
@@ -1365,22 +1361,22 @@ def parse_run(p):
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
             continue
-        if isinstance(value, dict):  # as by_modality reads it
+        if isinstance(value, dict):  # of by_modality
             value = ",".join(f"{key}={number}" for key, number in value.items())
         flags.append(f"--{flag}={value}")
-    args, _ = p.parse_known_args(flags)  # a setting that this version does not have is ignored
+    args, _ = p.parse_known_args(flags)  # settings of other versions are ignored
     args = p.parse_args(namespace=args)
     if settings.get("encoders") and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
 
 
-# ---- Runs on disk ----
-# What a script needs around its work: messages, a device, files that survive accidents, and checkpoints.
+# ---- Runs ----
+# Messages, devices, files that survive accidents, checkpoints, and what both training scripts do around their loops.
 
 
 def log(message):
-    """Print one line on stderr, above a progress bar. A long message loses its middle, since it may quote anything."""
+    """Print one line on stderr, above a progress bar. A long message, which may quote anything, loses its middle."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     if len(line) > 300:
         line = f"{line[:190]} ... {line[-100:]}"
@@ -1400,7 +1396,7 @@ def reason(error):
 
 
 def pick_device(name):
-    """--device auto | cuda | mps | cpu -> torch.device. Without a number, cuda is the GPU of this rank."""
+    """--device auto | cuda | mps | cpu -> torch.device; cuda without a number is the GPU of this rank."""
     if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
         fail(f"--device {name}: must be auto, cuda, mps or cpu")
     if name == "auto":
@@ -1421,10 +1417,7 @@ def pick_device(name):
 
 
 def keep_freed_memory():
-    """Tell glibc not to hand freed blocks above 32 MB back to the system.
-
-    It does so by default, and to fault such a block in again costs more than the matmul that fills it.
-    """
+    """Tell glibc to keep freed blocks. To get one from the system again costs more than the matmul that fills it."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -1451,10 +1444,9 @@ def run_script(main):
 
 
 def claim_folder(path, *own, flag="--out"):
-    """Make a directory to write to. Nothing in it is overwritten unless this project wrote it.
+    """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
 
-    The directory must be new, or empty, or hold a file that fits one of the patterns own, which only the calling script
-    would have written.
+    These are names that only the calling script would have written, so that no file of yours is overwritten.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1476,12 +1468,9 @@ def tolerate(path):
 
 
 def append_row(path, row):
-    """Add a row to a file of JSON lines, if the disk permits. It starts on a new line, even if a crash cut the last."""
-    with tolerate(path), open(path, "ab+") as file:
-        file.seek(max(0, file.tell() - 1))
-        if file.read(1) not in (b"", b"\n"):
-            file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+    """Add a row to a file of JSON lines, if the disk permits."""
+    with tolerate(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def parse_json(text):
@@ -1508,7 +1497,7 @@ def read_rows(path):
 def write_whole(path, write, sync=True):
     """Call write(file) on a temporary file and rename it, so that a crash leaves the old file or the new one.
 
-    sync: this also holds if the machine crashes. It takes milliseconds, which is too long for many small files.
+    With sync this also holds if the machine crashes. It takes milliseconds, too long for many small files.
     """
     part = Path(path).with_name("partly-written")
     part.unlink(missing_ok=True)  # if it is a link, what it points to must not be written
@@ -1565,7 +1554,7 @@ def list_checkpoints(out):
 def save_checkpoint(out, state, keep):
     """Write step-<step>.pt, point last.pt to it, and remove all but the newest checkpoints. Returns whether it could.
 
-    If it could not, because the disk is full for example, it says so and the older checkpoints stay.
+    If it could not, for example because the disk is full, it says so, and the older checkpoints stay.
     """
     path = out / f"step-{state['step']:07}.pt"
     link = out / "partly-written"
@@ -1583,10 +1572,10 @@ def save_checkpoint(out, state, keep):
     return True
 
 
-PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
+PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
 INFERENCE_KEYS = {"config": dict, "settings": dict, "ema": dict}
-TRAINING_KEYS = {**INFERENCE_KEYS, "model": dict, "step": int, "sums": dict, "skipped": int}
+TRAINING_KEYS = {**INFERENCE_KEYS, "model": dict, "step": int}
 
 
 def unpack(path):
@@ -1606,7 +1595,7 @@ def unpack(path):
                     raise ValueError
             if archive.testzip():
                 raise ValueError
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except OSError as error:  # a disk that fails does not mean that the file is damaged
         error.filename = str(path)
         raise
@@ -1619,45 +1608,34 @@ def unpack(path):
 def read_checkpoint(path, keys=INFERENCE_KEYS):
     """unpack a checkpoint that must hold these keys. Raises OSError, and ValueError that names what is wrong."""
     state = unpack(path)
-    if isinstance(state, dict):
-        state = {"sums": {}, "skipped": 0, **state}  # early checkpoints lack these
     for key, kind in keys.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+        if not isinstance(state.get(key), kind):
             raise ValueError(f"it lacks {key!r}; give a last.pt of a training script")
     if not isinstance(state["settings"].get("encoders", ""), str):
         raise ValueError("its setting 'encoders' is not a file name")
     return state
 
 
-def load_checkpoint(path, flag="--checkpoint"):
-    """read_checkpoint, or one line and exit code 2 if the file is missing, damaged, or not a checkpoint."""
+def open_network(path, flag="--checkpoint"):
+    """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
     if path == NANO:
         log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
     try:
-        return read_checkpoint(path)
-    except ValueError as error:
-        fail(f"{flag} {path}: {error}")
-
-
-def open_network(path, flag="--checkpoint"):
-    """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
-    state = load_checkpoint(path, flag)
-    try:
+        state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
 
 def newest_checkpoint(out):
-    """The newest checkpoint of a run directory that is whole, as a dictionary, or None if there is none at all.
+    """The newest whole checkpoint of a run directory, as a dictionary, or None if it holds none yet.
 
     Names the damaged ones that it passes over. Exit code 2 if all are damaged.
     """
-    paths = list_checkpoints(out)
     damaged = []
-    for path in reversed(paths):
+    for path in reversed(list_checkpoints(out)):
         try:
             state = read_checkpoint(path, TRAINING_KEYS)
         except ValueError as error:
@@ -1672,12 +1650,8 @@ def newest_checkpoint(out):
     return None
 
 
-# ---- The training run ----
-# What both training scripts repeat around their loops, and nothing of the method.
-
-
 def read_ranks():
-    """(rank, number of ranks) of this process, which torchrun puts into the environment; (0, 1) without torchrun."""
+    """(rank, number of ranks) of this process, as torchrun puts them into the environment; (0, 1) without torchrun."""
     rank = os.environ.get("RANK", "0")
     ranks = os.environ.get("WORLD_SIZE", "1")
     numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
@@ -1707,7 +1681,7 @@ def join_ranks(backend, seconds):
 
 
 def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT when one arrives. The second one ends the process."""
+    """A list that gets the number of a SIGTERM or SIGINT when one arrives. A second one ends the process."""
     caught = []
 
     def note(number, frame):
@@ -1728,7 +1702,6 @@ def lock_run(out, resume):
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
     claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
-    (out / "samples").mkdir(exist_ok=True)
     file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data loaders do not inherit a lock of this kind
@@ -1739,9 +1712,7 @@ def lock_run(out, resume):
 
 
 def training_flops(config, size, teacher_config=None):
-    """FLOPs of a training step per image of size (H, W): both passes, and the teacher's forward pass, a third of its
-    training.
-    """
+    """FLOPs of a training step per image of size (H, W); the teacher's forward pass is a third of its training."""
     flops = training_cost(config, size)[1]
     if teacher_config:
         flops += training_cost(teacher_config, size)[1] / 3
@@ -1749,31 +1720,38 @@ def training_flops(config, size, teacher_config=None):
 
 
 def shard(network):
-    """Split the weights of a network over the ranks: each rank keeps a part, and gathers a block when it runs it."""
+    """Split the weights of a network over the ranks. Each gathers a block's weights when it runs that block."""
     for block in network.all_blocks():
         fully_shard(block)
     fully_shard(network, reshard_after_forward=True)
 
 
-def local_part(parameter):
-    """What this rank holds of a parameter, which may be sharded."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def local_parts(network):
+    """What this rank holds of the network's parameters, which may be sharded."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
 
 
-def name_optimizer_state(saved, optimizers, names):
-    """Optimizer states of an earlier version, one for each optimizer, by index -> one state, by names of parameters.
+def check_optimizer_state(state, optimizers, parameters):
+    """Optimizer state of a checkpoint, {"state": {name: {slot: tensor}}, "param_groups": list}, copied from the file.
 
-    names maps a parameter to its name.
+    Raises an exception unless it fits parameters {name: Parameter}. Earlier versions saved a list of states, one for
+    each optimizer, with the index of each parameter in the place of its name.
     """
-    state = {}
-    groups = []
-    for old, optimizer in zip(saved, optimizers, strict=True):
-        for group, old_group in zip(optimizer.param_groups, old["param_groups"], strict=True):
-            group_names = [names[p] for p in group["params"]]
-            groups.append({**old_group, "params": group_names})
-            for index, name in zip(old_group["params"], group_names, strict=True):
-                state[name] = old["state"][index]
-    return {"state": state, "param_groups": groups}
+    if isinstance(state, list):
+        names = {p: name for name, p in parameters.items()}
+        renamed = {"state": {}, "param_groups": []}
+        for saved, optimizer in zip(state, optimizers, strict=True):
+            (group,) = saved["param_groups"]
+            group = {**group, "params": [names[p] for p in optimizer.param_groups[0]["params"]]}
+            renamed["param_groups"].append(group)
+            renamed["state"].update({group["params"][index]: slots for index, slots in saved["state"].items()})
+        state = renamed
+    for name, slots in state["state"].items():
+        for slot, value in slots.items():
+            if value.shape not in (parameters[name].shape, ()) or not value.isfinite().all():
+                raise ValueError(f"{slot} of {name}")
+            slots[slot] = value.clone()
+    return state
 
 
 @dataclass
@@ -1793,62 +1771,56 @@ def drop_captions(text, dropped):
 
 
 class Run:
-    """A training run. A script calls the methods in this order:
+    """A training run: all that both stages do around the loss. The methods are called in this order:
 
-    run = Run(args, device)           join the other ranks, claim the run directory
-    run.start(network, draw_samples)  average, shard, resume, compile
+    run = Run(args, device)               join the other ranks, claim the run directory
+    run.start(network, draw_samples)      average, shard, resume, compile
     while run.goes_on():
-        run.sum_over_ranks(counts)    before the loss is divided by them
+        run.sum_over_ranks(counts)        by which the losses are divided
         for part in run.each(parts):
+            run.record(...)               what metrics.jsonl reports
             run.backward(loss)
-            run.record(...)           what metrics.jsonl reports
-        run.end_step()                update the weights; log, save and draw when it is time
+        run.end_step()                    update the weights; log, save and draw when it is time
     run.close()
     """
 
     def __init__(self, args, device):
         self.args = args
         self.device = device
+        self.cuda = device.type == "cuda"
         self.out = Path(args.out)
         self.rank, self.ranks = read_ranks()
         parts = self.ranks * args.grad_accum
         if args.batch_size % parts:
             fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
 
-        self.caught_signals = catch_signals()
-        self.stopping = False
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.saved = True
-        self.step_sums = {}  # {name: (2,) total and count} of this rank, in this step
-        self.running_sums = {}  # the same, since the last row of metrics.jsonl
-        self.terms = []  # names of the losses that add up to the whole loss
-
+        self.stopping = False
+        self.caught_signals = catch_signals()
+        self.terms = []  # the names that record was called with
+        self.row_sums = {}  # {name: total and count} of this rank, since the last row of metrics.jsonl
         if self.ranks > 1:
-            join_ranks("nccl" if device.type == "cuda" else "gloo", args.timeout)
+            join_ranks("nccl" if self.cuda else "gloo", args.timeout)
         if self.rank == 0:
             lock_run(self.out, args.resume)
 
     def start(self, network, draw_samples, teacher=None):
-        """Prepare the networks, and go on from a checkpoint with --resume.
-
-        Args: network, a DiT to train; draw_samples(network), which returns a picture, or None if it cannot; teacher, a
-        frozen DiT or None.
-        """
+        """Prepare a DiT for training, and its frozen teacher. draw_samples(network) returns a picture, or None."""
         args = self.args
-        cuda = self.device.type == "cuda"
         self.draw_samples = draw_samples
         self.model = network.to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = teacher
+        networks = [self.model, self.ema]
         if teacher is not None:
-            teacher.to(self.device)
-            for matrix in teacher.matrices() if cuda else []:
+            networks.append(teacher.to(self.device))
+            for matrix in teacher.matrices() if self.cuda else []:
                 matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
 
         self.sharded = args.shard and self.ranks > 1
-        networks = [each for each in (self.model, self.ema, teacher) if each is not None]
         for each in networks if self.sharded else []:
             shard(each)
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
@@ -1857,69 +1829,62 @@ class Run:
         if self.rank == 0:
             self.write_start()
 
-        for each in (self.model, teacher):
-            if each is not None and (args.compile or (args.compile is None and cuda)):
-                each.compile_blocks()
+        networks.remove(self.ema)
+        for each in networks if args.compile or (args.compile is None and self.cuda) else []:
+            each.compile_blocks()
         if args.checkpoint_activations:
             self.model.checkpoint_activations()
         self.network = self.model
         if self.ranks > 1 and not self.sharded:
             self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
-        size = (args.size, args.size)
-        self.flops = training_flops(network.config, size, teacher and teacher.config)
-        self.peak = self.ranks * matmul_peak(self.device, torch.bfloat16 if cuda else torch.float32)
+        self.flops = training_flops(network.config, (args.size, args.size), teacher and teacher.config)
+        self.peak = self.ranks * matmul_peak(self.device, torch.bfloat16 if self.cuda else torch.float32)
         if self.rank == 0:
-            print(f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters on {self.device}")
-        hidden = self.rank > 0
-        self.bar = tqdm(total=args.steps, initial=self.step, disable=hidden, mininterval=2, dynamic_ncols=True)
+            print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters on {self.device}", flush=True)
+        options = {"disable": self.rank > 0, "mininterval": 2, "dynamic_ncols": True}
+        self.bar = tqdm(total=args.steps, initial=self.step, **options)
         self.reset_clock()
 
     def goes_on(self):
         """Whether there is another step to take."""
-        self.step_sums = {}
+        self.step_sums = {}  # like row_sums, in this step
         return self.step < self.args.steps and not self.stopping
 
     def sum_over_ranks(self, values):
-        """{name: tensor} of this rank -> the sums over all ranks. All tensors have one shape and type.
+        """{name: tensor} of this rank -> the sums over all ranks. The tensors have one shape and type.
 
-        Signals are counted on the way. So all ranks learn in the same step that one of them was told to stop.
+        A count of signals travels with them, so that all ranks stop after the same step.
         """
         table = torch.stack(list(values.values()))
-        signals = torch.full_like(table[:1], len(self.caught_signals))
-        table = torch.cat([table, signals])
+        table = torch.cat([table, torch.full_like(table[:1], len(self.caught_signals))])
         if self.ranks > 1:
             dist.all_reduce(table)
-        self.signal_count = table[-1]
-        return dict(zip(values, table[:-1].unbind(), strict=True))
+        self.signal_count = table[-1].max()
+        return dict(zip(values, table[:-1], strict=True))
 
     def each(self, parts):
-        """Iterate over the parts of a batch. DDP sums the gradients over the ranks after the last of them.
+        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part alone.
 
-        FSDP does so after each part, since it has no memory for a whole gradient.
+        FSDP does so after each part, since a rank has no room for a whole gradient.
         """
         for part in parts:
             self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
             yield part
 
-    def backward(self, loss):
-        """Add the gradient of loss, which is a sum over the samples of this rank divided by counts over all ranks."""
-        loss = self.ranks * loss  # DDP and FSDP divide the sum of gradients by the number of ranks
-        # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
-        start = torch.where(loss.isfinite(), 1.0, torch.nan)
-        loss.backward(start)
-
     def record(self, term, name, values, part):
-        """Note values for metrics.jsonl, where their mean is called term, and apart for each training mode.
-
-        Args: name of a modality; values (B,), sums over part.mask[name] for each sample; part, which has mask
-        {m: (B, C, H, W)} and t {m: (B,)}.
-        """
+        """Note values (B,), sums over the mask of modality name, for a mean in metrics.jsonl called term."""
         if term not in self.terms:
             self.terms.append(term)
-        counts = part.mask[name].sum((1, 2, 3))
+        counts = part.mask[name].sum((1, 2, 3))  # (B,)
         for mode, sums in split_by_mode(name, torch.stack([values.detach(), counts]), part.t).items():
             self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
+
+    def backward(self, loss):
+        """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
+        loss = loss * self.ranks  # DDP and FSDP average gradients over the ranks
+        # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
+        loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
 
     def end_step(self):
         """Update the weights, or skip the step; then log, save and draw when it is time."""
@@ -1934,25 +1899,26 @@ class Run:
             self.update_weights()
         else:
             self.skip_step()
-        # With --grad-accum the gradients are views of DDP's buckets. New ones would take the memory once more.
-        keep = self.network is not self.model and args.grad_accum > 1
+        # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
+        keep_gradients = self.ranks > 1 and args.grad_accum > 1
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=not keep)
-
+            optimizer.zero_grad(set_to_none=not keep_gradients)
         self.bar.update()
-        last = self.step == args.steps
-        if self.running_sums and (last or self.step % args.log_every == 0):
+
+        ending = self.stopping or self.step == args.steps
+        saving = ending or self.step % args.checkpoint_every == 0
+        if self.row_sums and (saving or self.step % args.log_every == 0):  # no row spans a checkpoint
             self.write_row(norm)
-        if last or self.stopping or self.step % args.checkpoint_every == 0:
-            self.save(last or self.stopping)
-        if last or self.step % args.sample_every == 0:
+        if saving:
+            self.save(ending)
+        if self.step == args.steps or self.step % args.sample_every == 0:
             self.draw()
 
     def close(self):
-        """End the run. Exit code 2 without a checkpoint of the last step, 130 after Ctrl-C."""
+        """End the run: exit code 2 if there is no checkpoint of the last step, 130 after Ctrl-C."""
         self.bar.close()
         if self.ranks > 1:
-            dist.barrier()  # a process that ends while gloo's threads are at work can hang
+            dist.barrier()  # a process that ends while gloo's threads are at work may hang
             dist.destroy_process_group()
         if not self.saved and self.rank == 0:
             problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
@@ -1962,86 +1928,68 @@ class Run:
         if signal.SIGINT in self.caught_signals:
             raise SystemExit(130)
 
-    # What start and end_step consist of.
+    # The steps of start and end_step.
 
     def write_start(self):
         """Write config.json and a row of starts.jsonl. Rows of metrics.jsonl after this step will be written again."""
-        device = f"{platform.machine()} {self.device.type}"
-        if self.device.type == "cuda":
-            device = torch.cuda.get_device_name(self.device)
-        row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": self.step}
-        row.update(commit=git_commit(), torch=torch.__version__, device=device, ranks=self.ranks)
+        chip = torch.cuda.get_device_name(self.device) if self.cuda else f"{platform.machine()} {self.device.type}"
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": self.step}
+        start.update(commit=git_commit(), torch=torch.__version__, device=chip, ranks=self.ranks)
         rows = [row for row in read_rows(self.out / "metrics.jsonl") if isinstance(row.get("step"), int)]
         lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+        (self.out / "samples").mkdir(exist_ok=True)
         write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
         write_json(self.out / "config.json", vars(self.args))
-        append_row(self.out / "starts.jsonl", row)
+        append_row(self.out / "starts.jsonl", start)
 
     def resume(self):
-        """Load the newest checkpoint that rank 0 finds, into all ranks."""
+        """Load the newest checkpoint that rank 0 finds into all ranks."""
         state = newest_checkpoint(self.out) if self.rank == 0 else None
-        progress = [state and (state["step"], state["skipped"], list(state["sums"]))]
+        progress = [state and (state["step"], state.get("skipped", 0))]
         if self.ranks > 1:
             dist.broadcast_object_list(progress, device=self.device)
-        if not progress[0]:
+        if progress[0] is None:
             return
-        self.step, self.skipped, names = progress[0]
-        self.running_sums = {name: torch.zeros(2, device=self.device) for name in names}
-        loaded = {"model": {}, "ema": {}, "optimizer": {}}  # ranks but the first get theirs from it
+        self.step, self.skipped = progress[0]
+        model, ema, optimizer = {}, {}, {}  # ranks but the first receive theirs
         try:
             if self.rank == 0:
-                loaded = self.check_state(state)
+                model = rename_weights(state["model"])
+                ema = rename_weights(state["ema"])
+                for weights in (model, ema):
+                    check_weights(weights, self.model)
+                saved = state.get("optimizer") or state["optimizers"]
+                optimizer = check_optimizer_state(saved, self.optimizers, dict(self.model.named_parameters()))
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-            set_model_state_dict(self.model, loaded["model"], options=options)
-            set_model_state_dict(self.ema, loaded["ema"], options=options)
-            set_optimizer_state_dict(self.model, self.optimizers, loaded["optimizer"], options=options)
+            set_model_state_dict(self.model, model, options=options)
+            set_model_state_dict(self.ema, ema, options=options)
+            set_optimizer_state_dict(self.model, self.optimizers, optimizer, options=options)
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError) as error:
-            problem = "holds another network or optimizer; resume with its first settings"
-            fail(f"--resume: {self.out} {problem} ({reason(error)})")
-
-    def check_state(self, state):
-        """What rank 0 has read from a checkpoint, under today's names. Raises an error unless it fits this run."""
-        model = rename_weights(state["model"])
-        ema = rename_weights(state["ema"])
-        for weights in (model, ema):
-            check_weights(weights, self.model)
-        parameters = dict(self.model.named_parameters())
-        optimizer = state.get("optimizer")
-        if optimizer is None:
-            names = {p: name for name, p in parameters.items()}
-            optimizer = name_optimizer_state(state["optimizers"], self.optimizers, names)
-        for name, slots in optimizer["state"].items():
-            for slot, value in slots.items():
-                if value.shape not in (parameters[name].shape, ()) or not value.isfinite().all():
-                    raise ValueError(f"{slot} of {name}")
-                slots[slot] = value.clone()  # no longer a part of the file
-        self.running_sums = {name: sums.view(2).to(self.device) for name, sums in state["sums"].items()}
-        return {"model": model, "ema": ema, "optimizer": optimizer}
+        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
+            fail(f"--resume: {self.out} holds another network or optimizer; resume with its first settings")
 
     def learning_rate(self):
-        """The learning rate of this step: linear warm-up, then linear decline to zero."""
-        steps = self.args.steps
+        """The rate of this step: linear warm-up, then linear decline to zero."""
         warmup = self.args.warmup
-        return self.args.lr * min(self.step / warmup, (steps - self.step + 1) / max(1, steps - warmup))
+        steps_left = self.args.steps - self.step + 1
+        return self.args.lr * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
 
     def update_weights(self):
-        """Step of the optimizers and of the average."""
+        """Take a step of the optimizers, and move the averaged weights."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             optimizer.step()
-        decay = min(self.args.ema, self.step / (9 + self.step))  # the average of a young run is shorter
-        averages = [local_part(p) for p in self.ema.parameters()]
+        decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
         with torch.no_grad():
-            torch._foreach_lerp_(averages, [local_part(p) for p in self.model.parameters()], 1 - decay)
+            torch._foreach_lerp_(local_parts(self.ema), local_parts(self.model), 1 - decay)
         for name, sums in self.step_sums.items():
-            self.running_sums[name] = self.running_sums.get(name, 0) + sums
+            self.row_sums[name] = self.row_sums.get(name, 0) + sums
         self.skipped_in_a_row = 0
 
     def skip_step(self):
-        """Leave the weights as they are; end the run after many such steps. All ranks do the same."""
+        """Leave the weights as they are. Many skipped steps in a row end the run."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         sums = self.sum_over_ranks(self.step_sums)
@@ -2055,62 +2003,54 @@ class Run:
 
     def write_row(self, norm):
         """Add a row to metrics.jsonl: means since the last one, and the speed."""
-        means = {}
-        for name, sums in self.sum_over_ranks(self.running_sums).items():
-            total, count = sums.tolist()
-            if count:
-                means[name] = total / count
-        losses = {term: means.get(term, 0.0) for term in self.terms if term.startswith("loss")}
+        sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        losses = {term: means.get(term, 0.0) for term in self.terms if term.startswith("loss_")}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {"step": self.step, "loss": sum(losses.values()), **means}
-        row.update(grad_norm=norm, lr=self.learning_rate(), skipped=self.skipped, images_per_s=speed)
+        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm}
+        row.update(lr=self.learning_rate(), skipped=self.skipped, images_per_s=speed)
         row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
-        self.running_sums = {}
+        self.row_sums = {}
         self.reset_clock()
         if self.rank == 0:
             append_row(self.out / "metrics.jsonl", row)
-            shown = [f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items()]
-            shown += [f"{speed:.0f} images/s", f"{row['tflops']:.2f} TFLOP/s"]
-            self.bar.set_postfix_str(f"{', '.join(shown)}, {row['utilization']:.2f} of matmul peak")
+            shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
+            rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
+            self.bar.set_postfix_str(f"{shown}, {rates}")
 
     def reset_clock(self):
+        """Begin to measure speed; what is written between two steps does not count."""
         self.clock = time.perf_counter()
         self.clock_step = self.step
 
     def save(self, ending):
         """Write a checkpoint, unless weights are not finite or this step was skipped.
 
-        After a skipped step the weights are those of the step before, but they may be diverging. So it is saved only if
-        the run ends with it, and one more of the older checkpoints stays.
+        After a skipped step the weights are those of the step before, but they may be diverging. So they are saved only
+        if the run ends, and then one more of the older checkpoints stays.
         """
-        networks = (self.model, self.ema)
-        bad = [~local_part(p).isfinite().all() for network in networks for p in network.parameters()]
-        bad = self.sum_over_ranks({"weights": torch.stack(bad).sum()})["weights"].item()
-        skipping = self.skipped_in_a_row > 0 and not ending
-        self.saved = not bad and not skipping
+        bad = torch.stack([~p.isfinite().all() for p in local_parts(self.model) + local_parts(self.ema)]).sum()
+        bad = self.sum_over_ranks({"weights": bad})["weights"].item()
+        skipping = self.skipped_in_a_row > 0
+        self.saved = not bad and (ending or not skipping)
         if not self.saved:
+            problem = "weights are not finite" if bad else "this step was skipped"
             if self.rank == 0:
-                problem = "this step was skipped" if skipping else "weights are not finite"
                 log(f"step {self.step}: no checkpoint, since {problem}")
             return
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0 alone
-        state = {
-            "config": asdict(self.model.config),
-            "settings": vars(self.args),
-            "step": self.step,
-            "skipped": self.skipped,
-            "sums": self.sum_over_ranks(self.running_sums) if self.running_sums else {},
-            "model": get_model_state_dict(self.model, options=options),
-            "ema": get_model_state_dict(self.ema, options=options),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
-        }
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
+        state = {"config": asdict(self.model.config), "settings": vars(self.args)}
+        state.update(step=self.step, skipped=self.skipped)
+        state["model"] = get_model_state_dict(self.model, options=options)
+        state["ema"] = get_model_state_dict(self.ema, options=options)
+        state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizers, options=options)
         if self.rank == 0:
-            self.saved = save_checkpoint(self.out, state, self.args.keep + (self.skipped_in_a_row > 0))
+            self.saved = save_checkpoint(self.out, state, self.args.keep + skipping)
         self.reset_clock()
 
     def draw(self):
-        """Write a picture of samples. If the network is sharded all ranks take part, as each holds a part of it."""
+        """Write a picture of samples. All ranks take part if the network is split over them."""
         if self.rank == 0 or self.sharded:
             path = self.out / "samples" / f"{self.step:07}.png"
             with tolerate(path.parent):

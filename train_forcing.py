@@ -56,7 +56,9 @@ def parse():
     p.setting("--init", "runs/t2i/last.pt", start)
     network = f"network: {', '.join(PRESETS)}; the default is that of --init, or nano without it"
     p.setting("--preset", "", network, data.one_of("", *PRESETS))
-    p.setting("--modalities", "rgb,depth", f"what to train: rgb and others of {', '.join(MODALITIES)}", data.modality_list)
+    p.setting(
+        "--modalities", "rgb,depth", f"what to train: rgb and others of {', '.join(MODALITIES)}", data.modality_list
+    )
     data.source_settings(p)
     kept = f"what training sees of depth and normals: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
     p.setting("--sparsity", "mixed", kept, sparsity)
@@ -99,10 +101,9 @@ def load_init(args):
 
 def choose_network(args, init, init_encoders, device):
     """(Config of the network, encoders). Sets args.size if it is left to the network."""
+    base = PRESETS[args.preset or "nano"]
     if init is not None and not args.preset:
         base = init.config
-    else:
-        base = PRESETS[args.preset or "nano"]
     encoders = data.open_encoders(args.encoders, device, base, init_encoders)
     config = base.with_modalities(*choose_modalities(args)).with_encoders(encoders)
     if init is not None:

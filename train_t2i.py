@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 8 train_t2i.py --preset 370m --resume \
         --batch-size 1024 --grad-accum 4 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
 
-The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses and speed), samples/ and
-the last checkpoints. The newest is last.pt, from which train_forcing.py starts. docs/gpu-node.md has more on clusters.
+The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses and speed), samples/
+and the last checkpoints. train_forcing.py starts from last.pt, the newest. docs/gpu-node.md has more on clusters.
 
 A step reads: draw a batch -> draw noise levels -> corrupt -> predict -> loss -> step. data.Run does the rest.
 """
