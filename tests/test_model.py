@@ -375,11 +375,25 @@ def test_cross_time_embedders_are_exact_identities_at_initialisation():
         assert torch.equal(before[m], without[m])
 
 
-def test_once_trained_a_modality_knows_the_noise_level_of_another():
-    network = build(RGB, DEPTH)
-    x, _, t, text = inputs()
-    other = network(x, {**t, "depth": t["depth"] * 0.5}, text)
-    assert not torch.equal(network(x, t, text)["rgb"], other["rgb"])
+def test_conditioning_is_the_sum_of_own_and_cross_embeddings():
+    """c_m = e_m(t_m) + sum over the others o of e_om(t_o), over the modalities that are there (Sec. 3.2)."""
+    network = build(RGB, DEPTH, NORMAL)
+    vectors = []
+
+    def note_vector(module, args):
+        vectors.append(args[1])
+
+    network.decoders["depth"].register_forward_pre_hook(note_vector)
+    x, _, t, text = inputs(modalities=network.modalities)
+    network(x, t, text)
+    own = network.time_embedders["depth"](t["depth"])
+    from_image = network.cross_time_embedders["rgb_to_depth"](t["rgb"])
+    from_normals = network.cross_time_embedders["normal_to_depth"](t["normal"])
+    close(vectors[0], own + from_image + from_normals)
+
+    del x["normal"]
+    network(x, t, text)
+    close(vectors[1], own + from_image)
 
 
 def test_grown_checkpoint_predicts_the_same_image_without_depth_tokens():
