@@ -21,6 +21,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,21 +128,19 @@ def plateau_constants():
     """Four floats of the logit-normal: its mode, the mass below the mode, the density at the mode, and the norm of the
     distribution that keeps this density from the mode up to t = 1.
     """
-    # The mode solves logit(t) - MU = SIGMA^2 (2 t - 1). Bisection finds it.
     low = 0.0
     high = 1.0
-    for _ in range(60):
+    for _ in range(60):  # bisection: the mode solves logit(t) - MU = SIGMA^2 (2 t - 1)
         mode = (low + high) / 2
-        if math.log(mode / (1 - mode)) - MU < SIGMA**2 * (2 * mode - 1):
+        z = (math.log(mode / (1 - mode)) - MU) / SIGMA
+        if z < SIGMA * (2 * mode - 1):
             low = mode
         else:
             high = mode
 
-    z = (math.log(mode / (1 - mode)) - MU) / SIGMA
     mass = 0.5 * (1 + math.erf(z / math.sqrt(2)))
     density = math.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * SIGMA * mode * (1 - mode))
-    norm = mass + (1 - mode) * density
-    return mode, mass, density, norm
+    return mode, mass, density, mass + (1 - mode) * density
 
 
 def plateau_logit_normal(u):
@@ -325,12 +324,9 @@ def interpolate_error(error, known, features, most=1024):
 class Encoding:
     """How the stored values of a modality become the values that are diffused, and back. Shapes (B, C, H, W) stay."""
 
-    encode: Callable
-    """(stored values, valid or None) -> values that are diffused."""
-    decode: Callable
-    """Inverse of encode; what encode discards, such as the scale of depth, stays lost."""
-    finish: Callable
-    """Repairs decoded values after a median or a resize has mixed them."""
+    encode: Callable  # (stored values, valid or None) -> values that are diffused
+    decode: Callable  # its inverse; what encode discards, such as the scale of depth, stays lost
+    finish: Callable  # repairs decoded values after a median or a resize has mixed them
 
 
 def keep_values(x, valid=None):
@@ -366,22 +362,14 @@ class Modality:
 
     name: str
     channels: int
-    id: int
-    """First coordinate of its tokens' rotary position. A trained network is tied to it: never renumber."""
-    stride: int = 1
-    """Image pixels per value of this modality, per side: 1 is pixels, more the latents of a frozen encoder."""
-    decoder_depth: int = 0
-    """Self-attention blocks over this modality's tokens alone, before its final layer (Sec. 3.2)."""
-    timesteps: str = "logit-normal"
-    """Key of TIMESTEPS: the distribution of its training noise levels."""
-    p_clean: float = 0.2
-    """Probability that a training sample holds this modality clean, as a condition of the others."""
-    encoding: str = "plain"
-    """Key of ENCODINGS, and of the tables by which other files read, paint and score a modality."""
-    loss: str = "velocity"
-    """Key of LOSS_WEIGHTS."""
-    weight: float = 1.0
-    """Weight of its loss in the sum over modalities."""
+    id: int  # first coordinate of its tokens' rotary positions: a trained network is tied to it, so never renumber
+    stride: int = 1  # image pixels per value, per side: 1 for pixels, more for the latents of a frozen encoder
+    decoder_depth: int = 0  # self-attention blocks over its tokens alone, before its final layer (Sec. 3.2)
+    timesteps: str = "logit-normal"  # key of TIMESTEPS: the distribution of its training noise levels
+    p_clean: float = 0.2  # probability that a training sample holds it clean, as a condition of the others
+    encoding: str = "plain"  # key of ENCODINGS, and of the tables by which other files read, paint and score it
+    loss: str = "velocity"  # key of LOSS_WEIGHTS
+    weight: float = 1.0  # of its loss in the sum over modalities
 
     def __post_init__(self):
         """Raises ValueError for an entry that makes no sense; a checkpoint may bring one."""
@@ -392,10 +380,10 @@ class Modality:
             key = getattr(self, field)
             if not isinstance(key, str) or key not in table:
                 raise ValueError(f"modality {self.name}: {field} is {key!r}, must be one of {', '.join(table)}")
-        if not isinstance(self.p_clean, (int, float)) or not 0 <= self.p_clean <= 1:
-            raise ValueError(f"modality {self.name}: p_clean is {self.p_clean!r}, must be a number from 0 to 1")
-        if not isinstance(self.weight, (int, float)) or not 0 <= self.weight < math.inf:
-            raise ValueError(f"modality {self.name}: weight is {self.weight!r}, must be a number from 0 up")
+        for field, high in (("p_clean", 1), ("weight", 1e6)):
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or not 0 <= value <= high:
+                raise ValueError(f"modality {self.name}: {field} is {value!r}, must be a number from 0 to {high:g}")
 
     def shape(self, size):
         """Image size (H, W) in pixels -> (C, h, w) of this modality's values."""
@@ -435,37 +423,29 @@ class Config:
     """Everything needed to build a network; checkpoints hold one."""
 
     width: int
-    depth: int
-    head: int
-    """Channels of an attention head. There are width / head query heads and a quarter as many key/value heads."""
-    patch: int
-    """Side of a token in image pixels: all modalities cover the image with the same grid of tokens."""
-    size: int
-    """Default side of the images in pixels. Any height and width that the patch divides works at call time."""
-    decoder_depth: int = 4
-    """The most decoder blocks that an entry gets by with_modalities."""
-    text_length: int = 160
-    """Bytes of caption, TEXT_PATCH to a token; or, with text_dim, embeddings."""
-    text_dim: int = 0
-    """Channels of a frozen encoder's text embeddings; 0 is bytes."""
-    modalities: tuple = (RGB,)
-    """Entries. The first is the image: text is modulated by its noise level, and frozen encoders replace its values."""
+    depth: int  # blocks of the trunk
+    head: int  # channels of an attention head: width / head query heads, a quarter as many key/value heads
+    patch: int  # side of a token in image pixels: all modalities cover the image with the same grid of tokens
+    size: int  # default side of the images; any height and width that the patch divides works at call time
+    decoder_depth: int = 4  # the most decoder blocks that an entry gets by with_modalities
+    text_length: int = 160  # bytes of a caption, TEXT_PATCH to a token; or, with text_dim, embeddings
+    text_dim: int = 0  # channels of a frozen encoder's text embeddings; 0 is bytes
+    modalities: tuple = (RGB,)  # the first is the image: its noise level modulates text, encoders replace its values
 
     def __post_init__(self):
         """Raises ValueError or TypeError for a config of which no network can be built; a checkpoint may bring one."""
-        entries = []
-        for i, entry in enumerate(self.modalities):
+        entries = list(self.modalities)
+        for i, entry in enumerate(entries):
             if not isinstance(entry, Modality):
-                entry = Modality(**{"id": i, **entry})  # checkpoints of earlier versions have no ids
-            entries.append(entry)
+                entries[i] = Modality(**{"id": i, **entry})  # checkpoints of earlier versions have no ids
         object.__setattr__(self, "modalities", tuple(entries))
 
         check_numbers(self, width=(1, 1 << 16), depth=(0, 1024), head=(1, 1024), patch=(1, 1024), size=(1, 1 << 16))
         check_numbers(self, decoder_depth=(0, 128), text_length=(1, 1 << 16), text_dim=(0, 1 << 16))
-        if self.head % 16:
-            raise ValueError(f"head is {self.head}, must be a multiple of 16")
-        if self.width % (4 * self.head):
-            raise ValueError(f"width is {self.width}, must be a multiple of 4 x head, {4 * self.head}")
+        if self.head % 16 or self.width % (4 * self.head):
+            raise ValueError(
+                f"head is {self.head}, must be a multiple of 16, and width of 4 x head: it is {self.width}"
+            )
         if not self.text_dim and self.text_length % TEXT_PATCH:
             raise ValueError(f"text_length is {self.text_length}, must be a multiple of {TEXT_PATCH} bytes")
         names = {m.name for m in self.modalities}
@@ -526,12 +506,6 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
         angles = 1000 * t.float()[:, None] * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
-
-
-def text_ids(count, device=None):
-    """Rotary positions of text tokens, (count, 4): (0, 0, 0, position in the text)."""
-    positions = torch.arange(count, device=device)
-    return F.pad(positions[:, None], (3, 0))
 
 
 def token_ids(modality_id, rows, columns, device=None):
@@ -695,7 +669,8 @@ class DiT(nn.Module):
         text_tokens = self.embed_text(text)  # (B, N_text, D)
         tokens = [text_tokens]
         modulations = [self.modulation(image, vectors, text_tokens.shape[1])]
-        ids = [text_ids(text_tokens.shape[1], text.device)]
+        text_positions = torch.arange(text_tokens.shape[1], device=text.device)
+        ids = [F.pad(text_positions[:, None], (3, 0))]
         grids = {}
         for m in present:
             patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)  # (B, C * patch^2, rows, columns)
@@ -813,6 +788,7 @@ class DiT(nn.Module):
                 network = cls(config)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its config is wrong: {error}") from None
+
         weights = rename_weights(state["ema"])
         check_weights(weights, network)
         network.to_empty(device="cpu").load_state_dict(weights)
@@ -873,12 +849,10 @@ class DiT(nn.Module):
 
 def rename_weights(weights):
     """Weights of a checkpoint of any version -> the same under the names that the network has now."""
-    old_names = {"timesteps.": "time_embedders.", "mixers.": "cross_time_embedders."}
     renamed = {}
     for name, weight in weights.items():
-        for old, new in old_names.items():
-            if isinstance(name, str) and name.startswith(old):
-                name = new + name.removeprefix(old)
+        name = re.sub("^timesteps[.]", "time_embedders.", str(name))
+        name = re.sub("^mixers[.]", "cross_time_embedders.", name)
         renamed[name] = weight
     return renamed
 
@@ -935,18 +909,10 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     fastest = math.inf
     for _ in range(repeats):
-        synchronize(device)
         start = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
+        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * side**3 / fastest
-
-
-def synchronize(device):
-    """Wait until the device has done all work; a CPU never lags behind."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 # ---- Muon on a CPU ----
