@@ -52,7 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -2435,134 +2435,142 @@ class Run:
 
 
 # ---- Pictures ----
+# Values painted as pictures, by their encoding, and pictures laid out as a grid.
 
-
-# Of the depth colours, far to near: equal distances in CIELAB, lightness rising throughout.
+# Colours of depth, from far to near: equal distances in CIELAB, and lightness that rises throughout.
 FAR_TO_NEAR = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
-ANCHORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])
+ANCHORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])  # (9, 3)
 
 
-def paint_rgb(rgb):
-    """(3, H, W) in [-1, 1] -> (H, W, 3) uint8."""
-    return ((rgb.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+def paint_rgb(rgb, valid=None):
+    """(3, H, W) in [-1, 1] -> (H, W, 3) uint8. All pixels of an image are valid."""
+    rgb = rgb.detach().float().cpu().clamp(-1, 1)
+    return ((rgb + 1) * 127.5).round().byte().movedim(0, -1).numpy()
 
 
-def nearness(depth, valid=None):
-    """Depth (1, H, W) in any unit -> (1 / depth (H, W), its 2% and 98% percentiles over valid pixels, valid (H, W))."""
+def paint_normal(normal, valid=None):
+    """Unit vectors (3, H, W), valid (1, H, W) -> (H, W, 3) uint8: the colour is (n + 1) / 2, black where missing."""
+    if valid is None:
+        valid = normal.square().sum(0, keepdim=True) > 0
+    return paint_rgb(torch.where(valid, normal, -1.0))
+
+
+def inverse_depth(depth, valid=None):
+    """Depth (1, H, W) in any unit, valid (1, H, W) -> 1 / depth as an array (H, W), NaN where missing."""
     depth = depth.detach().float().cpu().numpy()[0]
-    valid = (depth > 0) & np.isfinite(depth) if valid is None else valid.cpu().numpy()[0]
-    if not valid.any():
-        return np.zeros_like(depth), (0.0, 1.0), valid
-    near = 1 / np.maximum(np.where(valid, depth, np.inf), 1e-3 * max(np.median(depth[valid]), 1e-30))
-    return near, np.percentile(near[valid], (2, 98)), valid
+    if valid is None:
+        valid = (depth > 0) & np.isfinite(depth)
+    else:
+        valid = valid.cpu().numpy()[0]
+    nearest_depth = 1e-3 * max(np.median(depth[valid]), 1e-30) if valid.any() else 1.0
+    return 1 / np.where(valid, np.maximum(depth, nearest_depth), np.nan)
 
 
-def paint_nearness(near, ends):
-    """(H, W) -> (H, W, 3) uint8, from the first of ends to the second."""
-    level = np.clip((near - ends[0]) / max(ends[1] - ends[0], 1e-9 * abs(ends[1])), 0, 1) * (len(ANCHORS) - 1)
-    return np.stack([np.interp(level, range(len(ANCHORS)), channel) for channel in ANCHORS.T], -1).astype(np.uint8)
+def inverse_depth_range(inverse):
+    """The two inverse depths between which colours change: 2% of the pixels are farther, 2% are nearer."""
+    known = inverse[~np.isnan(inverse)]
+    if not len(known):
+        return 0.0, 1.0
+    return np.percentile(known, (2, 98))
+
+
+def paint_inverse_depth(inverse, far, near):
+    """Inverse depth (H, W) -> (H, W, 3) uint8: far is dark, near is bright, and NaN is black."""
+    level = (inverse - far) / max(near - far, 1e-9 * abs(near))
+    position = np.clip(level, 0, 1) * (len(ANCHORS) - 1)
+    channels = [np.interp(position, range(len(ANCHORS)), channel) for channel in ANCHORS.T]
+    return np.nan_to_num(np.stack(channels, -1)).astype(np.uint8)
 
 
 def paint_depth(depth, valid=None):
-    """Depth (1, H, W) in any unit -> (H, W, 3) uint8, near is bright, black where missing; 2-98% of inverse depth."""
-    near, ends, valid = nearness(depth, valid)
-    return np.where(valid[..., None], paint_nearness(near, ends), 0).astype(np.uint8)
+    """Depth (1, H, W) in any unit, valid (1, H, W) -> (H, W, 3) uint8: near is bright, black where missing."""
+    inverse = inverse_depth(depth, valid)
+    return paint_inverse_depth(inverse, *inverse_depth_range(inverse))
+
+
+PAINTERS = {"plain": paint_rgb, "relative depth": paint_depth, "unit vectors": paint_normal}
+
+
+def paint(modality, values, valid=None):
+    """Values (C, H, W) of a modality, valid (1, H, W) bool or None -> picture (H, W, 3) uint8."""
+    return PAINTERS[modality.encoding](values, valid)
 
 
 def enlarged(picture, side):
-    """(H, W, 3) uint8 -> Image: a small one times a whole number, to near side; a large one shrunk to 2 sides."""
-    picture = Image.fromarray(picture)
-    longer = max(picture.size)
+    """(H, W, 3) uint8 -> Image. A small picture grows by a whole factor to about side; a large one shrinks to 2 sides."""
+    image = Image.fromarray(picture)
+    longer = max(image.size)
     if longer > 2 * side:
-        return picture.resize([max(1, round(n * 2 * side / longer)) for n in picture.size], Image.LANCZOS)
-    return picture.resize([n * max(1, round(side / longer)) for n in picture.size], Image.NEAREST)
+        shrunk = [max(1, round(n * 2 * side / longer)) for n in image.size]
+        return image.resize(shrunk, Image.LANCZOS)
+    factor = max(1, round(side / longer))
+    return image.resize([n * factor for n in image.size], Image.NEAREST)
 
 
-def depth_picture(depth, valid, side=256):
-    """paint_depth of (1, H, W) as an Image, with a scale bar beside it: the depths that its brightness stands for."""
-    painted, (_, (far, near), _) = enlarged(paint_depth(depth, valid), side), nearness(depth, valid)
-    canvas = Image.new("RGB", (painted.width + 60, max(painted.height, 64)), "white")
-    canvas.paste(painted)
-    length, left = canvas.height - 16, painted.width + 6
-    bar = np.linspace(near, far, length)[:, None].repeat(10, 1)
-    canvas.paste(Image.fromarray(paint_nearness(bar, (far, near))), (left, 8))
-    for share in (0, 0.5, 1):
-        number = f"{1 / max(near + share * (far - near), 1e-30):.3g}"
-        ImageDraw.Draw(canvas).text((left + 14, 8 + share * length), number, fill="black", font_size=12, anchor="lm")
-    return canvas
+def draw_caption(text, width):
+    """An Image of a text, broken into lines that fit into width pixels."""
+    lines = textwrap.wrap(text, max(8, width // 6))
+    image = Image.new("RGB", (width, 12 * (len(lines) + 1)), "white")
+    ImageDraw.Draw(image).multiline_text((0, 0), "\n".join(lines), fill="black", font_size=11, spacing=1)
+    return image
 
 
 def draw_grid(rows, labels=(), cell=128):
-    """Image of rows of (H, W, 3) uint8 pictures, labels on the left; a row of strings stands under pictures."""
+    """Rows of pictures (H, W, 3) uint8, each with a label on its left, as an Image. A string in a row is a caption."""
+    pictures = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
+    width = 4 + max(x.width for row in pictures for x in row if not isinstance(x, str))
+    cells = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in pictures]
+
     margin = 110 if labels else 0
-    wrap = lambda text, width: "\n".join(textwrap.wrap(text, max(8, width // 6)))
-    rows = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
-    width = 4 + max(x.width for row in rows for x in row if not isinstance(x, str))
-    rows = [[wrap(x, width) if isinstance(x, str) else x for x in row] for row in rows]
-    heights = [4 + max(12 * (x.count("\n") + 1) if isinstance(x, str) else x.height for x in row) for row in rows]
-    canvas = Image.new("RGB", (margin + max(map(len, rows)) * width, sum(heights)), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
-    for i, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for c, x in enumerate(row):
-            if isinstance(x, str):
-                draw.multiline_text((margin + c * width, top), x, fill="black", font_size=11, spacing=1)
-            else:
-                canvas.paste(x, (margin + c * width, top))
+    heights = [4 + max(image.height for image in row) for row in cells]
+    canvas = Image.new("RGB", (margin + width * max(map(len, cells)), sum(heights)), "white")
+    top = 0
+    for i, row in enumerate(cells):
+        for column, image in enumerate(row):
+            canvas.paste(image, (margin + column * width, top))
         if labels:
-            draw.multiline_text((4, top + 6), labels[i], fill="black", font_size=15)
-        top += height
+            ImageDraw.Draw(canvas).multiline_text((4, top + 6), labels[i], fill="black", font_size=15)
+        top += heights[i]
     return canvas
 
 
-# ---- python data.py: the world as pictures, and in each layout that --data reads ----
+# ---- A look at the built-in world: python data.py ----
+# Samples as pictures, and as a folder that --data reads.
 
 
-def depth_png(depth):
-    """Depth (H, W) in metres, 0 where infinite -> bytes of MoGe's log-coded PNG."""
-    near, far = depth[depth > 0].min(), depth.max() * 1.001
-    codes = 1 + np.round(65533 * np.log(np.maximum(depth, near) / near) / np.log(far / near))
-    text = PngImagePlugin.PngInfo()
-    text.add_text("near", repr(float(near))), text.add_text("far", repr(float(far)))
-    picture = Image.fromarray(np.where(depth > 0, codes, 65535).astype(np.uint16))
-    return to_bytes(picture.save, "PNG", pnginfo=text)
+def array_bytes(values, valid):
+    """A map (C, H, W), valid (1, H, W) -> bytes of a .npy file that read_map reads: (H, W) or (H, W, C), 0 if missing."""
+    array = torch.where(valid, values, 0.0).movedim(0, -1).squeeze(-1)
+    return to_bytes(np.save, array.cpu().numpy())
 
 
-def export(out, layout, samples, per_shard=100):
-    """Write samples, (rgb (H, W, 3) uint8, depth (H, W) metres, caption, vertical fov in radians), in a layout."""
-    groups = {}
+def write_folder(out, batch):
+    """Write a Batch as a folder: image, depth and normals of each sample, and metadata.jsonl, which lists them."""
     rows = []
-    for i, (rgb, depth, line, fov) in enumerate(samples):
-        name = f"{i:06}"
-        image = to_bytes(Image.fromarray(rgb).save, "JPEG", quality=100, subsampling=0)
-        if layout == "moge":
-            focal = float(0.5 / np.tan(fov / 2))  # in heights
-            matrix = [[focal * rgb.shape[0] / rgb.shape[1], 0, 0.5], [0, focal, 0.5], [0, 0, 1]]
-            meta = json.dumps({"intrinsics": matrix}).encode()
-            groups[name] = {"/image.jpg": image, "/depth.png": depth_png(depth), "/meta.json": meta}
-            rows.append(name)
-        else:
-            groups[name] = {".jpg": image, ".txt": line.encode(), ".depth.npy": to_bytes(np.save, depth)}
-            rows.append(json.dumps({"file_name": f"{name}.jpg", "text": line, "depth_file_name": f"{name}.depth.npy"}))
-    files = [(f"{name}{suffix}", content) for name, group in groups.items() for suffix, content in group.items()]
-    if layout == "shards":
-        count = 3 * per_shard  # a sample has three files
-        for number, start in enumerate(range(0, len(files), count)):
-            write_whole(out / f"{number:03}.tar", functools.partial(write_tar, files[start : start + count]))
-        return
-    for name, content in files:
-        (out / name).parent.mkdir(exist_ok=True)
-        write_bytes(out / name, content, sync=False)
-    index = {"moge": ".index.txt", "folder": "metadata.jsonl"}[layout]
-    write_bytes(out / index, "".join(f"{row}\n" for row in rows).encode())
+    for i, name in enumerate(batch.names):
+        row = {"file_name": f"{name}.jpg", "text": batch.captions[i]}
+        image = Image.fromarray(paint_rgb(batch.values["rgb"][i]))
+        write_bytes(out / row["file_name"], to_bytes(image.save, "JPEG", quality=100, subsampling=0), sync=False)
+        for m in ("depth", "normal"):
+            row[f"{m}_file_name"] = f"{name}.{m}.npy"
+            content = array_bytes(batch.values[m][i], batch.valid[m][i])
+            write_bytes(out / row[f"{m}_file_name"], content, sync=False)
+        rows.append(json.dumps(row))
+    write_bytes(out / "metadata.jsonl", "".join(f"{row}\n" for row in rows).encode())
 
 
-def write_tar(files, target):
-    """Write files, (name, content), into an open file as tar."""
-    with tarfile.open(fileobj=target, mode="w") as tar:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+def world_grid(batch, count=8):
+    """The first samples of a Batch as an Image: image, depth and normals, and depth as a sensor would have seen it."""
+    rgb = batch.values["rgb"][:count]
+    depth = batch.values["depth"][:count]
+    sensor = sensor_mask(rgb, "mixed", PerSampleRNG(0, range(len(rgb))).rand)
+    rows = {
+        "image": map(paint_rgb, rgb),
+        "depth": map(paint_depth, depth, batch.valid["depth"]),
+        "depth as\ntrained on": map(paint_depth, depth, batch.valid["depth"][:count] & sensor),
+        "normal": map(paint_normal, batch.values["normal"][:count], batch.valid["normal"]),
+    }
+    return draw_grid(list(rows.values()), list(rows))
 
 
 def main():
@@ -2571,30 +2579,21 @@ def main():
     p.setting("--split", "val", "train or val", one_of(*SPLITS))
     p.setting("--size", 32, "side in pixels", whole(1, 2048))
     p.setting("--count", 8, "number of samples", whole(1, 10**5))
-    p.setting("--layout", "folder", "of the files: folder, shards or moge", one_of("folder", "shards", "moge"))
-    p.setting("--measured", 1.0, "share of depth pixels to keep, to try completion on", number(0, 1, above=True))
+    p.setting("--measured", 1.0, "share of the pixels that depth and normals keep", number(0, 1, above=True))
     args = p.parse_args()
-    if args.measured < 1 and args.layout == "moge":
-        fail(f"--measured {args.measured}: below 1 for the layouts folder and shards alone; leave it out")
     if args.count * args.size**2 > 1 << 24:
         fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
-    out, size = claim_folder(args.out), (args.size, args.size)
-    scenes = draw_scenes(args.split, range(args.count))
+    out = claim_folder(args.out)
+    size = (args.size, args.size)
+
     batch = SyntheticWorld(args.split, size).samples(range(args.count))
-    values = batch.values
-    valid = batch.valid
-    captions = batch.captions
-    values["depth"] *= PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
-    valid["depth"] = values["depth"] > 0
-    if not valid["depth"].flatten(1).any(1).all():
+    measured = PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
+    batch.valid = {m: measured & batch.valid[m] for m in ("depth", "normal")}
+    if not batch.valid["depth"].flatten(1).any(1).all():
         fail(f"--measured {args.measured}: a scene keeps no pixel; give a larger share")
-    pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
-    export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
-    mask = valid["depth"][:8]
-    thinned = mask & sensor_mask(values["rgb"][:8], "mixed", PerSampleRNG(0, range(len(mask))).rand)
-    paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
-    rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
-    write_image(out / "grid.png", draw_grid(list(rows.values()), list(rows)))
+
+    write_folder(out, batch)
+    write_image(out / "grid.png", world_grid(batch))
     print(f"{args.count} samples in {out}, for --data; see {out}/grid.png")
 
 
