@@ -48,15 +48,15 @@ def parse_flags():
         "--depth", "", "depth (.npy, .pfm, 16-bit .png; 0 is missing), or directory; beside --image it is measured"
     )
     p.setting("--normal", "", "surface normals (.npy of shape (H, W, 3); 0 is missing), or directory")
-    strength = "how far inputs are trusted, as rgb=0.5 or depth=0.8: 1 is clean, 0 is ignored"
-    p.setting("--strength", {}, strength, data.by_modality(data.SHARE))
-    order = f"joint; log2(alpha) of Sec. 4.2, -14 to 14 (joint is {JOINT:g}); or names, as depth,rgb or rgb alone"
-    p.setting("--order", "joint", order)
+    trusted = "how far inputs are trusted, as rgb=0.5 or depth=0.8: 1 is clean, 0 is ignored"
+    p.setting("--strength", {}, trusted, data.by_modality(data.SHARE))
+    p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
     p.setting("--refine", "", "modality to generate again in a second pass, from all others, held clean")
     p.setting("--count", 4, "number of samples of every prompt for every input", data.whole(1, 10**5))
-    size = "pixels, as HxW or one side; empty is the network's size. An input keeps its aspect, at this area"
-    p.setting("--size", "", size, data.size_text())
-    steps = f"sampling steps of each pass; 0 is {I2D_STEPS} where a clean image is given, else 50"
+    p.setting(
+        "--size", "", "pixels of the network's input, as HxW or one side; files keep their aspect", data.size_text()
+    )
+    steps = f"steps of each pass; 0 is {I2D_STEPS} where a clean image is given, else 50"
     p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--fov", 55.0, "vertical field of view of cloud.ply, in degrees", data.number(1, 179))
@@ -69,49 +69,46 @@ def parse_flags():
     return args
 
 
-def read_size(args, config):
-    """--size, or the network's -> (H, W)."""
-    size = data.parse_size(args.size) if args.size else (config.size, config.size)
-    if size[0] % config.patch or size[1] % config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the patch size, {config.patch}")
-    return size
-
-
 @dataclass
 class Task:
-    """What the command line asks of the network."""
+    """What the command line asks of a network."""
 
+    size: tuple  # (H, W) of what the network sees
     order: object  # log2(alpha) or a list of names, as make_schedule takes it
     strength: dict  # {modality: 0 to 1} of what is given
     measured: list  # modalities that are given beside an image: generated, then corrected to equal the input
     generated: list  # modalities that the first pass generates
 
 
-def read_task(args, names):
-    """The Task of a network whose modalities have these names. Exit code 2 if the network cannot do it."""
+def read_task(args, config):
+    """The Task of a command line. Exit code 2 if a network of this config cannot do it."""
+    size = data.parse_size(args.size) if args.size else (config.size, config.size)
+    if size[0] % config.patch or size[1] % config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch size, {config.patch}")
+
+    names = [m.name for m in config.modalities]
+    image = names[0]
     inputs = [name for name, word in WORDS.items() if getattr(args, word)]
     missing = [name for name in [*inputs, args.refine] if name and name not in names]
     if missing:
-        known = ", ".join(names)
-        data.fail(f"--checkpoint {args.checkpoint}: has no {missing[0]}, only {known}; give one that has it")
+        data.fail(f"--checkpoint {args.checkpoint}: has no {missing[0]}, only {', '.join(names)}; give one that has it")
 
-    measured = [name for name in inputs if names[0] in inputs and MODALITIES[name].encoding in COMPLETIONS]
+    measured = [name for name in inputs if image in inputs and MODALITIES[name].encoding in COMPLETIONS]
     strength = {name: args.strength.get(name, 1.0) for name in inputs if name not in measured}
-    for name in args.strength:
-        if name not in strength:
-            data.fail(f"--strength {name}: {name} is not given, or measured beside an image; leave it out")
-
-    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
+    unused = [name for name in args.strength if name not in strength]
+    if unused:
+        data.fail(f"--strength {unused[0]}: {unused[0]} is not given, or measured beside an image; leave it out")
+    if args.ensemble > 1 and (image not in inputs or args.refine == image):
+        data.fail(f"--ensemble {args.ensemble}: is the median of the maps of one --image; leave it out")
     if inputs and args.order != "joint":
         data.fail(f"--order {args.order}: inputs always come first, by their --strength; leave it out")
-    if args.ensemble > 1 and (names[0] not in inputs or args.refine == names[0]):
-        data.fail(f"--ensemble {args.ensemble}: is the median of the maps of one --image; leave it out")
 
+    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
     listed = order if isinstance(order, list) else names
     generated = [name for name in names if name in listed and name not in strength]
     if not generated:
         data.fail(f"--checkpoint {args.checkpoint}: has no modality but those given, so nothing is left to generate")
-    return Task(order, strength, measured, generated)
+    return Task(size, order, strength, measured, generated)
 
 
 def list_prompts(args, length):
@@ -173,7 +170,7 @@ def list_inputs(args):
 
 @dataclass
 class Inputs:
-    """The files that belong together."""
+    """Files that belong together, read."""
 
     maps: dict  # {modality: (values (C, H, W), valid (1, H, W))}, in the pixels of the files
     given: dict  # the same for what is given to the network, at size
@@ -181,24 +178,21 @@ class Inputs:
     shape: tuple  # (H, W) of the files and of the result
 
 
-def read_inputs(paths, task, config, size):
+def read_inputs(paths, task, config):
     """{modality: path} -> Inputs. Raises data.BadSample, whose message begins with the name of a file."""
+    size = task.size
+    shape = task.size
     maps = {}
-    shape = size
     for name, path in paths.items():
         with data.reading(path):
             values, valid = data.read_map(MODALITIES[name], path, data.read_file(path))
             if maps and valid.shape != shape:
                 raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
-            if min(valid.shape) < config.patch:
-                raise data.BadSample(f"has {valid.shape} pixels; each side must be at least {config.patch}")
-            if name in task.measured and valid.all():
-                raise data.BadSample("misses no pixel, so nothing is left to complete; give it without --image")
         shape = valid.shape
+        size = config.fit(
+            *shape, (task.size[0] * task.size[1]) ** 0.5
+        )  # the aspect of the files, at the area of --size
         maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
-
-    if maps:
-        size = config.fit(*shape, (size[0] * size[1]) ** 0.5)
     given = {name: resize_input(MODALITIES[name], *maps[name], size) for name in task.strength}
     return Inputs(maps, given, size, shape)
 
@@ -311,7 +305,7 @@ class Sampler:
 
 
 # ---- Files ----
-# A writer gets the folder of a sample, a modality, and all maps of the sample, {m: (values (C, H, W), valid (1, H, W))}.
+# A writer gets the folder of a sample, a modality, and its maps, {m: (values (C, H, W), valid (1, H, W))}.
 
 
 def write_picture(folder, m, maps, args):
@@ -412,8 +406,7 @@ def main():
     args = parse_flags()
     network, state = data.open_network(args.checkpoint)
     config = network.config
-    task = read_task(args, [m.name for m in network.modalities])
-    size = read_size(args, config)
+    task = read_task(args, config)
     device = data.pick_device(args.device)
     encoders = data.open_encoders(args.encoders, device, config, state["settings"].get("encoders", ""))
     prompts = list_prompts(args, 0 if config.text_dim else config.text_length)
@@ -427,7 +420,7 @@ def main():
     bar = tqdm(total=len(files) * len(prompts) * args.count, delay=1, leave=False)
     for stem, paths in files.items():
         try:
-            inputs = read_inputs(paths, task, config, size)
+            inputs = read_inputs(paths, task, config)
         except data.BadSample as error:
             data.log(str(error))
             num_unreadable += 1
