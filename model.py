@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -934,6 +935,9 @@ def orthogonalize(gradient, coefficients, steps, eps):
     It iterates x <- (a + b G + c G^2) x with G = x x^T. Only G, the smaller of the matrices, and the product of the
     factors are iterated; the product is applied to x once.
     """
+    if isinstance(gradient, DTensor):  # with --shard every rank iterates on the whole matrix, and keeps its part
+        whole = orthogonalize(gradient.full_tensor(), coefficients, steps, eps)
+        return distribute_tensor(whole, gradient.device_mesh, gradient.placements, src_data_rank=None)
     a, b, c = coefficients
     wide = gradient.shape[0] <= gradient.shape[1]
     x = gradient if wide else gradient.T

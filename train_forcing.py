@@ -2,56 +2,45 @@
 
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
-    python train_forcing.py --data DIR      your own images and depth, of any sparsity; data.py lists the layouts
+    python train_forcing.py --data DIR      your own images and depth, of any sparsity; docs/data.md lists the layouts
+    python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        go on after an interruption
-    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt \
+    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
-    (two nodes, Slurm, and what can go wrong: README, "On a GPU node")
 
-The whole method is in the loop below: every modality draws its own noise level, is corrupted to it, predicted, and
-scored on its valid pixels. Held at t = 0 it conditions and carries no loss; missing pixels are noise and carry none
-either. The image prediction is also kept near the frozen text-to-image teacher's (Eq. 8), most where depth is noise.
+The whole method is in the function train below. Every modality draws its own noise level, is corrupted to it, and is
+predicted. A modality that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are noise and
+carry none either. The network gets no mask channel: it must recognise noise. The image prediction also stays near that
+of the frozen text-to-image network, the teacher, mostly where depth is noise (Eq. 8).
 
-The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality, training
-mode and range of t; speed), samples/ and the last checkpoints. Give its last.pt to sample.py and evaluate.py.
+The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality and
+training mode, speed), samples/ and the last checkpoints. Give its last.pt to sample.py and evaluate.py.
 """
 
 import argparse
-import copy
 import itertools
-import math
-import signal
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 from model import (
-    DEPTH,
+    MODALITIES,
     PRESETS,
-    Config,
     DiT,
-    breakdown,
     corrupt,
     distillation_weight,
     draw_noise_levels,
-    format_plan,
-    matmul_peak,
-    memory_plan,
-    noise_levels,
-    scored,
+    loss_mask,
+    make_schedule,
+    squared_error,
     training_cost,
-    velocity_loss,
 )
 
 
 def sparsity(text):
-    """Type of --sparsity: one of data.sparsify's patterns, unchanged."""
+    """Type of --sparsity: a pattern of data.sensor_mask, unchanged."""
     if text not in ("mixed", *data.PATTERNS):
         try:
             data.number(0, 1, above=True)(text)
@@ -63,284 +52,229 @@ def sparsity(text):
 
 def parse():
     p = data.Flags(__doc__)
-    start = "checkpoint to start from: a text-to-image one, which is also the teacher; or one of this stage; or none"
+    start = "checkpoint to start from, or none; if it lacks one of --modalities, it is also the teacher"
     p.setting("--init", "runs/t2i/last.pt", start)
-    network = f"network: {', '.join(PRESETS)}; the default is that of --init, or nano if that is none"
+    network = f"network: {', '.join(PRESETS)}; the default is that of --init, or nano without it"
     p.setting("--preset", "", network, data.one_of("", *PRESETS))
+    p.setting(
+        "--modalities", "rgb,depth", f"what to train: rgb and others of {', '.join(MODALITIES)}", data.modality_list
+    )
     data.source_settings(p)
-    kept = f"depth that training sees: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
+    kept = f"what training sees of depth and normals: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
     p.setting("--sparsity", "mixed", kept, sparsity)
-    p.setting("--p-i2d", 0.2, "probability that a sample holds its image clean", data.SHARE)
-    p.setting("--p-d2i", 0.2, "probability that a sample holds its depth clean", data.SHARE)
-    weight = "weight of self-distillation where depth is"
+    clean = "probability that a sample holds a modality clean, such as rgb=0.25,depth=0.5; 0.2 for what is not named"
+    p.setting("--p-clean", "", clean, data.by_modality(data.SHARE))
+    p.setting("--clean-subsets", False, "hold any number of modalities clean, each with its probability, not just one")
+    # The paper names no distillation weights. These are ours.
+    weight = "weight of self-distillation where the modalities that the teacher lacks are"
     p.setting("--distill-hi", 0.5, f"{weight} pure noise (lambda_hi of Eq. 8); both 0: none", data.number(0, 1000))
     p.setting("--distill-lo", 0.05, f"{weight} clean (lambda_lo of Eq. 8)", data.number(0, 1000))
     data.training_settings(p, steps=540, out="runs/forcing")
     args = data.parse_run(p)
     data.check_depth_range(args)
-    if args.p_i2d + args.p_d2i > 1:
-        data.fail(f"--p-i2d {args.p_i2d} --p-d2i {args.p_d2i}: the sum of these probabilities must be at most 1")
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args
 
 
-def count_flops(args, config, taught):
-    """Training FLOPs per image: the student forward and backward, the teacher forward (a third of both)."""
-    size = args.size, args.size
-    return training_cost(config, size)[1] + (training_cost(taught, size)[1] / 3 if taught else 0)
+def choose_modalities(args):
+    """The entries of --modalities with the probabilities of --p-clean."""
+    names = args.modalities.split(",")
+    for name in args.p_clean:
+        if name not in names:
+            data.fail(f"--p-clean {name}={args.p_clean[name]}: {name} is not in --modalities, {args.modalities}")
+    modalities = [replace(MODALITIES[name], p_clean=args.p_clean.get(name, 0.2)) for name in names]
+    total = sum(m.p_clean for m in modalities)
+    if total > 1 and not args.clean_subsets:
+        data.fail(f"--p-clean: the sum of the probabilities is {total:g}, must be at most 1 without --clean-subsets")
+    return modalities
 
 
-def dry_run(args, config, taught):
-    images, half = args.batch_size / args.dry_run / args.grad_accum, args.device in ("auto", "cuda")
-    size = args.size, args.size
-    teacher = f", teacher {training_cost(taught, size)[0] / 1e6:.1f}M" if taught else ""
-    print(f"{args.size}x{args.size}, image and depth: {training_cost(config, size)[0] / 1e6:.1f}M parameters{teacher}")
-    print(f"training FLOPs per image (matmuls and attention): {count_flops(args, config, taught) / 1e9:.2f} GFLOP")
-    gpus = f"each of {args.dry_run} GPUs, {images:g} images at a time"
-    print(f"estimated GiB on {gpus}, before torch.compile saves some:")
-    print(format_plan(memory_plan(config, size, images, args.dry_run, args.optimizer, taught, half)))
+def load_init(args):
+    """--init -> (network or None, setting --encoders that it was trained with, or None)."""
+    sizing_a_preset = args.dry_run and args.preset  # needs no weights
+    if args.init == "none" or sizing_a_preset:
+        return None, None
+    network, state = data.open_network(args.init, "--init")
+    return network, state["settings"].get("encoders", "")
 
 
-def check_modalities(path, config, wanted):
-    """Refuse a checkpoint's Config whose modalities are neither the first nor all of those that are wanted."""
-    found, own = ([replace(m, p_clean=0) for m in c.modalities] for c in (config, wanted))
-    if found[0].name != "rgb" or found not in (own[:1], own):
+def choose_network(args, init, init_encoders, device):
+    """(Config of the network, encoders). Sets args.size if it is left to the network."""
+    base = PRESETS[args.preset or "nano"]
+    if init is not None and not args.preset:
+        base = init.config
+    encoders = data.open_encoders(args.encoders, device, base, init_encoders)
+    config = base.with_modalities(*choose_modalities(args)).with_encoders(encoders)
+    if init is not None:
+        check_init(args.init, init.modalities, config.modalities)
+    args.size = args.size or config.size
+    if args.size % config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch size of the network, {config.patch}")
+    return replace(config, size=args.size), encoders
+
+
+def check_init(path, found, wanted):
+    """Refuse a checkpoint of which one of the modalities is not among those to train. The first is the image."""
+    found = [replace(m, p_clean=0) for m in found]
+    wanted = [replace(m, p_clean=0) for m in wanted]
+    if found[0] != wanted[0] or any(m not in wanted for m in found):
         names = ", ".join(m.name for m in found)
-        data.fail(f"--init {path}: its modalities are {names}; must be rgb, or rgb and depth, as this stage has them")
+        data.fail(f"--init {path}: its modalities are {names}; must be among those of --modalities, and alike")
+
+
+def choose_teacher(args, init, config):
+    """The network of --init, if it lacks a modality that this run trains; else None."""
+    if init is None or not (args.distill_lo or args.distill_hi):
+        return None
+    lacking = {m.name for m in config.modalities} - {m.name for m in init.modalities}
+    return init if lacking else None
+
+
+def print_cost(args, config, teacher):
+    size = (args.size, args.size)
+    names = ", ".join(m.name for m in config.modalities)
+    print(f"{args.size}x{args.size}, {names}: {training_cost(config, size)[0] / 1e6:.1f}M parameters")
+    if teacher is not None:
+        print(f"teacher: {training_cost(teacher.config, size)[0] / 1e6:.1f}M parameters")
+    flops = data.training_flops(config, size, teacher and teacher.config)
+    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
 
 
 @torch.no_grad()
-def picture(model, encoders, args, device, path, count=8):
-    """Validation samples (the first ones of files), then what the model makes of them in each direction."""
-    size = args.size, args.size
-    source = data.open_source(args, "val", size, device)
+def draw_samples(network, encoders, args, device, count=8):
+    """A picture of validation samples, then what the network makes of them: each modality from the others, and all
+    from the captions. None if the samples cannot be read.
+    """
+    size = (args.size, args.size)
+    image = network.modalities[0]
+    source = data.open_source(args, "val", size, network.modalities, device)
     batch = next(data.in_order(source, count, count, device, strict=False), None)
     if batch is None:
-        return  # the first samples cannot be read
-    values, valid, captions, *_ = batch
-    text, real = encoders.encode_text(captions).to(device), values["rgb"]
+        return None
+
+    text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
-    noise = {m.name: torch.randn(len(text), *m.shape(size), generator=generator).to(device) for m in model.modalities}
-    known = {"rgb": (encoders.encode_image(real), None), "depth": (values["depth"], valid["depth"])}
-    levels = lambda **strength: noise_levels([m.name for m in model.modalities], 25, strength=strength)
-    i2d = model.sample(levels(rgb=1.0), noise, text, {"rgb": known["rgb"]})
-    d2i = model.sample(levels(depth=1.0), noise, text, {"depth": known["depth"]}, {"rgb": 3.0})
-    joint = model.sample(levels(), noise, text, guidance={"rgb": 3.0})
-    depths = lambda x: [data.paint_depth(d) for d in DEPTH.decode(x)]
-    images = lambda x: [data.paint_rgb(image) for image in encoders.decode_image(x)]
-    rows = {
-        "image": [data.paint_rgb(image) for image in real],
-        "depth": [data.paint_depth(d, v) for d, v in zip(values["depth"], valid["depth"], strict=True)],
-        "depth\nfrom image": depths(i2d["depth"]),
-        "image\nfrom depth": images(d2i["rgb"]),
-        "joint:\nimage": images(joint["rgb"]),
-        "joint:\ndepth": depths(joint["depth"]),
-    }
-    data.write_image(path, data.draw_grid(list(rows.values()), list(rows)))
+    noise = {}
+    known = {}
+    rows = {}
+    for m in network.modalities:
+        noise[m.name] = torch.randn(len(text), *m.shape(size), generator=generator).to(device)
+        values = batch.values[m.name]
+        valid = batch.valid[m.name]
+        stored = encoders.encode_image(values) if m is image else values
+        known[m.name] = (m.encode(stored, valid), valid)
+        rows[m.name] = [data.paint(m, x, None if valid is None else valid[i]) for i, x in enumerate(values)]
+
+    def sample(given):
+        schedule = make_schedule(list(noise), 25, strength=dict.fromkeys(given, 1.0))
+        return network.sample(schedule, noise, text, given, guidance={image.name: 3.0})
+
+    def paint(m, samples):
+        x0 = samples[m.name]
+        values = encoders.decode_image(x0) if m is image else m.decode(x0)
+        return [data.paint(m, x) for x in m.finish(values)]
+
+    for m in network.modalities:
+        others = {name: values for name, values in known.items() if name != m.name}
+        rows[f"{m.name}\nfrom {', '.join(others)}"] = paint(m, sample(others))
+    samples = sample({})
+    for m in network.modalities:
+        rows[f"joint:\n{m.name}"] = paint(m, samples)
+    return data.draw_grid(list(rows.values()), list(rows))
+
+
+def train(run, batches, encoders, args):
+    modalities = run.model.modalities
+    image, *others = modalities
+    taught = []
+    if run.teacher is not None:
+        taught_names = [m.name for m in run.teacher.modalities]
+        taught = [m for m in modalities if m.name in taught_names]
+    not_taught = [m.name for m in modalities if m not in taught]
+
+    while run.goes_on():
+        parts = []
+        for batch in itertools.islice(batches, args.grad_accum):
+            # Draw the batch, all but the image as sparse as sensors leave it. All randomness follows from the seed and
+            # the indices of the samples, so it does not depend on how a batch is split over ranks and parts.
+            rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
+            measured = data.sensor_mask(batch.values[image.name], args.sparsity, rng.rand)
+            x0 = {image.name: encoders.encode_image(batch.values[image.name])}
+            valid = {image.name: None}
+            for m in others:
+                valid[m.name] = batch.valid[m.name] & measured
+                x0[m.name] = m.encode(batch.values[m.name], valid[m.name])
+            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
+            text = data.drop_captions(text, rng.rand() < args.drop_caption)
+
+            # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
+            present = {m.name: valid[m.name].flatten(1).any(1) for m in others}
+            t = draw_noise_levels(modalities, rng.rand, present, args.clean_subsets)
+            noisy = {}
+            mask = {}
+            for name, x in x0.items():
+                noisy[name] = corrupt(x, rng.randn(*x.shape[1:]), t[name], valid[name])  # Eq. 5
+                mask[name] = loss_mask(x, t[name], valid[name])
+            parts.append(data.Part(x0, noisy, t, mask, text))
+
+        # A modality's loss is a mean over its values in the whole batch: those of all parts and all ranks. A mean of
+        # means would be another loss where sparse depth leaves one part with more pixels than another.
+        num_scored = run.sum_over_ranks({m.name: sum(part.mask[m.name].sum() for part in parts) for m in modalities})
+
+        for part in run.each(parts):
+            # Predict. The losses of the modalities are weighted 1:1 by default (Modality.weight).
+            x0_hat = run.network(part.noisy, part.t, part.text)
+            total = 0.0
+            for m in modalities:
+                error = squared_error(x0_hat[m.name], part.x0[m.name], part.mask[m.name])  # (B,)
+                loss = m.loss_weight(part.t[m.name]) * error  # (B,), Eq. 7
+                total = total + loss.sum() / num_scored[m.name].clamp(min=1)
+                run.record(f"loss_{m.name}", m.name, loss, part)
+                run.record(f"error_{m.name}", m.name, error, part)
+
+            # Self-distillation: what the teacher knows is kept, mostly where what it lacks is noise.
+            if run.teacher is not None:
+                with torch.no_grad():
+                    target = run.teacher({m.name: part.noisy[m.name] for m in taught}, part.t, part.text)
+                t_not_taught = torch.stack([part.t[name] for name in not_taught]).mean(0)
+                strength = distillation_weight(t_not_taught, args.distill_lo, args.distill_hi)  # (B,)
+                for m in taught:
+                    error = squared_error(x0_hat[m.name], target[m.name], part.mask[m.name])  # (B,)
+                    loss = strength * m.loss_weight(part.t[m.name]) * error  # (B,), Eq. 8
+                    total = total + loss.sum() / num_scored[m.name].clamp(min=1)
+                    run.record(f"loss_distill_{m.name}", m.name, loss, part)
+            run.backward(total)
+        run.end_step()
 
 
 def main():
     args = parse()
-    planned = args.dry_run and args.preset and args.init != "none"  # then --init need not exist yet
-    init = None if args.init == "none" or planned else data.load_checkpoint(args.init, "--init")
-    base = PRESETS[args.preset or "nano"]
-    if init and not args.preset:
-        base = Config(**init["config"])
-    config = base.with_modalities(replace(base.modalities[0], p_clean=args.p_i2d), replace(DEPTH, p_clean=args.p_d2i))
-    rank, world = data.read_ranks()
     device = data.pick_device("cpu" if args.dry_run else args.device)
-    cuda = device.type == "cuda"
-    trained_with = init["settings"].get("encoders", "") if init else None
-    encoders = data.open_encoders(args.encoders, device, base, trained_with)
-    config = config.with_encoders(encoders)
-    if init:
-        check_modalities(args.init, Config(**init["config"]), config)
-    taught = config
-    if planned:
-        taught = base.with_encoders(encoders)
-    elif init:
-        taught = Config(**init["config"])
-    if len(taught.modalities) == len(config.modalities) or not (args.distill_lo or args.distill_hi):
-        taught = None  # no teacher: its weights are zero, or --init is none, or --init knows depth already
-    args.size = args.size or config.size
-    if args.size % config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the network's patch, {config.patch}")
-    config = replace(config, size=args.size)
-    parts = (args.dry_run or world) * args.grad_accum
-    if args.batch_size % parts:
-        data.fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
+    init, init_encoders = load_init(args)
+    config, encoders = choose_network(args, init, init_encoders, device)
+    teacher = choose_teacher(args, init, config)
     if args.dry_run:
-        return dry_run(args, config, taught)
-    stop_signals = data.catch_signals()
-    if world > 1:
-        data.join_ranks("nccl" if cuda else "gloo", args.timeout)
+        print_cost(args, config, teacher)
+        return
 
-    source = data.open_source(args, "train", (args.size, args.size), device)
-
-    # Network, its frozen teacher, averaged copy, optimizers.
+    source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
+    run = data.Run(args, device)
     torch.manual_seed(args.seed)
-    model, teacher = DiT(config).to(device), None
-    if taught:
-        teacher = DiT(taught).requires_grad_(False)
-        teacher.load_state_dict(init["ema"])
-        teacher.to(device)
-        if cuda:
-            for matrix in teacher.matrices():
-                matrix.data = matrix.data.bfloat16()  # as autocast would, at each use
-        known = [m.name for m in taught.modalities]
-    if init:
+    network = DiT(config)
+    if init is not None:
         try:
-            model.warm_start(init["ema"])
+            network.warm_start(init.state_dict())
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizers = model.configure_optimizers(args.lr, args.optimizer, args.shard and world > 1)
-    if rank == 0:
-        data.lock_run(args.out, args.resume)
-    # sums {name of a loss: (total, count)} are those since the last row of metrics.jsonl.
-    step, skipped, sums = data.resume(args.out, args.resume, rank, model, ema, optimizers)
-    out = data.open_run(args.out, vars(args), device, world, step if args.resume else None) if rank == 0 else None
-    if args.compile or (args.compile is None and cuda):
-        model.compile_blocks()
-        if teacher is not None:
-            teacher.compile_blocks()
-    if args.checkpoint_activations:
-        model.checkpoint_activations()
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    keep_gradients = (
-        world > 1 and args.grad_accum > 1
-    )  # as views of DDP's buckets, or parts without sync hold a second copy
-    names = [m.name for m in config.modalities]
 
-    def over_ranks(sums):
-        """{name: (total, count)} of this rank -> of all ranks, as floats."""
-        table = torch.stack([*sums.values()]) if sums else torch.zeros(0, 2)
-        if world > 1 and sums:
-            dist.all_reduce(table)
-        return dict(zip(sums, table.tolist(), strict=True))
+    def draw(network):
+        return draw_samples(network, encoders, args, device)
 
-    flops = count_flops(args, config, taught)
-    peak = matmul_peak(device, torch.bfloat16 if cuda else torch.float32)
-    if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
-    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, mininterval=2, dynamic_ncols=True)
-    batches = data.training_batches(source, args, step, rank, world, device)
-    clock, since, in_a_row, stopping, saved = time.perf_counter(), step, 0, False, True
-    while step < args.steps and not stopping:
-        # Draw the batch, with depth as sparse as sensors leave it, and a noise level for each modality (Sec. 3.2). All
-        # randomness follows from (seed, index of the sample), so the split over ranks and parts changes no result.
-        parts, counts = [], torch.zeros(len(names) + 1, dtype=torch.long, device=device)
-        for values, valid, captions, indices in itertools.islice(batches, args.grad_accum):
-            draws = data.Draws(args.seed, indices, device)
-            valid["depth"] = data.sparsify(valid["depth"], values["rgb"], args.sparsity, draws.rand)
-            values["rgb"] = encoders.encode_image(values["rgb"])
-            x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in config.modalities}
-            text = encoders.encode_text(captions).to(device, non_blocking=True)
-            text = text * (draws.rand() >= args.drop_caption).view(-1, *[1] * (text.ndim - 1))
-            present = {m: v.flatten(1).any(1) for m, v in valid.items() if m in x0 and v is not None}
-            t = draw_noise_levels(config.modalities, draws.rand, present)
-            noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m], valid[m]) for m in x0}
-            count = {m: scored(x0[m], t[m], valid[m]).sum((1, 2, 3)) for m in x0}
-            counts[:-1] += torch.stack([count[m].sum() for m in names])
-            parts.append((x0, noisy, t, valid, text, count))
-        counts[-1] = len(stop_signals)  # on whichever rank: all stop after the same step
-        if world > 1:
-            dist.all_reduce(counts)
-        divisor = dict(zip(names, counts.clamp(min=1), strict=False))
-
-        # Predict. Losses: each modality on its valid pixels (Eq. 7), and what the teacher knows kept (Eq. 8).
-        step_sums = {}
-        for part in parts:
-            x0, noisy, t, valid, text, count = part
-            network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync() does
-            x0_hat = network(noisy, t, text)
-            totals = {(m, ""): velocity_loss(x0_hat[m], x0[m], t[m], valid[m]) for m in names}
-            if teacher is not None:
-                with torch.no_grad():
-                    target = teacher({m: noisy[m] for m in known}, {m: t[m] for m in known}, text)
-                t_unknown = torch.stack([t[m] for m in names if m not in known]).mean(0)
-                weight = distillation_weight(t_unknown, args.distill_lo, args.distill_hi)
-                for m in known:
-                    totals[m, "distill_"] = velocity_loss(x0_hat[m], target[m], t[m], valid[m], weight)
-            loss = world * sum(total.sum() / divisor[m] for (m, _), total in totals.items())  # ranks are averaged
-            # A loss that is not finite may have a finite gradient. With NaN in all gradients all ranks skip the step.
-            loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
-            for (m, kind), total in totals.items():
-                for group, pair in breakdown(m, total.detach(), count[m], t).items():
-                    step_sums[f"loss_{kind}{m}{group}"] = step_sums.get(f"loss_{kind}{m}{group}", 0) + pair
-
-        # Step, unless the gradient is not finite: its norm is the same on all ranks. Reading it waits for the device.
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        norm, stopping = torch.stack([norm, counts[-1]]).tolist()
-        rate = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup))
-        step += 1
-        if math.isfinite(norm):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-            decay = min(args.ema, step / (9 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            sums = {name: sums.get(name, 0) + pair for name, pair in step_sums.items()}
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            bad = [name for name, (total, _) in over_ranks(step_sums).items() if not math.isfinite(total)]
-            reason = f"step {step} skipped, not finite: {', '.join(bad) or 'the gradient alone'}"
-            if in_a_row == args.max_skipped:
-                bar.close()
-                data.fail(f"{reason}; {in_a_row} in a row, so this run stops: lower --lr (now {args.lr}), check --data")
-            if rank == 0:
-                data.tell(reason)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=not keep_gradients)
-
-        # Log, save, draw.
-        bar.update()
-        if sums and (step % args.log_every == 0 or step == args.steps):
-            losses = {name: total / count for name, (total, count) in over_ranks(sums).items() if count}
-            row = {"step": step, "loss": sum(losses.get(f"loss_{kind}{m}", 0) for m, kind in totals)} | losses
-            speed = (step - since) * args.batch_size / (time.perf_counter() - clock)
-            row |= {"grad_norm": norm, "lr": rate, "skipped": skipped, "images_per_s": speed}
-            row |= {"tflops": speed * flops / 1e12, "utilization": speed * flops / peak / world}
-            clock, since, sums = time.perf_counter(), step, {}
-            if rank == 0:
-                data.append_row(out / "metrics.jsonl", row)
-                shown = ", ".join(f"{kind}{m} {losses.get(f'loss_{kind}{m}', 0):.3f}" for m, kind in totals)
-                rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
-                bar.set_postfix_str(f"{shown}, {rates}")
-        ending = step == args.steps or stopping
-        due = step % args.checkpoint_every == 0 or ending
-        # A skipped step is saved at the end alone. Its weights are those of the step before, but may be diverging: one
-        # more of the older checkpoints is kept.
-        if due:
-            saved = data.worth_saving(step, in_a_row > 0 and not ending, rank, model, ema)
-        if due and saved:
-            sums = {name: torch.tensor(pair, device=device) * (rank == 0) for name, pair in over_ranks(sums).items()}
-            states = [data.whole_state(optimizer, rank) for optimizer in optimizers]
-            if rank == 0:
-                state = {"config": asdict(config), "settings": vars(args), "step": step, "model": model.state_dict()}
-                state |= {"ema": ema.state_dict(), "optimizers": states, "sums": sums, "skipped": skipped}
-                saved = data.save_checkpoint(out, state, args.keep + (in_a_row > 0))
-            clock, since = time.perf_counter(), step
-        if rank == 0 and (step % args.sample_every == 0 or step == args.steps):
-            with data.tolerate(out / "samples"):
-                picture(ema, encoders, args, device, out / "samples" / f"{step:07}.png")
-            clock, since = time.perf_counter(), step
-    bar.close()
-    if world > 1:
-        dist.barrier()  # nothing is under way any more: gloo's threads can lock up with a process that ends before them
-        dist.destroy_process_group()
-    if not saved and rank == 0:
-        data.fail(
-            f"--out {args.out}: there is no checkpoint of the last step, see above; --resume goes on from an older one"
-        )
-    if stopping and rank == 0:
-        data.tell(f"stopped by a signal after step {step} of {args.steps}, saved; --resume goes on")
-    if signal.SIGINT in stop_signals:
-        raise SystemExit(130)
+    run.start(network, draw, teacher)
+    batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
+    train(run, batches, encoders, args)
+    run.close()
 
 
 if __name__ == "__main__":
