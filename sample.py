@@ -16,6 +16,7 @@ times its text field "scale") and as cloud.ply (coloured points; the edges of ob
 the settings, and grid.png shows the first samples.
 """
 
+import math
 import unicodedata
 import zlib
 from dataclasses import asdict, dataclass
@@ -44,18 +45,14 @@ def parse_flags():
     p.setting("--prompt", [], "what the image shows; may be given several times", action="append")
     p.setting("--prompts", "", "text file with more prompts, one on each line")
     p.setting("--image", "", "image, or directory of images")
-    p.setting(
-        "--depth", "", "depth (.npy, .pfm, 16-bit .png; 0 is missing), or directory; beside --image it is measured"
-    )
+    p.setting("--depth", "", "depth (.npy, .pfm, 16-bit .png; 0 is missing), or directory; measured beside --image")
     p.setting("--normal", "", "surface normals (.npy of shape (H, W, 3); 0 is missing), or directory")
     trusted = "how far inputs are trusted, as rgb=0.5 or depth=0.8: 1 is clean, 0 is ignored"
     p.setting("--strength", {}, trusted, data.by_modality(data.SHARE))
     p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
     p.setting("--refine", "", "modality to generate again in a second pass, from all others, held clean")
     p.setting("--count", 4, "number of samples of every prompt for every input", data.whole(1, 10**5))
-    p.setting(
-        "--size", "", "pixels of the network's input, as HxW or one side; files keep their aspect", data.size_text()
-    )
+    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect", data.size_text())
     steps = f"steps of each pass; 0 is {I2D_STEPS} where a clean image is given, else 50"
     p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
@@ -158,14 +155,12 @@ def list_inputs(args):
     files = {name: list_files(getattr(args, word), name) for name, word in WORDS.items() if getattr(args, word)}
     if not files:
         return {"": {}}
-    stems = set.union(*map(set, files.values()))
+    stems = sorted(set.union(*map(set, files.values())))
     for name, paths in files.items():
-        unpaired = sorted(stems - paths.keys())
-        if unpaired:
-            data.fail(
-                f"--{WORDS[name]} {getattr(args, WORDS[name])}: no file of the name {unpaired[0]}, as another input"
-            )
-    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in sorted(stems)}
+        for stem in stems:
+            if stem not in paths:
+                data.fail(f"--{WORDS[name]}: no file has the name {stem or '(a single file)'}, as another input")
+    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in stems}
 
 
 @dataclass
@@ -189,9 +184,7 @@ def read_inputs(paths, task, config):
             if maps and valid.shape != shape:
                 raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
         shape = valid.shape
-        size = config.fit(
-            *shape, (task.size[0] * task.size[1]) ** 0.5
-        )  # the aspect of the files, at the area of --size
+        size = config.fit(*shape, math.prod(task.size) ** 0.5)  # the aspect of the files, at the area of --size
         maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
     given = {name: resize_input(MODALITIES[name], *maps[name], size) for name in task.strength}
     return Inputs(maps, given, size, shape)
