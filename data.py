@@ -2365,37 +2365,24 @@ def paint_normal(normal, valid=None):
     return paint_rgb(torch.where(valid, normal, -1.0))
 
 
-def inverse_depth(depth, valid=None):
-    """Depth (1, H, W) in any unit, valid (1, H, W) -> 1 / depth as an array (H, W), NaN where missing."""
-    depth = depth.detach().float().cpu().numpy()[0]
-    if valid is None:
-        valid = (depth > 0) & np.isfinite(depth)
-    else:
-        valid = valid.cpu().numpy()[0]
-    nearest_depth = 1e-3 * max(np.median(depth[valid]), 1e-30) if valid.any() else 1.0
-    return 1 / np.where(valid, np.maximum(depth, nearest_depth), np.nan)
-
-
-def inverse_depth_range(inverse):
-    """The two inverse depths between which colours change: 2% of the pixels are farther, 2% are nearer."""
-    known = inverse[~np.isnan(inverse)]
-    if not len(known):
-        return 0.0, 1.0
-    return np.percentile(known, (2, 98))
-
-
-def paint_inverse_depth(inverse, far, near):
-    """Inverse depth (H, W) -> (H, W, 3) uint8: far is dark, near is bright, and NaN is black."""
-    level = (inverse - far) / max(near - far, 1e-9 * abs(near))
-    position = np.clip(level, 0, 1) * (len(ANCHORS) - 1)
-    channels = [np.interp(position, range(len(ANCHORS)), channel) for channel in ANCHORS.T]
-    return np.nan_to_num(np.stack(channels, -1)).astype(np.uint8)
-
-
 def paint_depth(depth, valid=None):
-    """Depth (1, H, W) in any unit, valid (1, H, W) -> (H, W, 3) uint8: near is bright, black where missing."""
-    inverse = inverse_depth(depth, valid)
-    return paint_inverse_depth(inverse, *inverse_depth_range(inverse))
+    """Depth (1, H, W) in any unit, valid (1, H, W) -> (H, W, 3) uint8: near is bright, black where missing.
+
+    Brightness follows inverse depth, from its 2% to its 98% percentile.
+    """
+    if valid is None:
+        valid = (depth > 0) & depth.isfinite()
+    depth = depth.detach().float().cpu().numpy()[0]
+    valid = valid.cpu().numpy()[0]
+    if not valid.any():
+        return np.zeros((*depth.shape, 3), np.uint8)
+
+    smallest = 1e-3 * max(np.median(depth[valid]), 1e-30)
+    inverse = 1 / np.maximum(np.where(valid, depth, np.inf), smallest)
+    far, near = np.percentile(inverse[valid], (2, 98))
+    level = np.clip((inverse - far) / max(near - far, 1e-9 * abs(near)), 0, 1)  # (H, W)
+    channels = [np.interp(level * (len(ANCHORS) - 1), range(len(ANCHORS)), channel) for channel in ANCHORS.T]
+    return np.where(valid[..., None], np.stack(channels, -1), 0).astype(np.uint8)
 
 
 PAINTERS = {"plain": paint_rgb, "relative depth": paint_depth, "unit vectors": paint_normal}
