@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, RGB, complete_depth, make_schedule
+from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, NORMAL, RGB, complete_depth, make_schedule
 
 # ---- Metrics: what is measured on one map ----
 
@@ -138,23 +138,6 @@ SCORINGS = {  # by encoding: the metric, the keys of results.json, the titles of
 }
 
 
-def nearest_known(depth, known):
-    """Give every pixel the depth of the nearest known pixel; depth, known (H, W) arrays -> (H, W)."""
-    height, width = depth.shape
-    rows = np.arange(height)[:, None]
-    columns = np.arange(width)
-    far = 1 << 20
-
-    above = np.maximum.accumulate(np.where(known, rows, -far))
-    below = np.minimum.accumulate(np.where(known, rows, far)[::-1])[::-1]
-    nearest_row = np.where(rows - above < below - rows, above, below)  # (H, W), among the known pixels of the column
-
-    across = (columns[:, None] - columns) ** 2  # (W, W)
-    down = (nearest_row - rows) ** 2  # (H, W)
-    nearest_column = np.stack([(across + row).argmin(1) for row in down])  # (H, W)
-    return depth[nearest_row[rows, nearest_column], nearest_column]
-
-
 def coarse_features(rgb):
     """Features that need no network, (B, 3, H, W) in [-1, 1] -> (B, 80) float64: colours and edges on a coarse grid.
 
@@ -220,6 +203,13 @@ def bootstrap_interval(values, draws=2000):
 # ---- Samples: those of a source, and those that a network generates ----
 
 WORLD_IMAGES = 128  # images of the built-in world if --images is 0
+ENTRIES_OF_TASK = {  # what a network must have
+    "depth": (RGB, DEPTH),
+    "normal": (RGB, NORMAL),
+    "image": (RGB,),
+    "follow": (RGB, DEPTH),
+    "joint": (RGB, DEPTH),
+}
 Model = namedtuple("Model", ["network", "encoders"])
 
 
@@ -227,9 +217,12 @@ def open_model(path, flag, args, device):
     """Load a checkpoint's averaged network and its encoders onto the device."""
     network, state = data.open_network(path, flag)
     encoders = data.open_encoders(args.encoders, device, network.config, state["settings"].get("encoders", ""))
-    wanted = {"image": RGB, "normal": MODALITIES["normal"]}.get(args.task, DEPTH)
-    if wanted.name not in [m.name for m in network.modalities]:
-        data.fail(f"{flag} {path}: the network has no {wanted.name}; train it by train_forcing.py --modalities")
+    names = [m.name for m in network.modalities]
+    for entry in ENTRIES_OF_TASK[args.task]:
+        if entry.name not in names:
+            data.fail(
+                f"{flag} {path}: the network has no {entry.name}; give one trained with --modalities rgb,{entry.name}"
+            )
     if args.size % network.config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch size of {path}, {network.config.patch}")
     return Model(network.to(device), encoders)
@@ -303,8 +296,8 @@ def blind_map(entry, source, count):
     return entry.finish(entry.decode(total / num_valid.clamp(min=1)))[0]
 
 
-def load_map(args, name, size, picture_size):
-    """Read the depth map NAME.npy, .pfm or .png of --predictions: (1, H, W) at size.
+def load_map(args, name, picture_size):
+    """Read the depth map NAME.npy, .pfm or .png of --predictions: (1, H, W) at args.scored_at.
 
     A map of another size shows the whole picture: it is cropped as the picture is, and resized bilinearly.
     """
@@ -317,17 +310,17 @@ def load_map(args, name, size, picture_size):
         values = data.parse(path, lambda: data.read_map(str(path), data.read_file(path), scale))
         if not values.size:
             data.refuse(f"{path}: holds no pixel")
-        left, top, right, bottom = data.parse(path, data.crop_box, values.shape, picture_size, size)
+        left, top, right, bottom = data.parse(path, data.crop_box, values.shape, picture_size, args.scored_at)
     except data.BadSample as error:
         data.fail(f"--predictions {error}")
 
     depth = torch.from_numpy(values)[None]  # (1, h, w)
-    if values.shape == size:
+    if values.shape == args.scored_at:
         return depth
     height, width = values.shape
     across = [(right - left) / width, 0, (left + right) / width - 1]
     down = [0, (bottom - top) / height, (top + bottom) / height - 1]
-    grid = F.affine_grid(torch.tensor([[across, down]]), (1, 1, *size), align_corners=False)
+    grid = F.affine_grid(torch.tensor([[across, down]]), (1, 1, *args.scored_at), align_corners=False)
     return F.grid_sample(depth[None], grid, padding_mode="border", align_corners=False)[0]
 
 
@@ -377,22 +370,15 @@ BENCHMARKS = {  # last part of --data: the size at which it is scored (MoGe's bu
 LABELS = {  # prefix of the keys in results.json: row of the table
     "": "image to {}",
     "completed_": "completed, not aligned",
-    "filled_": "nearest measured, not aligned",
+    "filled_": "measured alone, not aligned",
     "baseline_": "mean {} map, input-blind",
     "shuffled_": "given another scene's image",
 }
-
-
-def benchmark(args):
-    """The entry of BENCHMARKS that --data names, or None."""
-    return BENCHMARKS.get(Path(args.data).name.lower())
-
-
 Method = namedtuple("Method", ["maps", "valid", "align"])  # maps (B, C, H, W), scored on valid (B, 1, H, W)
 
 
 def complete(args, depth, valid, indices, maps):
-    """{prefix: Method} that know a share of the true depth: the maps completed by it, and nothing but this share.
+    """{prefix: Method} that know a share of the true depth: the maps completed by it, and it alone, interpolated.
 
     Both are scored where depth was not measured, in its unit. All maps are (B, 1, H, W).
     """
@@ -403,9 +389,8 @@ def complete(args, depth, valid, indices, maps):
         data.fail(f"--measured {args.measured}: a sample keeps no pixel, or all of them; give another share")
 
     completed = complete_depth(maps, depth, measured)
-    samples = zip(depth[:, 0].numpy(), measured[:, 0].numpy(), strict=True)
-    filled = torch.from_numpy(np.stack([nearest_known(*sample) for sample in samples]))
-    return {"completed_": Method(completed, rest, "none"), "filled_": Method(filled[:, None], rest, "none")}
+    interpolated = complete_depth(torch.ones_like(depth), depth, measured)
+    return {"completed_": Method(completed, rest, "none"), "filled_": Method(interpolated, rest, "none")}
 
 
 def run_methods(args, entry, model, batch, blind, previous):
@@ -422,7 +407,7 @@ def run_methods(args, entry, model, batch, blind, previous):
 
     if args.predictions:
         samples = zip(batch.names, batch.shapes, strict=True)
-        maps = torch.stack([load_map(args, name, tuple(rgb.shape[2:]), shape) for name, shape in samples])
+        maps = torch.stack([load_map(args, name, shape) for name, shape in samples])
     else:
         maps = estimate_from(rgb)
 
@@ -443,16 +428,16 @@ def paint_scored(entry, rgb, target, aligned, error, valid):
     return [data.paint(RGB, rgb), *maps, (heat * (255, 153, 77)).astype(np.uint8)]
 
 
-def score_methods(args, entry, model, size, device):
+def score_methods(args, entry, model, device):
     """Score all methods on all samples: ({prefix: {name: scores}}, [(label, pictures)] of the first six)."""
     synthetic = args.data == "synthetic"
-    source = data.open_source(args, "train" if synthetic else "val", size, (RGB, entry))
+    source = data.open_source(args, "train" if synthetic else "val", args.scored_at, (RGB, entry))
     blind = blind_map(entry, source, 2048 if synthetic else args.images or 2048)
 
     scores = {prefix: {} for prefix in LABELS}
     pictures = []
     previous = None
-    for batch in read_samples(args, size, (RGB, entry), device):
+    for batch in read_samples(args, args.scored_at, (RGB, entry), device):
         rgb = batch.values[RGB.name]
         target = batch.values[entry.name].cpu()
         methods = run_methods(args, entry, model, batch, blind, rgb[:1] if previous is None else previous)
@@ -473,16 +458,14 @@ def evaluate_maps(args, model, device):
     """depth, normal: generate the modality that the task names from images; compare the maps with the true ones."""
     entry = MODALITIES[args.task]
     scoring = SCORINGS[entry.encoding]
-    size, depth_max = benchmark(args) or ((args.size, args.size), 0.0)
-    args = argparse.Namespace(**{**vars(args), "depth_max": args.depth_max or depth_max})
-    scores, pictures = score_methods(args, entry, model, size, device)
+    scores, pictures = score_methods(args, entry, model, device)
 
     settings = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
     limit = f", depth up to {args.depth_max:g} m" if args.depth_max else ""
     print(f"{settings}; alignment: {args.align}")
     print_header(scoring)
-    print(f"{args.data}: {len(scores[''])} images scored at {size[0]}x{size[1]}{limit}")
-    results = {"scored_at": size, "depth_max": args.depth_max, "per_image": scores[""]}
+    print(f"{args.data}: {len(scores[''])} images scored at {args.scored_at[0]}x{args.scored_at[1]}{limit}")
+    results = {"per_image": scores[""]}
     for prefix, label in LABELS.items():
         if scores[prefix]:
             row = print_row(f"  {label.format(entry.name)}", scoring, list(scores[prefix].values()))
@@ -499,65 +482,47 @@ def evaluate_maps(args, model, device):
 # ---- follow and joint: do image and depth agree (Sec. 4.3)? ----
 
 
-def find_depth(args, model, device):
-    """The function that finds depth in images (B, 3, H, W), by the network of --judge, or else by the model."""
-    judge = open_model(args.judge, "--judge", args, device) if args.judge else model
-
-    def find(images):
-        # All estimates start from the same noise: they differ because the images do.
-        return estimate(judge, DEPTH, images, [0] * len(images), args, args.judge_steps)
-
-    return find
+def find_depth(args, judge, images):
+    """Find depth (B, 1, H, W) in images (B, 3, H, W)."""
+    same_noise = [0] * len(images)  # so that estimates differ only because the images do
+    return estimate(judge, DEPTH, images, same_noise, args, args.judge_steps)
 
 
-class Agreement:
-    """The scores of depth maps on others that should equal them, and on those of the sample before, as a reference."""
+def report_agreement(args, names, predictions, targets, labels):
+    """Print how depth maps agree with those that should equal them, and with those of the sample before."""
 
-    def __init__(self, args):
-        self.args = args
-        self.scores = []
-        self.reference_scores = []
-        self.pictures = []
-        self.previous = None
-
-    def add(self, names, predictions, targets, columns):
-        """Score a batch of maps (B, 1, H, W); columns are the [(entry, values (B, C, H, W))] to paint."""
-        for i, name in enumerate(names):
-            self.scores.append(self.score(name, predictions[i], targets[i]))
-            if self.previous is not None:
-                self.reference_scores.append(self.score(name, predictions[i], self.previous))
-            self.previous = targets[i]
-            if len(self.pictures) < 8:
-                row = [data.paint(entry, values[i]) for entry, values in columns]
-                self.pictures.append((str(len(self.pictures) + 1), row))
-
-    def score(self, name, prediction, target):
+    def score(name, prediction, target):
         surface = target > 0.01 * target.mean()  # nothing real is nearer than a hundredth of the mean
-        return score_map(self.args, DEPTH, name, prediction, target, surface, self.args.align)[0]
+        return score_map(args, DEPTH, name, prediction, target, surface, args.align)[0]
 
-    def report(self, label, reference_label):
-        """Print the table. Returns (results, pictures)."""
-        args = self.args
-        scoring = SCORINGS[DEPTH.encoding]
-        found_by = f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
-        print(
-            f"{len(self.scores)} images at {args.size}x{args.size}, alignment: {args.align}; depth found by {found_by}"
-        )
-        print_header(scoring)
-        results = print_row(label, scoring, self.scores)
-        if self.reference_scores:
-            row = print_row(reference_label, scoring, self.reference_scores)
-            results.update({f"other_{key}": value for key, value in row.items()})
-        return results, self.pictures
+    scoring = SCORINGS[DEPTH.encoding]
+    found_by = f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
+    print(f"{len(names)} images at {args.size}x{args.size}, alignment: {args.align}; depth found by {found_by}")
+    print_header(scoring)
+    results = print_row(labels[0], scoring, list(map(score, names, predictions, targets)))
+    if len(names) > 1:
+        row = print_row(labels[1], scoring, list(map(score, names[1:], predictions[1:], targets[:-1])))
+        results.update({f"other_{key}": value for key, value in row.items()})
+    return results
+
+
+def paint_rows(columns, num_rows):
+    """The first rows of columns, [(entry, values (B, C, H, W))], as pictures."""
+    num_rows = min(num_rows, len(columns[0][1]))
+    return [[data.paint(entry, values[i]) for entry, values in columns] for i in range(num_rows)]
 
 
 def evaluate_follow(args, model, device):
     """follow: generate images from depth; compare the depth found in them with that found in the real images."""
+    judge = open_model(args.judge, "--judge", args, device) if args.judge else model
     size = (args.size, args.size)
-    names = [m.name for m in model.network.modalities]
-    schedule = make_schedule(names, args.steps, strength={DEPTH.name: args.strength})
-    find = find_depth(args, model, device)
-    agreement = Agreement(args)
+    schedule = make_schedule(
+        [m.name for m in model.network.modalities], args.steps, strength={DEPTH.name: args.strength}
+    )
+    names = []
+    predictions = []
+    targets = []
+    rows = []
     for batch in read_samples(args, size, (RGB, DEPTH), device):
         depth = batch.values[DEPTH.name]
         valid = batch.valid[DEPTH.name]
@@ -567,27 +532,38 @@ def evaluate_follow(args, model, device):
 
         generated = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
         real = batch.values[RGB.name]
-        found = find(generated)
-        expected = find(real)
-        columns = [(RGB, generated), (RGB, real), (DEPTH, depth), (DEPTH, found), (DEPTH, expected)]
-        agreement.add(batch.names, found, expected, columns)
-    return agreement.report("found in generated and real image", "the same with another real image")
+        in_generated = find_depth(args, judge, generated)
+        in_real = find_depth(args, judge, real)
+        names += batch.names
+        predictions += in_generated
+        targets += in_real
+        columns = [(RGB, generated), (RGB, real), (DEPTH, depth), (DEPTH, in_generated), (DEPTH, in_real)]
+        rows += paint_rows(columns, 8 - len(rows))
+    labels = ("found in generated and real image", "the same with another real image")
+    return report_agreement(args, names, predictions, targets, labels), list(zip(names, rows, strict=False))
 
 
 def evaluate_joint(args, model, device):
     """joint: generate image and depth from captions; compare the depth with that found in the image."""
+    judge = open_model(args.judge, "--judge", args, device) if args.judge else model
     size = (args.size, args.size)
     schedule = make_schedule([m.name for m in model.network.modalities], args.steps, args.order)
-    find = find_depth(args, model, device)
-    agreement = Agreement(args)
+    names = []
+    predictions = []
+    targets = []
+    rows = []
     for batch in read_samples(args, size, (RGB,), device):
         key = (args.seed, "follow")
         x0 = generate(model, batch.captions, batch.indices, size, key, schedule, cfg=args.cfg)
         image = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
         depth = DEPTH.decode(x0[DEPTH.name]).cpu()
-        found = find(image)
-        agreement.add(batch.names, depth, found, [(RGB, image), (DEPTH, depth), (DEPTH, found)])
-    return agreement.report("made with an image, found in it", "the same, found in another image")
+        in_image = find_depth(args, judge, image)
+        names += batch.names
+        predictions += depth
+        targets += in_image
+        rows += paint_rows([(RGB, image), (DEPTH, depth), (DEPTH, in_image)], 8 - len(rows))
+    labels = ("made with an image, found in it", "the same, found in another image")
+    return report_agreement(args, names, predictions, targets, labels), list(zip(names, rows, strict=False))
 
 
 # ---- image: images from captions ----
@@ -616,7 +592,6 @@ def load_features(path, device):
 def evaluate_image(args, model, device):
     """image: generate images from captions; compare them with the real images of these captions."""
     size = (args.size, args.size)
-    synthetic = args.data == "synthetic"
     world = data.SyntheticWorld("val", size, device)
     extract = load_features(args.features, device) if args.features else coarse_features
     schedule = make_schedule([m.name for m in model.network.modalities], args.steps, args.order)
@@ -627,7 +602,7 @@ def evaluate_image(args, model, device):
     for batch in read_samples(args, size, (RGB,), device):
         x0 = generate(model, batch.captions, batch.indices, size, args.seed, schedule, cfg=args.cfg)
         images = {"real": batch.values[RGB.name], "generated": model.encoders.decode_image(x0[RGB.name])}
-        if synthetic:
+        if args.data == "synthetic":
             others = [index + (args.images or WORLD_IMAGES) for index in batch.indices]
             images["other real"] = world.samples(others).values[RGB.name]
         captions += batch.captions
@@ -637,27 +612,29 @@ def evaluate_image(args, model, device):
             pictures[kind] += [data.paint(RGB, image) for image in rgb[: 8 - len(pictures[kind])]]
     if len(captions) < 2:
         data.fail(f"--data {args.data}: {len(captions)} image; a Frechet distance needs at least two")
-
-    print(f"{len(captions)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
     features = {kind: torch.cat(parts) for kind, parts in features.items()}
+    return report_image(args, features, colors, captions), list(pictures.items())
+
+
+def report_image(args, features, colors, captions):
+    """Print the Frechet distance and, in the built-in world, how prompts are followed. Returns both by name."""
+    print(f"{len(captions)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
     results = {"images": len(captions), "features": args.features or "built in"}
     results["frechet"] = frechet_distance(features["generated"], features["real"])
     print(f"{'Frechet distance to the real images':50}{results['frechet']:8.4f}")
-    if synthetic:
-        results["real_frechet"] = frechet_distance(features["other real"], features["real"])
-        print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
-        results.update(print_following(colors, captions))
-    return results, list(pictures.items())
+    if args.data != "synthetic":
+        return results
 
-
-def print_following(colors, captions):
-    """Print the share of requested colours that appear, with its references. Returns it for results.json."""
-    following = share_of_requested_colors(colors["generated"], captions)
-    in_real = share_of_requested_colors(colors["real"], captions)
-    shuffled = share_of_requested_colors(colors["generated"], captions[1:] + captions[:1])
-    print(f"{'requested colours that appear':50}{following:8.3f}   (real: {in_real:.3f})")
-    print(f"{'the same against shuffled prompts':50}{shuffled:8.3f}")
-    return {"following": following, "real_following": in_real, "shuffled_following": shuffled}
+    shuffled = captions[1:] + captions[:1]
+    results["real_frechet"] = frechet_distance(features["other real"], features["real"])
+    results["following"] = share_of_requested_colors(colors["generated"], captions)
+    results["real_following"] = share_of_requested_colors(colors["real"], captions)
+    results["shuffled_following"] = share_of_requested_colors(colors["generated"], shuffled)
+    print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
+    in_real = f"(real: {results['real_following']:.3f})"
+    print(f"{'requested colours that appear':50}{results['following']:8.3f}   {in_real}")
+    print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
+    return results
 
 
 # ---- The command line ----
@@ -695,7 +672,7 @@ def parse():
     p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or names, such as depth,rgb")
     p.setting("--judge", "", "follow, joint: checkpoint that finds depth in images; empty is the one that made them")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
-    modes = ("none", "scale", "affine", "lstsq")
+    modes = ("none", "scale", "affine")
     p.setting("--align", "affine", f"alignment of depth before it is scored: {', '.join(modes)}", data.one_of(*modes))
     p.setting("--predictions", "", "depth: DIR of another model's NAME.npy, .pfm or .png, to score instead")
     p.setting("--features", "", "image: TorchScript features of the Frechet distance; the file is run, so trust it")
@@ -713,29 +690,23 @@ def parse():
 
 
 def complete_settings(args, model):
-    """The settings, with the defaults that depend on the task and on the network."""
+    """The settings, with the defaults that depend on the task, the network and the benchmark."""
     settings = argparse.Namespace(**vars(args))
     settings.out = args.out or f"runs/evaluate-{args.task}"
     settings.steps = args.steps or (I2D_STEPS if args.task in ("depth", "normal") else 16)
     if model is not None:
         settings.size = args.size or model.network.config.size
         settings.order = data.parse_order(args.order, [m.name for m in model.network.modalities])
-    elif not args.size and benchmark(args) is None:
-        data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
-    if isinstance(settings.order, list):
-        for entry in (RGB, DEPTH) if args.task == "joint" else (RGB,):
-            if entry.name not in settings.order:
+        for entry in ENTRIES_OF_TASK[args.task]:
+            if isinstance(settings.order, list) and entry.name not in settings.order:
                 data.fail(f"--order {args.order}: {entry.name}, which is scored, would stay noise; add it")
+
+    size, depth_max = BENCHMARKS.get(Path(args.data).name.lower(), ((settings.size, settings.size), 0.0))
+    settings.scored_at = size
+    settings.depth_max = args.depth_max or depth_max
+    if 0 in size:
+        data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
     return settings
-
-
-def claim_out(path):
-    """Make --out. It must be new or empty, or hold the results.json of an older evaluation."""
-    out = data.claim_folder(path, "results.json")
-    results = out / "results.json"
-    if results.exists() and b'"checkpoint": ' not in results.read_bytes():
-        data.fail(f"--out {path}: holds a results.json that this script has not written; choose another directory")
-    return out
 
 
 def main():
@@ -743,7 +714,9 @@ def main():
     device = data.pick_device(args.device)
     model = None if args.predictions else open_model(args.checkpoint, "--checkpoint", args, device)
     args = complete_settings(args, model)
-    out = claim_out(args.out)
+    out = data.claim_folder(args.out, "results.json")
+    if (out / "results.json").exists() and b'"checkpoint": ' not in (out / "results.json").read_bytes():
+        data.fail(f"--out {out}: holds a results.json that this script has not written; choose another directory")
     results, pictures = TASKS[args.task](args, model, device)
     data.write_json(out / "results.json", {**vars(args), **results})
     labels, rows = zip(*pictures, strict=True)
