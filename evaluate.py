@@ -131,10 +131,12 @@ def normal_metrics(prediction, target, valid, mode=None):
     return (degrees[valid].mean().item(), share.item()), prediction, degrees / 60  # brightest at 60 degrees
 
 
-Scoring = namedtuple("Scoring", ["measure", "keys", "titles"])
-SCORINGS = {  # by encoding: the metric, the keys of results.json, the titles of the table
-    "relative depth": Scoring(depth_metrics, ("absrel", "delta1"), ("AbsRel", "delta1")),
-    "unit vectors": Scoring(normal_metrics, ("angular_error", "below_11.25"), ("degrees", "< 11.25")),
+Scoring = namedtuple("Scoring", ["measure", "keys", "header"])
+SCORINGS = {  # by encoding: the metric, the keys of its two scores in results.json, the header of their table
+    "relative depth": Scoring(depth_metrics, ["absrel", "delta1"], "AbsRel  95% interval      delta1  95% interval"),
+    "unit vectors": Scoring(
+        normal_metrics, ["degrees", "below_11.25"], "degrees 95% interval      < 11.25 95% interval"
+    ),
 }
 
 
@@ -203,13 +205,6 @@ def bootstrap_interval(values, draws=2000):
 # ---- Samples: those of a source, and those that a network generates ----
 
 WORLD_IMAGES = 128  # images of the built-in world if --images is 0
-ENTRIES_OF_TASK = {  # what a network must have
-    "depth": (RGB, DEPTH),
-    "normal": (RGB, NORMAL),
-    "image": (RGB,),
-    "follow": (RGB, DEPTH),
-    "joint": (RGB, DEPTH),
-}
 Model = namedtuple("Model", ["network", "encoders"])
 
 
@@ -218,7 +213,7 @@ def open_model(path, flag, args, device):
     network, state = data.open_network(path, flag)
     encoders = data.open_encoders(args.encoders, device, network.config, state["settings"].get("encoders", ""))
     names = [m.name for m in network.modalities]
-    for entry in ENTRIES_OF_TASK[args.task]:
+    for entry in TASKS[args.task].entries:
         if entry.name not in names:
             data.fail(
                 f"{flag} {path}: the network has no {entry.name}; give one trained with --modalities rgb,{entry.name}"
@@ -340,11 +335,6 @@ def score_map(args, entry, name, prediction, target, valid, mode):
     return scores, aligned, error
 
 
-def print_header(scoring):
-    first, second = scoring.titles
-    print(f"{'':34}{first:8}95% interval      {second:8}95% interval")
-
-
 def print_row(label, scoring, scores):
     """Print one line of a table from the two scores of each image. Returns its numbers for results.json."""
     row = {"images": len(scores)}
@@ -430,6 +420,7 @@ def paint_scored(entry, rgb, target, aligned, error, valid):
 
 def score_methods(args, entry, model, device):
     """Score all methods on all samples: ({prefix: {name: scores}}, [(label, pictures)] of the first six)."""
+    scoring = SCORINGS[entry.encoding]
     synthetic = args.data == "synthetic"
     source = data.open_source(args, "train" if synthetic else "val", args.scored_at, (RGB, entry))
     blind = blind_map(entry, source, 2048 if synthetic else args.images or 2048)
@@ -448,7 +439,7 @@ def score_methods(args, entry, model, device):
                 score, aligned, error = score_map(args, entry, name, maps[i], target[i], valid[i], mode)
                 scores[prefix][name] = score
                 if prefix == "" and len(pictures) < 6:
-                    label = f"{SCORINGS[entry.encoding].titles[0]} {score[0]:.3f}"
+                    label = f"{scoring.keys[0]} {score[0]:.3f}"
                     pictures.append((label, paint_scored(entry, rgb[i], target[i], aligned, error, valid[i])))
         previous = rgb[-1:]
     return scores, pictures
@@ -463,7 +454,7 @@ def evaluate_maps(args, model, device):
     settings = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
     limit = f", depth up to {args.depth_max:g} m" if args.depth_max else ""
     print(f"{settings}; alignment: {args.align}")
-    print_header(scoring)
+    print(f"{'':34}{scoring.header}")
     print(f"{args.data}: {len(scores[''])} images scored at {args.scored_at[0]}x{args.scored_at[1]}{limit}")
     results = {"per_image": scores[""]}
     for prefix, label in LABELS.items():
@@ -488,8 +479,11 @@ def find_depth(args, judge, images):
     return estimate(judge, DEPTH, images, same_noise, args, args.judge_steps)
 
 
-def report_agreement(args, names, predictions, targets, labels):
-    """Print how depth maps agree with those that should equal them, and with those of the sample before."""
+def report_agreement(args, pairs, labels):
+    """Print how maps agree with those that should equal them, and with those of the sample before, as a reference.
+
+    pairs holds (name, prediction (1, H, W), target (1, H, W)) of each sample. Returns the numbers for results.json.
+    """
 
     def score(name, prediction, target):
         surface = target > 0.01 * target.mean()  # nothing real is nearer than a hundredth of the mean
@@ -497,19 +491,19 @@ def report_agreement(args, names, predictions, targets, labels):
 
     scoring = SCORINGS[DEPTH.encoding]
     found_by = f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
-    print(f"{len(names)} images at {args.size}x{args.size}, alignment: {args.align}; depth found by {found_by}")
-    print_header(scoring)
-    results = print_row(labels[0], scoring, list(map(score, names, predictions, targets)))
-    if len(names) > 1:
-        row = print_row(labels[1], scoring, list(map(score, names[1:], predictions[1:], targets[:-1])))
+    print(f"{len(pairs)} images at {args.size}x{args.size}, alignment: {args.align}; depth found by {found_by}")
+    print(f"{'':34}{scoring.header}")
+    results = print_row(labels[0], scoring, [score(*pair) for pair in pairs])
+    references = [score(name, map_, target) for (name, map_, _), (_, _, target) in zip(pairs[1:], pairs, strict=False)]
+    if references:
+        row = print_row(labels[1], scoring, references)
         results.update({f"other_{key}": value for key, value in row.items()})
     return results
 
 
-def paint_rows(columns, num_rows):
-    """The first rows of columns, [(entry, values (B, C, H, W))], as pictures."""
-    num_rows = min(num_rows, len(columns[0][1]))
-    return [[data.paint(entry, values[i]) for entry, values in columns] for i in range(num_rows)]
+def paint_rows(names, columns):
+    """A row of the grid, (name, pictures), for each sample; columns are [(entry, values (B, C, H, W))]."""
+    return [(name, [data.paint(entry, x[i]) for entry, x in columns]) for i, name in enumerate(names)]
 
 
 def evaluate_follow(args, model, device):
@@ -519,9 +513,7 @@ def evaluate_follow(args, model, device):
     schedule = make_schedule(
         [m.name for m in model.network.modalities], args.steps, strength={DEPTH.name: args.strength}
     )
-    names = []
-    predictions = []
-    targets = []
+    pairs = []
     rows = []
     for batch in read_samples(args, size, (RGB, DEPTH), device):
         depth = batch.values[DEPTH.name]
@@ -534,13 +526,11 @@ def evaluate_follow(args, model, device):
         real = batch.values[RGB.name]
         in_generated = find_depth(args, judge, generated)
         in_real = find_depth(args, judge, real)
-        names += batch.names
-        predictions += in_generated
-        targets += in_real
+        pairs += zip(batch.names, in_generated, in_real, strict=True)
         columns = [(RGB, generated), (RGB, real), (DEPTH, depth), (DEPTH, in_generated), (DEPTH, in_real)]
-        rows += paint_rows(columns, 8 - len(rows))
+        rows += paint_rows(batch.names[: 8 - len(rows)], columns)
     labels = ("found in generated and real image", "the same with another real image")
-    return report_agreement(args, names, predictions, targets, labels), list(zip(names, rows, strict=False))
+    return report_agreement(args, pairs, labels), rows
 
 
 def evaluate_joint(args, model, device):
@@ -548,9 +538,7 @@ def evaluate_joint(args, model, device):
     judge = open_model(args.judge, "--judge", args, device) if args.judge else model
     size = (args.size, args.size)
     schedule = make_schedule([m.name for m in model.network.modalities], args.steps, args.order)
-    names = []
-    predictions = []
-    targets = []
+    pairs = []
     rows = []
     for batch in read_samples(args, size, (RGB,), device):
         key = (args.seed, "follow")
@@ -558,12 +546,10 @@ def evaluate_joint(args, model, device):
         image = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
         depth = DEPTH.decode(x0[DEPTH.name]).cpu()
         in_image = find_depth(args, judge, image)
-        names += batch.names
-        predictions += depth
-        targets += in_image
-        rows += paint_rows([(RGB, image), (DEPTH, depth), (DEPTH, in_image)], 8 - len(rows))
+        pairs += zip(batch.names, depth, in_image, strict=True)
+        rows += paint_rows(batch.names[: 8 - len(rows)], [(RGB, image), (DEPTH, depth), (DEPTH, in_image)])
     labels = ("made with an image, found in it", "the same, found in another image")
-    return report_agreement(args, names, predictions, targets, labels), list(zip(names, rows, strict=False))
+    return report_agreement(args, pairs, labels), rows
 
 
 # ---- image: images from captions ----
@@ -639,12 +625,13 @@ def report_image(args, features, colors, captions):
 
 # ---- The command line ----
 
-TASKS = {
-    "depth": evaluate_maps,
-    "normal": evaluate_maps,
-    "image": evaluate_image,
-    "follow": evaluate_follow,
-    "joint": evaluate_joint,
+Task = namedtuple("Task", ["evaluate", "entries"])
+TASKS = {  # the function, and the modalities that a network must have
+    "depth": Task(evaluate_maps, [RGB, DEPTH]),
+    "normal": Task(evaluate_maps, [RGB, NORMAL]),
+    "image": Task(evaluate_image, [RGB]),
+    "follow": Task(evaluate_follow, [RGB, DEPTH]),
+    "joint": Task(evaluate_joint, [RGB, DEPTH]),
 }
 TASKS_OF_FLAG = {
     "measured": ("depth",),
@@ -662,9 +649,7 @@ def parse():
     p.add_argument("task", choices=tuple(TASKS))
     data.sampling_settings(p)
     data.source_settings(p)
-    p.setting(
-        "--images", 0, f"number of images; 0 is all, or {WORLD_IMAGES} of the built-in world", data.whole(0, 10**9)
-    )
+    p.setting("--images", 0, f"number of images; 0 is all, or {WORLD_IMAGES} of the world", data.whole(0, 10**9))
     p.setting("--size", 0, "side in pixels of what the network sees, or of that area; 0 is the network's", data.SIDE)
     p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth and normal, else 16", data.whole(0, 10**4))
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
@@ -697,7 +682,7 @@ def complete_settings(args, model):
     if model is not None:
         settings.size = args.size or model.network.config.size
         settings.order = data.parse_order(args.order, [m.name for m in model.network.modalities])
-        for entry in ENTRIES_OF_TASK[args.task]:
+        for entry in TASKS[args.task].entries:
             if isinstance(settings.order, list) and entry.name not in settings.order:
                 data.fail(f"--order {args.order}: {entry.name}, which is scored, would stay noise; add it")
 
@@ -717,7 +702,7 @@ def main():
     out = data.claim_folder(args.out, "results.json")
     if (out / "results.json").exists() and b'"checkpoint": ' not in (out / "results.json").read_bytes():
         data.fail(f"--out {out}: holds a results.json that this script has not written; choose another directory")
-    results, pictures = TASKS[args.task](args, model, device)
+    results, pictures = TASKS[args.task].evaluate(args, model, device)
     data.write_json(out / "results.json", {**vars(args), **results})
     labels, rows = zip(*pictures, strict=True)
     data.write_image(out / "grid.png", data.draw_grid(rows, labels))
