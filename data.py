@@ -1,15 +1,15 @@
-"""Where samples come from, how they are kept on disk, and how they are drawn as pictures. One --data chooses:
+"""Where samples come from, how they are kept on disk, and how they are drawn as pictures. --data chooses one source:
 
     synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
-    DIR with metadata.jsonl     rows: file_name, text; depth_file_name, mask_file_name, depth_scale where there is depth
+    DIR with metadata.jsonl     rows with file_name and text, and depth_file_name, normal_file_name, mask_file_name or
+                                depth_scale where they exist
     DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
-    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm
+    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm, key.normal.npy
 
-Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. What is not above
-0, not finite, masked out or outside --depth-min..--depth-max is missing.
+Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. Depth is missing
+where it is not above 0, not finite, masked out, or outside of --depth-min..--depth-max.
 
-    python data.py --out runs/world --count 8                     a look at the world: pictures, depth maps, captions
-    python data.py --out runs/shards --count 500 --layout shards  the same as tar shards (or folder, or moge)
+    python data.py --out runs/world --count 8       look at the world: pictures, depth, normals, captions
 """
 
 import argparse
@@ -41,10 +41,12 @@ import tarfile
 import textwrap
 import time
 import traceback
-import types
 import warnings
 import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,9 +58,11 @@ from tqdm import tqdm
 
 from model import TEXT_PATCH, Config, DiT, check_numbers, check_weights
 
-# ---- The synthetic world: scenes as numbers, from a hash of (split, index) ----
+# ---- The synthetic world ----
+# Endless captioned scenes with exact depth and normals, so that you can train both stages without any download.
+# A scene is a set of numbers drawn from a hash of (split, index). Ray casting turns it into pictures.
 
-COLORS = {  # saturated; floors, walls and sky are muted, so that a colour word can be checked in a picture
+COLORS = {  # of objects: saturated, so that a colour word can be checked in a picture
     "red": (0.86, 0.12, 0.12),
     "orange": (0.95, 0.50, 0.08),
     "yellow": (0.93, 0.86, 0.12),
@@ -68,7 +72,7 @@ COLORS = {  # saturated; floors, walls and sky are muted, so that a colour word 
     "purple": (0.52, 0.16, 0.80),
     "pink": (0.95, 0.35, 0.66),
 }
-MUTED = (
+MUTED = (  # of floors and walls
     (0.62, 0.58, 0.52),
     (0.52, 0.55, 0.60),
     (0.70, 0.66, 0.62),
@@ -77,20 +81,59 @@ MUTED = (
     (0.75, 0.75, 0.74),
 )
 SKY = (0.66, 0.78, 0.90)
-# x^2 + y^2 + z^2 <= 1, any, x^2 + z^2 <= 1
-SHAPES = {"ball": (1.0, 1.0, 1.0), "box": (0.0, 0.0, 0.0), "pillar": (1.0, 0.0, 1.0)}
+SHAPES = {  # weights w of the quadric w_x x^2 + w_y y^2 + w_z z^2 <= 1 that is cut with the cube [-1, 1]^3
+    "ball": (1.0, 1.0, 1.0),
+    "box": (0.0, 0.0, 0.0),
+    "pillar": (1.0, 0.0, 1.0),
+}
 FLOORS = ("plain", "checkered", "striped")
 SPLITS = {"train": 1, "val": 2}
 OBJECTS = 3  # at most, in a scene
-ROOM = OBJECTS  # place of the room among the solids: seen from inside, it is floor, walls and ceiling
+ROOM = OBJECTS  # index of the room, which is the last solid: you see its floor, walls and ceiling from inside
+COLUMNS = 64  # random numbers of a scene
+
+PARAMETERS = {  # name: (its columns of the scene's random numbers, low, high). A list has one column per object.
+    "outside": (0, 0, 1),
+    "fov": (1, 46, 66),  # vertical, in degrees
+    "height": (2, 0.8, 2.2),  # of the camera
+    "count": (3, 0, OBJECTS),
+    "shape": ([4, 5, 6], 0, len(SHAPES)),
+    "floor": (7, 0, len(FLOORS)),
+    "striped": (8, 0, 2),  # walls
+    "relation": (9, 0, 1),  # which words the caption uses for two objects
+    "pitch": (10, -0.09, 0.09),
+    "color": ([11, 12, 13], 0, 1),
+    "radius": ([14, 15, 16], 0.38, 0.62),
+    "pillar_height": ([17, 18, 19], 0.75, 1.15),
+    "distance": ([20, 21, 22], 2.1, 4.0),
+    "offset": ([23, 24, 25], -0.22, 0.22),
+    "left": (26, 2.8, 4.2),
+    "left_outside": (27, 8, 12),
+    "right": (28, 2.8, 4.2),
+    "right_outside": (29, 8, 12),
+    "back": (30, 1.5, 3),
+    "back_outside": (31, 5, 7),
+    "front": (32, 5.4, 8),
+    "front_outside": (33, 9, 15),
+    "ceiling": (34, 2.6, 3.6),
+    "object_angle": ([35, 36, 37], 0, 1.57),
+    "room_angle": (38, -0.4, 0.4),
+    "fence": (39, 0.5, 1.6),  # its height; above it is the sky
+    "tile": (40, 0.7, 1.3),
+    "light_x": (41, -2.2, 2.2),
+    "light_z": (42, 0, 2.5),
+    "floor_color": (43, 0, len(MUTED)),
+    "wall_color": (44, 0, len(MUTED)),
+    "wall_brightness": (45, 0.8, 1.1),
+}
 
 
-def signed(bits):
-    """The int64 that has the bits of a number from 0 to 2^64 - 1: torch multiplies and adds int64 modulo 2^64."""
+def to_int64(bits):
+    """A number from 0 to 2^64 - 1 -> the int64 of the same bits. torch multiplies and adds int64 modulo 2^64."""
     return bits - (1 << 64) if bits >> 63 else bits
 
 
-GOLDEN = signed(0x9E3779B97F4A7C15)  # SplitMix64's step from one state to the next
+GOLDEN = to_int64(0x9E3779B97F4A7C15)  # SplitMix64's step from one state to the next
 
 
 def shift_right(z, count):
@@ -100,559 +143,815 @@ def shift_right(z, count):
 
 def split_mix(z):
     """SplitMix64's hash of its states: int64 of any shape -> random bits, int64 of that shape, equal on any device."""
-    z = (z ^ shift_right(z, 30)) * signed(0xBF58476D1CE4E5B9)
-    z = (z ^ shift_right(z, 27)) * signed(0x94D049BB133111EB)
+    z = (z ^ shift_right(z, 30)) * to_int64(0xBF58476D1CE4E5B9)
+    z = (z ^ shift_right(z, 27)) * to_int64(0x94D049BB133111EB)
     return z ^ shift_right(z, 31)
 
 
-def uniforms(split, indices, count):
-    """(B, count) float64 in [0, 1), a hash of (split, index, column): a scene does not depend on its batch."""
-    column = torch.arange(count)
-    place = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * count) + column
-    bits = split_mix((place + signed(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))) * GOLDEN)
-    return shift_right(bits, 11).double() * 2.0**-53
+def draw_parameters(split, indices):
+    """{name in PARAMETERS: (B,) or (B, OBJECTS) float32} for B indices. A scene does not depend on its batch."""
+    counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
+    seed = to_int64(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))
+    bits = split_mix((counter + seed) * GOLDEN)
+    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1)
+    return {name: uniform[:, columns] * (high - low) + low for name, (columns, low, high) in PARAMETERS.items()}
+
+
+def to_index(drawn, choices):
+    """Numbers drawn from 0 to choices -> indices. float32 may round the largest number up to choices."""
+    return drawn.long().clamp(max=choices - 1)
+
+
+def distinct_colors(uniform):
+    """(B, OBJECTS) numbers from 0 to 1 -> (B, OBJECTS) indices of COLORS, all different within a scene."""
+    colors = torch.zeros_like(uniform, dtype=torch.long)
+    for i in range(OBJECTS):
+        choices = len(COLORS) - i
+        color = to_index(uniform[:, i] * choices, choices)  # counts the colours that are not taken yet
+        for taken in colors[:, :i].sort(1).values.unbind(1):
+            color = color + (color >= taken)
+        colors[:, i] = color
+    return colors
+
+
+def place_objects(drawn, shape, count, fov):
+    """Centres and half extents of a scene's objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
+    is_pillar = shape == list(SHAPES).index("pillar")
+    half_width = torch.where(is_pillar, 0.6 * drawn["radius"], drawn["radius"])
+    half_height = torch.where(is_pillar, drawn["pillar_height"], drawn["radius"])
+
+    column = (torch.arange(OBJECTS) + 0.5) * 2 / count[:, None] - 1 + drawn["offset"]  # -1 to 1 across the picture
+    z = drawn["distance"]
+    x = column * 0.85 * z * (fov / 2).tan()[:, None]
+
+    centre = torch.stack([x, half_height, z], 2)
+    centre[torch.arange(OBJECTS) >= count[:, None]] = -100.0  # the others are out of sight
+    return centre, torch.stack([half_width, half_height, half_width], 2)
 
 
 def draw_scenes(split, indices):
-    """Scene parameters for indices (a sequence of B ints): a dict of tensors, leading dimension B.
+    """Scenes for a sequence of B indices: a dictionary of tensors whose leading dimension is B.
 
-    Metres; y is up; the camera is above the origin and looks along +z. The solids are OBJECTS objects, left to right on
-    the ground (those beyond "count" out of sight), and the room: "centre", "half" (extent), "quadric" (B, 4, 3), "turn"
-    (B, 4) about y.
+    Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are OBJECTS
+    objects and the room: "centre" and "half" (extent) are (B, 4, 3), "quadric" is (B, 4, 3), and "angle", the rotation
+    about y, is (B, 4).
     """
-    columns = iter(uniforms(split, indices, 64).float().unbind(1))
-    draw = lambda low, high: next(columns) * (high - low) + low
-    pick = lambda choices: draw(0, choices).long().clamp(max=choices - 1)
-    each = lambda fn, *args: torch.stack([fn(*args) for _ in range(OBJECTS)], 1)
+    drawn = draw_parameters(split, indices)
+    outside = drawn["outside"] < 0.35
+    fov = drawn["fov"].deg2rad()
+    count = to_index(drawn["count"], OBJECTS) + 1
+    shape = to_index(drawn["shape"], len(SHAPES))
 
-    s = {"outside": draw(0, 1) < 0.35, "fov": draw(46, 66).deg2rad(), "height": draw(0.8, 2.2)}
-    s |= {
-        "count": pick(OBJECTS) + 1,
-        "shape": each(pick, 3),
-        "floor": pick(3),
-        "striped": pick(2),
-        "relation": draw(0, 1),
+    def by_place(in_room, on_open_ground):
+        return torch.where(outside, on_open_ground, in_room)
+
+    centre, half = place_objects(drawn, shape, count, fov)
+    left = -by_place(drawn["left"], drawn["left_outside"])
+    right = by_place(drawn["right"], drawn["right_outside"])
+    back = -by_place(drawn["back"], drawn["back_outside"])
+    front = by_place(drawn["front"], drawn["front_outside"])
+    top = by_place(drawn["ceiling"], 1000.0)
+    low = torch.stack([left, torch.zeros_like(top), back], 1)
+    high = torch.stack([right, top, front], 1)
+
+    light = torch.stack([drawn["light_x"], by_place(2.5, 5.0), drawn["light_z"]], 1)
+    muted = torch.tensor(MUTED)
+    wall_color = muted[to_index(drawn["wall_color"], len(MUTED))]
+    quadrics = torch.tensor(list(SHAPES.values()))
+    room_shape = list(SHAPES).index("box")
+    return {
+        "outside": outside,
+        "fov": fov,
+        "height": drawn["height"],
+        "pitch": ((drawn["height"] - 0.55) / 3).atan() + drawn["pitch"],
+        "count": count,
+        "shape": shape,
+        "color": distinct_colors(drawn["color"]),
+        "big": drawn["radius"] > 0.5,
+        "relation": drawn["relation"],
+        "centre": torch.cat([centre, (low + high)[:, None] / 2], 1),
+        "half": torch.cat([half, (high - low)[:, None] / 2], 1),
+        "quadric": quadrics[F.pad(shape, (0, 1), value=room_shape)],
+        "angle": torch.cat([drawn["object_angle"], drawn["room_angle"][:, None]], 1),
+        "floor": to_index(drawn["floor"], len(FLOORS)),
+        "striped": to_index(drawn["striped"], 2),
+        "fence": drawn["fence"],
+        "tile": drawn["tile"],
+        "light": light * by_place(1.0, 4.0)[:, None],
+        "floor_color": muted[to_index(drawn["floor_color"], len(MUTED))],
+        "wall_color": wall_color * drawn["wall_brightness"][:, None],
     }
-    s["pitch"] = ((s["height"] - 0.55) / 3).atan() + draw(-0.09, 0.09)
-    s["color"] = torch.stack([pick(len(COLORS) - i) for i in range(OBJECTS)], 1)
-    for i in range(1, OBJECTS):  # distinct: the i-th pick counts among the colours not taken yet
-        for taken in s["color"][:, :i].sort(1).values.unbind(1):
-            s["color"][:, i] += s["color"][:, i] >= taken
-
-    pillar, radius, tall = s["shape"] == 2, each(draw, 0.38, 0.62), each(draw, 0.75, 1.15)
-    wide, tall = torch.where(pillar, 0.6 * radius, radius), torch.where(pillar, tall, radius)
-    z = each(draw, 2.1, 4.0)
-    slot = (torch.arange(OBJECTS) + 0.5) * 2 / s["count"][:, None] - 1 + each(draw, -0.22, 0.22)
-    centre = torch.stack([slot * 0.85 * z * (s["fov"] / 2).tan()[:, None], tall, z], 2)
-    centre[torch.arange(OBJECTS) >= s["count"][:, None]] = -100.0
-    either = lambda inside, outside: torch.where(s["outside"], outside, inside)
-    left, right = -either(draw(2.8, 4.2), draw(8, 12)), either(draw(2.8, 4.2), draw(8, 12))
-    back, front, top = (
-        -either(draw(1.5, 3), draw(5, 7)),
-        either(draw(5.4, 8), draw(9, 15)),
-        either(draw(2.6, 3.6), 1000.0),
-    )
-    low, high = torch.stack([left, 0 * top, back], 1), torch.stack([right, top, front], 1)
-    s["centre"] = torch.cat([centre, (low + high)[:, None] / 2], 1)
-    s["half"] = torch.cat([torch.stack([wide, tall, wide], 2), (high - low)[:, None] / 2], 1)
-    s["quadric"] = torch.tensor([*SHAPES.values(), SHAPES["box"]])[F.pad(s["shape"], (0, 1), value=1)]
-    s["turn"] = torch.cat([each(draw, 0, 1.57), draw(-0.4, 0.4)[:, None]], 1)
-    s["big"] = radius > 0.5
-    s |= {"fence": draw(0.5, 1.6), "tile": draw(0.7, 1.3)}
-    s["light"] = torch.stack([draw(-2.2, 2.2), either(2.5, 5.0), draw(0, 2.5)], 1) * either(1.0, 4.0)[:, None]
-    s["floor_color"] = torch.tensor(MUTED)[pick(len(MUTED))]
-    s["wall_color"] = torch.tensor(MUTED)[pick(len(MUTED))] * draw(0.8, 1.1)[:, None]
-    return s
 
 
-def caption(s, i):
-    """What scene i of draw_scenes shows, in words: objects, how they are arranged, where, on which floor."""
-    count, things = int(s["count"][i]), []
-    for shape, color, big in zip(s["shape"][i, :count], s["color"][i, :count], s["big"][i], strict=False):
-        shape, color = list(SHAPES)[shape], list(COLORS)[color]
-        size = "" if count == OBJECTS else "tall " if shape == "pillar" else "big " if big else "small "
-        things.append(f"{'an' if (size + color)[0] == 'o' else 'a'} {size}{color} {shape}")
-    if count == 2:
-        gap, choice = float(s["centre"][i, 1, 2] - s["centre"][i, 0, 2]), s["relation"][i]
-        if choice < 0.4 and abs(gap) > 0.8:
-            things = [(" in front of " if gap > 0 else " behind ").join(things)]
-        else:
-            things = [" left of ".join(things) if choice < 0.7 else " right of ".join(things[::-1])]
-    elif count == 3:
-        things = [f"{things[0]} left of {things[1]} and {things[2]}"]
-    floor = "" if s["floor"][i] == 0 else FLOORS[s["floor"][i]] + " "
-    if s["outside"][i]:
-        return f"{things[0]} on open {floor}ground"
-    return f"{things[0]} in a room" + (f" with a {floor}floor" if floor else "")
+def describe_object(scenes, i, k):
+    """Object k of scene i in words, such as "a small red ball". Three objects have no size, to keep captions short."""
+    shape = list(SHAPES)[scenes["shape"][i, k]]
+    color = list(COLORS)[scenes["color"][i, k]]
+    words = [color, shape]
+    if scenes["count"][i] < OBJECTS:
+        size = "big" if scenes["big"][i, k] else "small"
+        words.insert(0, "tall" if shape == "pillar" else size)
+    article = "an" if words[0] == "orange" else "a"
+    return " ".join([article, *words])
 
 
-# ---- Ray casting: vectors have their component first, (3, B, K solids, P pixels) ----
+def describe_pair(scenes, i, first, second):
+    """Two objects and how they are arranged, in words. The first is left of the second."""
+    relation = scenes["relation"][i]
+    gap = float(scenes["centre"][i, 1, 2] - scenes["centre"][i, 0, 2])
+    if relation < 0.4 and abs(gap) > 0.8:
+        return f"{first} in front of {second}" if gap > 0 else f"{first} behind {second}"
+    return f"{first} left of {second}" if relation < 0.7 else f"{second} right of {first}"
 
 
-def unit(v):
-    """v (3, ...) / its length. (F.normalize is several times slower over a leading dimension.)"""
+def caption(scenes, i):
+    """What scene i of draw_scenes shows, in words: objects, how they are arranged, where, and on which floor."""
+    objects = [describe_object(scenes, i, k) for k in range(scenes["count"][i])]
+    if len(objects) == 1:
+        content = objects[0]
+    elif len(objects) == 2:
+        content = describe_pair(scenes, i, *objects)
+    else:
+        content = f"{objects[0]} left of {objects[1]} and {objects[2]}"
+
+    floor = FLOORS[scenes["floor"][i]]
+    if scenes["outside"][i]:
+        return f"{content} on open ground" if floor == "plain" else f"{content} on open {floor} ground"
+    return f"{content} in a room" if floor == "plain" else f"{content} in a room with a {floor} floor"
+
+
+# Ray casting. Vectors have their component first: (3, B, K, P) for K solids and the P pixels of a picture.
+
+
+def normalize(v):
+    """v (3, ...) divided by its length. (F.normalize is several times slower over a leading dimension.)"""
     return v / v.square().sum(0).sqrt()
 
 
-def turn_y(v, angle):
-    """Rotate vectors v (3, ...) about the vertical axis by angle (broadcasts)."""
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack(torch.broadcast_tensors(cos * v[0] + sin * v[2], v[1], cos * v[2] - sin * v[0]))
+def rotate_y(v, angle):
+    """Rotate vectors v (3, ...) about the vertical axis by angle, which broadcasts."""
+    cos = angle.cos()
+    sin = angle.sin()
+    x = cos * v[0] + sin * v[2]
+    z = cos * v[2] - sin * v[0]
+    return torch.stack(torch.broadcast_tensors(x, v[1], z))
 
 
-def span(origin, direction, solid):
-    """Where rays enter and leave solids: each is the cube [-1, 1]^3 intersected with a quadric, in its own frame.
+def camera_rays(scenes, height, width):
+    """Origins (3, B, 1, 1) and directions (3, B, 1, P) of the rays through all pixels, one unit along the optical axis.
 
-    origin, direction (3, B, 1, P); solid {"centre", "half", "quadric" (3, B, K, 1), "turn" (B, K, 1)}.
-    Returns (near, far), each (B, K, P) in units of direction; near >= far is a miss.
+    So the distance along a ray, in units of its direction, is z-depth.
     """
-    o = turn_y(origin - solid["centre"], -solid["turn"]) / solid["half"]
-    d = turn_y(direction, -solid["turn"]) / solid["half"]
-    a, b = (-1 - o) / d, (1 - o) / d
-    near, far = torch.minimum(a, b).amax(0), torch.maximum(a, b).amin(0)
-    w = solid["quadric"]
-    qa, qb, qc = (w * d * d).sum(0), (w * o * d).sum(0), (w * o * o).sum(0) - 1
-    round_ = qa > 1e-9  # a ray along a pillar, or a box, meets no curved surface
-    root, qa = (qb * qb - qa * qc).sqrt(), qa.clamp(min=1e-9)  # NaN, so no hit, where the quadric is missed
-    near = torch.where(round_, torch.maximum(near, (-qb - root) / qa), near)
-    far = torch.where(round_, torch.minimum(far, (-qb + root) / qa), far)
+    device = scenes["fov"].device
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    tan = (scenes["fov"].view(-1, 1, 1) / 2).tan()
+    x = ((2 * x + 1 - width) / height).flatten() * tan  # (B, 1, P)
+    y = ((height - 1 - 2 * y) / height).flatten() * tan
+
+    pitch = scenes["pitch"].view(-1, 1, 1)
+    direction = torch.stack([x, pitch.cos() * y - pitch.sin(), pitch.cos() + pitch.sin() * y])
+    origin = per_scene_vector(F.pad(scenes["height"][:, None], (1, 1)))
+    return origin, direction
+
+
+def per_scene_vector(v):
+    """(B, 3) -> (3, B, 1, 1)."""
+    return v.movedim(-1, 0)[..., None, None]
+
+
+def intersect(origin, direction, solids):
+    """Where rays (3, B, 1, P) enter and leave each solid: (near, far), each (B, K, P), in units of direction.
+
+    A solid is the cube [-1, 1]^3 cut with a quadric, in its own frame. near >= far, or NaN, is a miss.
+    """
+    o = rotate_y(origin - solids["centre"], -solids["angle"]) / solids["half"]  # (3, B, K, P)
+    d = rotate_y(direction, -solids["angle"]) / solids["half"]
+
+    low_side = (-1 - o) / d
+    high_side = (1 - o) / d
+    near = torch.minimum(low_side, high_side).amax(0)  # (B, K, P)
+    far = torch.maximum(low_side, high_side).amin(0)
+
+    # Roots of a s^2 + 2 b s + c = 0, where the ray meets the quadric. No root is NaN: a miss.
+    w = solids["quadric"]
+    a = (w * d * d).sum(0)
+    b = (w * o * d).sum(0)
+    c = (w * o * o).sum(0) - 1
+    curved = a > 1e-9  # a ray along a pillar, or through a box, meets no curved surface
+    root = (b * b - a * c).sqrt()
+    a = a.clamp(min=1e-9)
+    near = torch.where(curved, torch.maximum(near, (-b - root) / a), near)
+    far = torch.where(curved, torch.minimum(far, (-b + root) / a), far)
     return near, far
 
 
-def render(s, height, width=None, device="cpu"):
-    """Scenes of draw_scenes -> {"rgb" (B, 3, H, W) in [-1, 1]; "depth" (B, 1, H, W), z-depth in metres; "normal"
-    (B, 3, H, W), unit vectors in camera axes (right, up, forward)}, float32, on device. Both are 0 in the sky.
+def first_hit(origin, direction, solids):
+    """Distance to the first surface on each ray, and the index of its solid: each (B, 1, P)."""
+    near, far = intersect(origin, direction, solids)
+    in_front = (near < far) & (near > 1e-3)
+    objects = torch.where(in_front, near, torch.inf)[:, :ROOM]
+    return torch.cat([objects, far[:, ROOM:]], 1).min(1, keepdim=True)  # the camera is inside the room
+
+
+def surface_geometry(point, index, solids):
+    """The surface at points (3, B, 1, P) of the solids with these indices.
+
+    Returns its normals, and the points in the frame of their solid (not rotated), each (3, B, 1, P).
     """
-    s, width = {k: v.to(device, non_blocking=True) for k, v in s.items()}, width or height
-    solids = {k: s[k].movedim(-1, 0).unsqueeze(-1) for k in ("centre", "half", "quadric")} | {
-        "turn": s["turn"].unsqueeze(-1)
-    }
-    number = lambda key: s[key].view(-1, 1, 1)  # (B,) -> (B, 1, 1)
-    vector = lambda v: v.movedim(-1, 0)[..., None, None]  # (B, 3) -> (3, B, 1, 1)
+    hit = {}
+    for name, value in solids.items():
+        hit[name] = value.take_along_dim(index.expand(*value.shape[:-2], *index.shape[-2:]), -2)
+    local = rotate_y(point - hit["centre"], -hit["angle"]) / hit["half"]
 
-    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    tan, cos, sin = (number("fov") / 2).tan(), number("pitch").cos(), number("pitch").sin()
-    x, y = (
-        ((2 * x + 1 - width) / height).flatten() * tan,
-        ((height - 1 - 2 * y) / height).flatten() * tan,
-    )  # vertical fov
-    ray = torch.stack([x, cos * y - sin, cos + sin * y])  # one unit along the optical axis: distances are z-depth
-    camera = vector(F.pad(s["height"][:, None], (1, 1)))
-    near, far = span(camera, ray, solids)
-    ahead = torch.where((near < far) & (near > 1e-3), near, torch.inf)
-    depth, which = torch.cat([ahead[:, :ROOM], far[:, ROOM:]], 1).min(1, keepdim=True)  # (B, 1, P)
-    point, background = camera + depth * ray, which == ROOM
-
-    # Normals, in the frame of the solid that was hit.
-    hit = {k: v.take_along_dim(which.expand(*v.shape[:-2], *which.shape[-2:]), -2) for k, v in solids.items()}
-    local = turn_y(point - hit["centre"], -hit["turn"]) / hit["half"]
     on_quadric = (hit["quadric"] * local * local).sum(0) > 0.998
     flat = (local.abs() == local.abs().amax(0)) * local.sign()
-    normal = unit(turn_y(torch.where(on_quadric, hit["quadric"] * local, flat) / hit["half"], hit["turn"]))
-    normal = torch.where(background, -normal, normal)
-
-    # Surfaces: a floor with its pattern, fading with distance; walls plain or striped; objects in their colours.
-    place = local * hit["half"] + hit["centre"]
-    column, row = (place[0] / number("tile")).floor(), (place[2] / number("tile")).floor()
-    kind, floor, wall = number("floor"), normal[1] > 0.9, normal[1].abs() < 0.5
-    pattern = torch.where(kind == 1, (column + row) % 2, torch.where(kind == 2, column % 2, 0.5)) - 0.5
-    stripes = number("striped") * ((place[1] * 2.5).floor() % 2 - 0.5)
-    shade = torch.where(
-        floor, 1 + 0.7 * pattern * (-((depth / 11) ** 2)).exp(), torch.where(wall, 1 + 0.25 * stripes, 1.1)
-    )
-    room = torch.where(floor, vector(s["floor_color"]), vector(s["wall_color"])) * shade
-    paint = torch.tensor(list(COLORS.values())).to(device, non_blocking=True)[s["color"]].movedim(-1, 0).unsqueeze(-1)
-    surface = torch.where(background, room, paint.take_along_dim(which.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2))
-
-    # Light: ambient, and a lamp or sun that objects block; sky above the fence.
-    to_light = vector(s["light"]) - point
-    near, far = (v[:, :ROOM] for v in span(point + 2e-3 * normal, to_light, solids))
-    lit = ~((near < far) & (far > 1e-3) & (near < 1)).any(1, keepdim=True)
-    lambert = (normal * unit(to_light)).sum(0).clamp(min=0)
-    rgb = surface * (0.58 + 0.52 * lambert * lit)
-    sky = number("outside") & background & (point[1] > number("fence"))
-    blue = torch.tensor(SKY).to(device, non_blocking=True).view(3, 1, 1, 1) + 0.25 * unit(ray)[1].clamp(min=0)
-    rgb = torch.where(sky, blue, rgb).clamp(0, 1) * 2 - 1
-
-    seen = torch.stack([normal[0], cos * normal[1] + sin * normal[2], cos * normal[2] - sin * normal[1]])
-    image = lambda v: v.squeeze(-2).movedim(0, 1).unflatten(-1, (height, width)).contiguous()
-    return {
-        "rgb": image(rgb),
-        "depth": image(torch.where(sky, 0, depth)[None]),
-        "normal": image(torch.where(sky, 0, seen)),
-    }
+    gradient = torch.where(on_quadric, hit["quadric"] * local, flat) / hit["half"]
+    normal = normalize(rotate_y(gradient, hit["angle"]))
+    normal = torch.where(index == ROOM, -normal, normal)  # the room is seen from inside
+    return normal, local * hit["half"] + hit["centre"]
 
 
-# ---- Sparse depth: what real sensors leave out ----
+def surface_colors(scenes, normal, position, depth, index):
+    """Colours (3, B, 1, P) before light: a floor with its pattern, plain or striped walls, objects."""
+    tile = scenes["tile"].view(-1, 1, 1)
+    column = (position[0] / tile).floor()
+    row = (position[2] / tile).floor()
+    kind = scenes["floor"].view(-1, 1, 1)
+    checkered = torch.where(kind == FLOORS.index("checkered"), (column + row) % 2, 0.5)
+    pattern = torch.where(kind == FLOORS.index("striped"), column % 2, checkered) - 0.5
+    fading = (-((depth / 11) ** 2)).exp()  # far tiles would be smaller than pixels
+    floor_shade = 1 + 0.7 * pattern * fading
+
+    stripes = scenes["striped"].view(-1, 1, 1) * ((position[1] * 2.5).floor() % 2 - 0.5)
+    is_floor = normal[1] > 0.9
+    is_wall = normal[1].abs() < 0.5
+    shade = torch.where(is_wall, 1 + 0.25 * stripes, 1.1)
+    shade = torch.where(is_floor, floor_shade, shade)
+    floor_color = per_scene_vector(scenes["floor_color"])
+    wall_color = per_scene_vector(scenes["wall_color"])
+    room = torch.where(is_floor, floor_color, wall_color) * shade
+
+    palette = torch.tensor(list(COLORS.values())).to(depth.device, non_blocking=True)
+    objects = palette[scenes["color"]].movedim(-1, 0).unsqueeze(-1)  # (3, B, OBJECTS, 1)
+    objects = objects.take_along_dim(index.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2)
+    return torch.where(index == ROOM, room, objects)
+
+
+def illumination(scenes, point, normal, solids):
+    """Brightness (B, 1, P): ambient light, and a lamp or the sun, which objects block."""
+    to_light = per_scene_vector(scenes["light"]) - point
+    near, far = intersect(point + 2e-3 * normal, to_light, solids)
+    blocked = (near < far) & (far > 1e-3) & (near < 1)
+    in_light = ~blocked[:, :ROOM].any(1, keepdim=True)
+    lambert = (normal * normalize(to_light)).sum(0).clamp(min=0)
+    return 0.58 + 0.52 * lambert * in_light
+
+
+def render(scenes, height, width=None, device="cpu"):
+    """Render scenes of draw_scenes on a device.
+
+    Returns float32 tensors {"rgb" (B, 3, H, W) in [-1, 1]; "depth" (B, 1, H, W), z-depth in metres; "normal"
+    (B, 3, H, W), unit vectors in camera axes (right, up, forward)}. Depth and normals are 0 in the sky.
+    """
+    width = width or height
+    scenes = {name: value.to(device, non_blocking=True) for name, value in scenes.items()}
+    solids = {name: scenes[name].movedim(-1, 0).unsqueeze(-1) for name in ("centre", "half", "quadric")}
+    solids["angle"] = scenes["angle"].unsqueeze(-1)
+
+    origin, ray = camera_rays(scenes, height, width)
+    depth, index = first_hit(origin, ray, solids)
+    point = origin + depth * ray
+    normal, position = surface_geometry(point, index, solids)
+    colors = surface_colors(scenes, normal, position, depth, index)
+    rgb = colors * illumination(scenes, point, normal, solids)
+
+    is_sky = scenes["outside"].view(-1, 1, 1) & (index == ROOM) & (point[1] > scenes["fence"].view(-1, 1, 1))
+    sky = torch.tensor(SKY).to(device, non_blocking=True).view(3, 1, 1, 1)
+    sky = sky + 0.25 * normalize(ray)[1].clamp(min=0)
+    rgb = torch.where(is_sky, sky, rgb).clamp(0, 1) * 2 - 1
+
+    pitch = scenes["pitch"].view(-1, 1, 1)
+    up = pitch.cos() * normal[1] + pitch.sin() * normal[2]
+    forward = pitch.cos() * normal[2] - pitch.sin() * normal[1]
+    normal = torch.stack([normal[0], up, forward])
+    maps = {"rgb": rgb, "depth": torch.where(is_sky, 0, depth)[None], "normal": torch.where(is_sky, 0, normal)}
+    return {name: x.squeeze(-2).movedim(0, 1).unflatten(-1, (height, width)).contiguous() for name, x in maps.items()}
+
+
+# ---- Sensors ----
+# Real depth sensors leave pixels out. A mask imitates them, so that training sees maps as sparse as files hold.
+# The network gets no mask: it must recognise the noise that stands in for a missing pixel.
 
 PATTERNS = ("dense", "uniform", "lidar", "sfm", "holes")
 
 
-def sparsify(valid, rgb, pattern, rand):
-    """Thin a mask of known depth (B, 1, H, W) to what a sensor would have seen; returns a mask of the same shape.
+def scan_lines(noise, rand):
+    """Rows that a lidar scans, at a random spacing, with 10% of their pixels missing."""
+    height = noise.shape[2]
+    rows = torch.arange(height, device=noise.device)[:, None]
+    spacing = 2 + (rand(1, 1, 1) * height / 5).long()
+    first = (rand(1, 1, 1) * spacing).long()
+    return ((rows + first) % spacing == 0) & (noise < 0.9)
 
-    pattern: "dense" keeps all; "uniform" a random 0.5-50% of the pixels; "lidar" scan lines with dropouts; "sfm" points
-    where the image rgb (B, 3, H, W) has texture; "holes" loses up to four rectangles; "mixed" chooses one of these for
-    each sample; a number in (0, 1] keeps that share of the pixels at random. rand(*shape) draws (B, *shape) from
-    U(0, 1) on valid's device (Draws.rand).
-    """
-    batch, _, height, width = valid.shape
-    noise = rand(1, height, width)
-    if pattern not in ("mixed", *PATTERNS):
-        return valid & (noise < float(pattern))
-    rows, columns = torch.arange(height, device=valid.device)[:, None], torch.arange(width, device=valid.device)
-    uniform = noise < 0.005 * 100 ** rand(1, 1, 1)
-    gap = 2 + (rand(1, 1, 1) * height / 5).long()  # rows between two scan lines
-    lidar = ((rows + (rand(1, 1, 1) * gap).long()) % gap == 0) & (noise < 0.9)
+
+def textured_points(noise, rgb):
+    """Points at which structure from motion finds features: the more texture, the more likely."""
+    height, width = rgb.shape[2:]
     grey = F.pad(rgb.mean(1, keepdim=True), (0, 1, 0, 1), mode="replicate")
     texture = grey.diff(dim=2)[..., :width].abs() + grey.diff(dim=3)[:, :, :height].abs()
-    sfm = noise < texture / texture.mean((2, 3), keepdim=True).clamp(min=1e-6) * 0.15 * (texture > 0.05)
-    top, left, tall, wide = (rand(4, 1, 1) * scale for scale in (height, width, height * 0.6, width * 0.6))
-    inside = (
-        (rows >= top - tall / 2) & (rows < top + tall / 2) & (columns >= left - wide / 2) & (columns < left + wide / 2)
-    )
-    masks = torch.cat([torch.ones_like(uniform), uniform, lidar, sfm, ~inside.any(1, keepdim=True)], 1)
+    mean = texture.mean((2, 3), keepdim=True).clamp(min=1e-6)
+    return noise < texture / mean * 0.15 * (texture > 0.05)
+
+
+def outside_rectangles(noise, rand):
+    """All pixels but those in four random rectangles, which may lie partly outside of the picture."""
+    height, width = noise.shape[2:]
+    rows = torch.arange(height, device=noise.device)[:, None]
+    columns = torch.arange(width, device=noise.device)
+    y = rand(4, 1, 1) * height
+    x = rand(4, 1, 1) * width
+    tall = rand(4, 1, 1) * (height * 0.6)
+    wide = rand(4, 1, 1) * (width * 0.6)
+    in_rows = (rows >= y - tall / 2) & (rows < y + tall / 2)
+    in_columns = (columns >= x - wide / 2) & (columns < x + wide / 2)
+    return ~(in_rows & in_columns).any(1, keepdim=True)
+
+
+def sensor_mask(rgb, pattern, rand):
+    """The pixels that a sensor would measure in images rgb (B, 3, H, W): a mask (B, 1, H, W).
+
+    pattern: "dense" keeps all; "uniform" a random 0.5-50% of the pixels; "lidar" scan lines; "sfm" points where the
+    image has texture; "holes" all but four rectangles; "mixed" chooses one of these for each sample; a number in (0, 1]
+    keeps this share of the pixels at random. rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as
+    PerSampleRNG.rand does.
+    """
+    batch, _, height, width = rgb.shape
+    noise = rand(1, height, width)
+    if pattern not in ("mixed", *PATTERNS):
+        return noise < float(pattern)
+
+    # All are drawn, whichever pattern is asked for, so that "mixed" gives a sample the mask of its pattern.
+    dense = torch.ones_like(noise, dtype=torch.bool)
+    uniform = noise < 0.005 * 100 ** rand(1, 1, 1)
+    lidar = scan_lines(noise, rand)
+    sfm = textured_points(noise, rgb)
+    holes = outside_rectangles(noise, rand)
+    masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
+
     if pattern == "mixed":
         choice = (rand() * len(PATTERNS)).long()
     else:
-        choice = torch.full((batch,), PATTERNS.index(pattern), device=valid.device)
-    return valid & masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
+        choice = torch.full((batch,), PATTERNS.index(pattern), device=rgb.device)
+    return masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
 
 
-# ---- Files: images and depth maps as they are published ----
+# ---- Files ----
+# Images, depth maps and normals as they are published, read into arrays and cropped and resized together.
+# A file may be damaged or hostile: nothing is unpickled, and nothing is read whose header declares gigabytes.
 
-MAX_BYTES = 1 << 28  # of a file: what a damaged header declares is not read into memory
-MAX_PIXELS = 64_000_000  # of an image or a map: decoded, they take gigabytes
+MAX_BYTES = 1 << 28  # of a file
+MAX_PIXELS = 64_000_000  # of an image or a map
 MAX_HEADER = 1 << 20  # bytes of a name in a tar file
 MAX_CAPTION = 1 << 16  # bytes
 MAX_SHARDS = 1_000_000
-IMAGES = ("jpg", "jpeg", "png", "webp")
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
+IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
 
 
 class BadSample(ValueError):
-    """What cannot be used as a sample; the message says where it is and what is wrong."""
+    """Raised for a sample that cannot be read. The message names the file and the problem."""
 
 
-def refuse(message):
-    raise BadSample(message)
+@contextlib.contextmanager
+def reading(name):
+    """Turn any exception of the block into a BadSample whose message begins with name, and silence warnings.
 
-
-def parse(name, reader, *args):
-    """Returns reader(*args). Whatever it raises becomes a BadSample with a message that begins with name.
-
-    All files are decoded through this function, which also keeps warnings of numpy and Pillow from the user.
+    numpy and Pillow raise exceptions of many kinds for damaged files.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader(*args)
-    except Exception as error:  # of a file's contents anything may be wrong
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BadSample(f"{name}: {what or type(error).__name__}") from None
+            yield
+    except Exception as error:
+        problem = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BadSample(f"{name}: {problem or type(error).__name__}") from None
 
 
 def read_file(path, folder=None):
-    """Bytes of a regular file, which must lie in the folder if one is given. Raises BadSample."""
-    name = os.path.abspath(os.path.join(folder or "", str(path)))
-    if folder and not name.startswith(os.path.join(os.path.abspath(folder), "")):
-        refuse(f"leads out of {folder}")
+    """Bytes of a regular file. With a folder, path is relative to it and must not lead out of it."""
+    path = os.path.abspath(os.path.join(folder or "", str(path)))
+    if folder and not path.startswith(os.path.join(os.path.abspath(folder), "")):
+        raise BadSample(f"leads out of {folder}")
     try:
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            refuse("not a regular file")
-        with open(name, "rb") as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadSample("not a regular file")
+        with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        refuse(error.strerror)
+        raise BadSample(error.strerror) from None
     if len(content) > MAX_BYTES:
-        refuse(f"larger than {MAX_BYTES >> 20} MiB")
+        raise BadSample(f"larger than {MAX_BYTES >> 20} MiB")
     return content
 
 
 def check_pixels(shape):
-    """Refuse an image or a map whose header declares more than MAX_PIXELS."""
     if math.prod(shape) > MAX_PIXELS:
-        refuse(f"has {math.prod(shape):,} pixels; at most {MAX_PIXELS:,} are read")
+        raise BadSample(f"has {math.prod(shape):,} pixels; at most {MAX_PIXELS:,} are read")
 
 
-def open_image(content, formats=FORMATS):
-    """Bytes of an image -> a Pillow image of at most MAX_PIXELS. Only its header is read yet. Raises BadSample."""
+def open_image(content, formats=IMAGE_FORMATS):
+    """Bytes of an image -> a Pillow image, of which only the header has been read yet."""
     image = Image.open(io.BytesIO(content), formats=formats)
     check_pixels(image.size)
     return image
 
 
-def png_depth(content, scale):
-    """16-bit PNG -> metres: value * scale, if text fields do not tell: scale and unit (sample.py), near and far (MoGe).
+def read_png(content, scale):
+    """16-bit grey PNG (H, W) -> value * scale, unless its text fields say otherwise.
 
-    The latter's codes: 0 unknown, 65535 infinite, else near^(1-k) far^k with k = (value - 1) / 65533.
+    sample.py writes the fields scale and unit. MoGe writes near and far: its codes are 0 for unknown, 65535 for
+    infinite, and else near^(1-k) far^k with k = (value - 1) / 65533.
     """
     image = open_image(content, ("PNG",))
     if not image.mode.startswith("I"):
-        few = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
-        raise ValueError(f"a PNG of mode {image.mode} {few}; give 16-bit grey, .npy or .pfm")
+        reason = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
+        raise BadSample(f"a PNG of mode {image.mode} {reason}; give 16-bit grey, .npy or .pfm")
     codes = np.asarray(image)
     if "near" not in image.info:
-        return codes * np.float32(image.info["scale"] if {"scale", "unit"} <= image.info.keys() else scale)
-    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # unit: in early files
-    metres = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
-    metres[[0, 65535]] = 0, np.inf
-    return metres[codes]
+        has_scale = "scale" in image.info and "unit" in image.info
+        return codes * np.float32(image.info["scale"] if has_scale else scale)
+
+    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # early files have a unit
+    depths = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
+    depths[0] = 0
+    depths[65535] = np.inf
+    return depths[codes]
 
 
-def npy_depth(content, scale):
-    """.npy array of numbers (H, W), or with axes of length one, times scale. Never unpickled."""
+def read_npy(content, scale=1.0):
+    """.npy array of numbers, times scale."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    check_pixels(read_header(file)[0])
-    depth = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu" or depth.squeeze().ndim != 2:
-        raise ValueError(f"has shape {getattr(depth, 'shape', '?')}; one map (height, width) of numbers is needed")
-    return depth.squeeze() * np.float32(scale)
+    shape, _, dtype = read_header(file)
+    check_pixels(shape[:2])
+    if dtype.kind not in "fiu":
+        raise BadSample(f"holds {dtype}; must hold real numbers")
+    return np.load(io.BytesIO(content), allow_pickle=False) * np.float32(scale)
 
 
-def pfm_depth(content, scale):
-    """One-channel PFM of either byte order, rows from the bottom up, times scale."""
+def read_pfm(content, scale):
+    """One-channel PFM of either byte order, whose rows go from the bottom up, times scale."""
     header = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", content)
     if not header:
-        raise ValueError("not a one-channel PFM")
-    width, height, order = int(header[1]), int(header[2]), "<" if header[3] else ">"
+        raise BadSample("not a one-channel PFM")
+    width = int(header[1])
+    height = int(header[2])
     check_pixels((height, width))
-    rows = np.frombuffer(content, order + "f4", width * height, header.end()).reshape(height, width)
-    return rows[::-1].astype(np.float32) * np.float32(scale)
+    dtype = "<f4" if header[3] else ">f4"
+    rows = np.frombuffer(content, dtype, width * height, header.end()).reshape(height, width)
+    return rows[::-1] * np.float32(scale)
 
 
-MAPS = {"png": png_depth, "npy": npy_depth, "pfm": pfm_depth}
+MAPS = {"png": read_png, "npy": read_npy, "pfm": read_pfm}
 
 
-def read_map(name, content, scale=1.0):
-    """Bytes of a .png, .npy or .pfm map, told by name's suffix -> (H, W) float32, times scale."""
-    suffix = name.rpartition(".")[2].lower()
-    if suffix not in MAPS:
-        refuse(f"depth is read from {', '.join(MAPS)}")
-    return MAPS[suffix](content, scale).astype(np.float32, copy=False)
+class DepthLimits(NamedTuple):
+    """What depth files hold: metres are values of a PNG times scale. Outside of (low, high] depth is missing."""
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 0.0
+    """0 is no limit."""
 
 
-def read_depth(name, content, scale=1.0, mask=None, low=0.0, high=0.0):
-    """read_map, and what is known of it: (depth (H, W) float32 in metres, known (H, W) bool). Raises BadSample.
+ANY_DEPTH = DepthLimits()
 
-    Missing is what is not above low, not finite, above high (0: no limit), or 0 in mask (bytes of an image).
+
+def read_array(name, content, scale=1.0):
+    """Bytes of a .png, .npy or .pfm file, as the suffix of its name says -> (H, W) float32, times scale."""
+    values = MAPS[suffix_of(name)](content, scale)
+    if values.squeeze().ndim != 2:
+        raise BadSample(f"has shape {values.shape}; must be (height, width)")
+    return values.squeeze().astype(np.float32, copy=False)
+
+
+def read_depth(name, content, limits):
+    depth = read_array(name, content, limits.scale)
+    high = limits.high or np.finfo(np.float32).max
+    valid = (depth > max(limits.low, 0)) & (depth <= high)  # False for NaN and infinity
+    return depth[..., None], valid
+
+
+def read_normals(name, content, limits):
+    vectors = read_npy(content).astype(np.float32)
+    if vectors.ndim != 3 or vectors.shape[2] != 3:
+        raise BadSample(f"has shape {vectors.shape}; must be (height, width, 3)")
+    length = np.linalg.norm(vectors, axis=2)
+    valid = (length > 0) & np.isfinite(length)
+    return vectors / np.where(valid, length, 1)[..., None], valid
+
+
+def read_image(name, content, limits):
+    image, whole = load_image(content)
+    return image / np.float32(127.5) - 1, np.ones(whole, bool)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files hold the values of an encoding."""
+
+    suffixes: tuple
+    read: Callable
+    """(name of the file, its bytes, DepthLimits) -> values (H, W, C) float32, valid (H, W) bool."""
+    mirror: tuple = (1,)
+    """Factors of the channels in a picture that is mirrored left to right."""
+
+
+FORMATS = {  # for each key of model.ENCODINGS
+    "plain": Format(IMAGES, read_image),
+    "relative depth": Format(tuple(MAPS), read_depth),
+    "unit vectors": Format(("npy",), read_normals, mirror=(-1, 1, 1)),
+}
+
+
+def suffix_of(name):
+    return name.rpartition(".")[2].lower()
+
+
+def read_map(modality, name, content, mask=None, limits=ANY_DEPTH):
+    """Bytes of a file of a modality -> values (H, W, C) float32, valid (H, W) bool. Raises BadSample.
+
+    Pixels that are 0 in mask, the bytes of an image, are missing too.
     """
-    depth = read_map(name, content, scale)
-    known = (depth > max(low, 0)) & (depth <= (high or np.finfo(np.float32).max))  # NaN is neither
+    format = FORMATS[modality.encoding]
+    if suffix_of(name) not in format.suffixes:
+        raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
+    values, valid = format.read(name, content, limits)
+    if values.shape[2] != modality.channels:
+        raise BadSample(f"has {values.shape[2]} channels; {modality.name} has {modality.channels}")
     if mask is not None:
-        mask = open_image(mask)
-        mask = np.asarray(mask.convert("RGB") if mask.mode in ("LA", "RGBA") else mask) > 0
-        mask = mask.any(-1) if mask.ndim == 3 else mask
-        if mask.shape != depth.shape:
-            refuse(f"has shape {depth.shape}, its mask {mask.shape}")
-        known &= mask
-    if not known.any():
-        refuse("no valid pixel: none is above 0, finite, in range and unmasked")
-    return depth, known
+        mask, _ = load_image(mask)
+        if mask.shape[:2] != valid.shape:
+            raise BadSample(f"has shape {valid.shape}, its mask {mask.shape[:2]}")
+        valid = valid & (mask > 0).any(2)
+    if not valid.any():
+        raise BadSample("no valid pixel: none is finite, in range and unmasked")
+    return values, valid
 
 
-# ---- Geometry: one crop for the image and its depth ----
-
-
-def crop_box(shape, whole, size, place=(0.5, 0.5)):
-    """(left, top, right, bottom) of the largest crop with the aspect of size (H, W), place in 0..1 of the room left.
-
-    In pixels of a map of shape (h, w), which may have another resolution than the whole picture (h, w) that it is of,
-    but not another aspect, or BadSample is raised.
-    """
-    y, x = shape[0] / whole[0], shape[1] / whole[1]
-    if abs(x - y) > max(1, x, y) * (1 / whole[0] + 1 / whole[1]):  # more than rounding
-        refuse(f"of another shape than its image, {tuple(shape)} beside {tuple(whole)}")
-    scale = min(whole[0] / size[0], whole[1] / size[1])
-    tall, wide = size[0] * scale, size[1] * scale
-    top, left = max(whole[0] - tall, 0) * place[0], max(whole[1] - wide, 0) * place[1]
-    return left * x, top * y, min((left + wide) * x, shape[1]), min((top + tall) * y, shape[0])
-
-
-def nearest(values, known, size, box):
-    """Crop and resize a map (h, w), known (h, w) bool -> the same at size (H, W), by nearest known pixel.
-
-    Each pixel of the result takes, of the pixels that it covers, the known one nearest to its centre: sparse depth
-    survives, and nothing is averaged across holes or edges. Where it covers none it is unknown.
-    """
-    (left, top, right, bottom), (height, width) = box, size
-    tall, wide = (bottom - top) / height, (right - left) / width
-    y, x = (top + (np.arange(height) + 0.5) * tall).astype(int), (left + (np.arange(width) + 0.5) * wide).astype(int)
-    out, found = values[y[:, None], x], known[y[:, None], x]
-    # Known pixels in cells whose middle is not: the one nearest to the middle wins.
-    y, x = (np.arange(values.shape[0]) + 0.5 - top) / tall, (np.arange(values.shape[1]) + 0.5 - left) / wide  # in cells
-    rows, columns = (slice(*np.searchsorted(v, (0, n))) for v, n in ((y, height), (x, width)))
-    i, j = y[rows].astype(int), x[columns].astype(int)
-    r, c = np.divmod(np.flatnonzero(known[rows, columns] & (~found).take(j, 1).take(i, 0)), len(j))
-    away = (((y[rows] - i - 0.5) * tall) ** 2)[r] + (((x[columns] - j - 0.5) * wide) ** 2)[c]
-    cell, closest = i[r] * width + j[c], np.full(height * width, np.inf)
-    np.minimum.at(closest, cell, away)
-    best = away == closest[cell]
-    out.flat[cell[best]], found.flat[cell[best]] = values[rows, columns][r[best], c[best]], True
-    return out, found
-
-
-def load_rgb(content, size=None, place=(0.5, 0.5)):
-    """Bytes of an image -> (rgb (H, W, 3) uint8, (height, width) of the whole picture), cropped and resized to size.
+def load_image(content, size=None, position=(0.5, 0.5)):
+    """Bytes of an image -> (image (H, W, 3) uint8, (height, width) of the whole picture), cropped and resized to size.
 
     Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
     """
     image = open_image(content)
-    turned = image.getexif().get(0x0112, 1)  # orientation
-    whole = image.size if turned in (5, 6, 7, 8) else image.size[::-1]
+    orientation = image.getexif().get(0x0112, 1)
+    whole = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
     if size:
         shrink = 2 * max(size[0] / whole[0], size[1] / whole[1])
         image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    if turned != 1:
+    if orientation != 1:
         image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     elif image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     if size:
-        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], whole, size, place))
+        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], whole, size, position))
     return np.asarray(image), whole
 
 
-# ---- Sources of samples: World, Files ----
+def crop_box(shape, whole, size, position=(0.5, 0.5)):
+    """(left, top, right, bottom) of the largest crop that has the aspect of size (H, W).
 
-
-def left_out(caption, length):
-    """The words of a caption that encode_text cuts, the one that it would split among them; "" if all fit."""
-    words = caption.split()
-    tokens = itertools.accumulate(-(-len(word.encode()) // TEXT_PATCH) for word in words)
-    return " ".join(word for word, used in zip(words, tokens, strict=True) if used > length // TEXT_PATCH)
-
-
-def encode_text(captions, length):
-    """Captions -> (B, length) uint8: UTF-8, each word at the start of a token of TEXT_PATCH bytes, zeros between.
-
-    A word longer than a token goes on in the next; what does not fit in length is cut. An empty caption is all zeros.
+    position: where it lies, 0 to 1 down and across the room that is left. The box is in pixels of a map of shape
+    (h, w), which may have another resolution than its whole picture, but must have the same aspect.
     """
-    text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
-    for row, line in zip(text, captions, strict=True):
-        words = (word.encode() for word in line.split())
-        pieces = (word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH))
-        for token, piece in zip(row, pieces, strict=False):
-            token[: len(piece)] = np.frombuffer(piece, np.uint8)
-    return torch.from_numpy(text.reshape(len(captions), -1))
+    y_scale = shape[0] / whole[0]
+    x_scale = shape[1] / whole[1]
+    rounding = max(1, x_scale, y_scale) * (1 / whole[0] + 1 / whole[1])
+    if abs(x_scale - y_scale) > rounding:
+        raise BadSample(f"has another shape than its image: {tuple(shape)} instead of {tuple(whole)}")
+    scale = min(whole[0] / size[0], whole[1] / size[1])
+    height = size[0] * scale
+    width = size[1] * scale
+    top = max(whole[0] - height, 0) * position[0]
+    left = max(whole[1] - width, 0) * position[1]
+    right = min((left + width) * x_scale, shape[1])
+    bottom = min((top + height) * y_scale, shape[0])
+    return left * x_scale, top * y_scale, right, bottom
 
 
-class World:
-    """The synthetic world as a source of samples: any index, no end."""
+def nearest(values, valid, size, box):
+    """Crop and resize a map (h, w) or (h, w, C), valid (h, w) bool -> the same at size (H, W), by nearest valid pixel.
+
+    A cell of the result takes, of the pixels whose centres it covers, the valid one nearest to its own centre. So
+    sparse maps survive, and nothing is averaged across holes or edges. A cell that covers no valid pixel is missing.
+    """
+    left, top, right, bottom = box
+    cell_height = (bottom - top) / size[0]
+    cell_width = (right - left) / size[1]
+
+    # First the pixel under the centre of each cell, which is the answer wherever it is valid.
+    rows = (top + (np.arange(size[0]) + 0.5) * cell_height).astype(int)
+    columns = (left + (np.arange(size[1]) + 0.5) * cell_width).astype(int)
+    out = values[rows[:, None], columns]
+    found = valid[rows[:, None], columns]
+
+    # Where is each pixel of the box, in cells? Those that are valid, in a cell without an answer, compete for it.
+    y = (np.arange(values.shape[0]) + 0.5 - top) / cell_height
+    x = (np.arange(values.shape[1]) + 0.5 - left) / cell_width
+    rows = slice(*np.searchsorted(y, (0, size[0])))
+    columns = slice(*np.searchsorted(x, (0, size[1])))
+    y = y[rows]
+    x = x[columns]
+    cell_row = y.astype(int)
+    cell_column = x.astype(int)
+    needed = ~found[cell_row[:, None], cell_column]
+    r, c = np.nonzero(valid[rows, columns] & needed)
+
+    # From far to near: of several assignments to a cell the last one stays.
+    y_distance = (y - cell_row - 0.5) * cell_height
+    x_distance = (x - cell_column - 0.5) * cell_width
+    distance = y_distance[r] ** 2 + x_distance[c] ** 2
+    order = np.argsort(-distance, kind="stable")
+    r = r[order]
+    c = c[order]
+    out[cell_row[r], cell_column[c]] = values[rows, columns][r, c]
+    found[cell_row[r], cell_column[c]] = True
+    return out, found
+
+
+# ---- Sources ----
+# Where samples come from: the synthetic world, a folder, or tar shards. All give Batches of the wanted modalities.
+# Files are shuffled by a function of (seed, epoch), so that resuming finds its place without reading.
+
+
+@dataclass
+class Batch:
+    """B samples. What a sample lacks is masked out."""
+
+    values: dict
+    """{modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length."""
+    valid: dict
+    """{modality: (B, 1, H, W) bool, or None if all pixels are valid}."""
+    captions: list
+    indices: list
+    """Global indices of the samples in training, for PerSampleRNG; positions in an evaluation."""
+    names: list
+    shapes: list
+    """(height, width) of the whole pictures, before they were cropped and resized."""
+
+
+class SyntheticWorld:
+    """The synthetic world as a source: a sample for every index. It has images, depth and normals."""
+
+    modalities = ("rgb", "depth", "normal")
 
     def __init__(self, split, size, device="cpu"):
-        self.split, self.size, self.device = split, size, device
+        self.split = split
+        self.size = size
+        self.device = device
 
     def samples(self, indices):
-        """-> (values {"rgb", "depth", "normal": (B, C, H, W)}, valid {m: (B, 1, H, W) bool or None}, captions)."""
         scenes = draw_scenes(self.split, indices)
         values = render(scenes, *self.size, device=self.device)
-        seen = values["depth"] > 0
-        return values, {"rgb": None, "depth": seen, "normal": seen}, [caption(scenes, i) for i in range(len(indices))]
+        not_sky = values["depth"] > 0
+        valid = {"rgb": None, "depth": not_sky, "normal": not_sky}
+        captions = [caption(scenes, i) for i in range(len(indices))]
+        names = [f"{i:06}" for i in indices]
+        return Batch(values, valid, captions, list(indices), names, [self.size] * len(indices))
 
 
 WINDOW = 8  # shards whose samples are shuffled together
-TRIES = 10  # samples that are tried in place of one that cannot be read
-CHUNK = 500  # shards whose samples are counted before that is written down
+ATTEMPTS = 10  # samples that are tried in place of one that cannot be read
+
+
+@dataclass
+class SampleFiles:
+    """The files of a sample, of which none has been decoded yet."""
+
+    name: str
+    where: str
+    """What messages about the sample begin with."""
+    files: dict
+    """{"image", "mask" or name of a modality: name of its file}."""
+    read: Callable
+    """Name of a file -> its bytes."""
+    text: str | None = None
+    depth_scale: float | None = None
 
 
 class Files(Dataset):
-    """Samples of a folder or of tar shards. Item i is the sample at place i % n of epoch i // n, of n samples in all.
+    """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
 
     An epoch has each sample once. In training its order is computed from (seed, epoch): the shards are shuffled and
-    taken WINDOW at a time, then the samples of each window are shuffled; a folder is one window. So the samples of a
-    step do not depend on the number of ranks, --workers or --grad-accum, and resuming reads no earlier sample.
+    taken WINDOW at a time, and the samples of each window are shuffled. A folder is one window. So the samples of a
+    step do not depend on the number of ranks, --workers or --grad-accum.
 
-    units: the folder, or the paths of the shards.
-    index: for each unit the entries of its samples: rows of the folder, or offsets in the shard. None until the samples
-        of the shards are counted; use() sets it.
-    read(unit, entry): (name, where the sample is listed, load). load() returns a dict: "text", "depth_scale" (or None),
-        the names of the files "image", "depth" and "mask" (or None), and "read", which maps such a name to bytes.
+    units: the folder, or the paths of the shards. index: for each unit the entries of its samples, which are rows of
+    the folder or offsets in the shard. It is None until the samples of the shards have been counted.
     """
 
-    def __init__(self, units, index, read, args, training, size, with_depth):
-        self.units, self.read, self.args = units, read, args
-        self.training, self.size, self.with_depth = training, size, with_depth
-        self.use(index)
+    def __init__(self, units, index, args, training, size, modalities):
+        self.units = units
+        self.args = args
+        self.training = training
+        self.size = size
+        self.modalities = modalities
+        self.set_index(index)
 
-    def use(self, index):
+    def set_index(self, index):
         self.index = index
         self.count = sum(map(len, index or ()))
 
-    def locate(self, epoch, place):
-        """(unit, entry) of the sample at a place of an epoch."""
-        order, bounds = unit_order(self, epoch)
+    def locate(self, epoch, position):
+        """(unit, entry) of the sample at a position of an epoch."""
+        order, starts = unit_order(self, epoch)
         if self.training:
-            window = np.searchsorted(bounds[:-1:WINDOW], place, side="right") - 1
+            window = np.searchsorted(starts[:-1:WINDOW], position, side="right") - 1
             start, shuffled = window_order(self, epoch, window)
-            place = start + shuffled[place - start]
-        i = np.searchsorted(bounds, place, side="right") - 1
-        return self.units[order[i]], self.index[order[i]][place - bounds[i]]
+            position = start + shuffled[position - start]
+        i = np.searchsorted(starts, position, side="right") - 1
+        return self.units[order[i]], self.index[order[i]][position - starts[i]]
 
     def __getitem__(self, number):
-        """Returns ((rgb, depth, caption, shape, name) as decode does, None), or (a substitute, the problem) if the
-        sample cannot be read.
+        """(sample, None), or (a substitute, the problem) if the sample cannot be read.
 
-        In training the substitute is the next sample in the order of the epoch that can be read, or a grey image if
-        none of TRIES can: it does not depend on how a batch is split. Otherwise it is None.
+        A sample is (maps {modality: (H, W, C)}, masks {modality: (H, W)}, caption, shape, name). In training the
+        substitute is the next sample of the epoch that can be read, or a grey image after ATTEMPTS. Otherwise it is
+        None.
         """
-        epoch, place = divmod(number, self.count)
+        epoch, position = divmod(number, self.count)
         problem = None
-        for attempt in range(1 + TRIES if self.training else 1):
-            name, where, load = self.read(*self.locate(epoch, (place + attempt) % self.count))
+        for attempt in range(1 + ATTEMPTS if self.training else 1):
             try:
-                return (*parse(where, self.decode, load, epoch, name), name), problem
+                sample = self.open_sample(*self.locate(epoch, (position + attempt) % self.count))
+                with reading(sample.where):
+                    return self.decode(sample, epoch), problem
             except BadSample as error:
                 problem = problem or str(error)
-        grey = np.full((*self.size, 3), 128, np.uint8), np.zeros(self.size, np.float32), "", self.size, ""
-        return grey if self.training else None, problem
+        if not self.training:
+            return None, problem
+        maps = {m.name: np.zeros((*self.size, m.channels), np.float32) for m in self.modalities[1:]}
+        masks = {m.name: np.zeros(self.size, bool) for m in self.modalities[1:]}
+        maps[self.modalities[0].name] = np.full((*self.size, 3), 128, np.uint8)
+        return (maps, masks, "", self.size, ""), problem
 
-    def decode(self, load, epoch, name):
-        """-> rgb (H, W, 3) uint8; depth (H, W) float32 in metres, 0 where missing; caption; shape of the whole picture.
+    def decode(self, sample, epoch):
+        """Decode, crop and resize a sample.
 
-        Image and depth are cropped together: at the centre, or in training at a random place, and mirrored half of the
-        time, unless the caption tells left from right. That randomness follows from (seed, epoch, name) alone.
+        The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
+        left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        files, args, size = load(), self.args, self.size
-        text, read, image, depth_name = (files[key] for key in ("text", "read", "image", "depth"))
-        if text is None:
-            text = ""
+        text = "" if sample.text is None else sample.text
         if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
-            refuse(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
-        place, mirrored = (0.5, 0.5), False
+            raise BadSample(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
+        position = (0.5, 0.5)
+        mirrored = False
         if self.training:
-            rng = random.Random(f"{args.seed} {epoch} {name}".encode(errors="surrogatepass"))
-            place = rng.random(), rng.random()
+            rng = random.Random(f"{self.args.seed} {epoch} {sample.name}".encode(errors="surrogatepass"))
+            position = (rng.random(), rng.random())
             mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE)
-        rgb, whole = parse(image, lambda: load_rgb(read(image), size, place))
-        depth = np.zeros(size, np.float32)
 
-        def load_depth():
-            scale = files["depth_scale"]
-            if scale is None:
-                scale = args.depth_scale if depth_name.lower().endswith("png") else 1.0
-            if type(scale) not in (int, float) or not 0 < scale < math.inf:
-                refuse(f"depth_scale {scale!r} is not a positive number")
-            mask = read(files["mask"]) if files["mask"] else None
-            values, known = read_depth(depth_name, read(depth_name), scale, mask, args.depth_min, args.depth_max)
-            values, known = nearest(values, known, size, crop_box(values.shape, whole, size, place))
-            return np.where(known, values, 0)
-
-        if depth_name and self.with_depth:
-            depth = parse(depth_name, load_depth)
+        image_file = sample.files["image"]
+        with reading(image_file):
+            image, whole = load_image(sample.read(image_file), self.size, position)
+        maps = {self.modalities[0].name: image}
+        masks = {}
+        for m in self.modalities[1:]:
+            maps[m.name], masks[m.name] = self.load_map(sample, m, whole, position)
         if mirrored:
-            rgb, depth = rgb[:, ::-1], depth[:, ::-1]
-        return rgb, depth, text, whole
+            factors = {m.name: np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype) for m in self.modalities}
+            maps = {name: values[:, ::-1] * factors[name] for name, values in maps.items()}
+            masks = {name: mask[:, ::-1] for name, mask in masks.items()}
+        return maps, masks, text, whole, sample.name
+
+    def load_map(self, sample, modality, whole, position):
+        """Values (H, W, C) and mask (H, W) of a modality; nothing but zeros and False if the sample lacks it."""
+        file = sample.files.get(modality.name)
+        if not file:
+            return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
+        with reading(file):
+            scale = sample.depth_scale
+            if scale is None:
+                scale = self.args.depth_scale if suffix_of(file) == "png" else 1.0
+            if type(scale) not in (int, float) or not 0 < scale < math.inf:
+                raise BadSample(f"depth_scale {scale!r} is not a positive number")
+            limits = DepthLimits(scale, self.args.depth_min, self.args.depth_max)
+            mask = sample.read(sample.files["mask"]) if "mask" in sample.files else None
+            values, valid = read_map(modality, file, sample.read(file), mask, limits)
+            values, valid = nearest(values, valid, self.size, crop_box(valid.shape, whole, self.size, position))
+        return np.where(valid[..., None], values, 0), valid
 
 
 @functools.lru_cache(4)
 def unit_order(source, epoch):
-    """(indices of the units in the order of an epoch, the place where each begins, with the end of the last)."""
+    """(indices of the units in the order of an epoch, the positions where they start and where the last one ends)."""
     counts = np.array([len(entries) for entries in source.index])
     order = np.arange(len(counts))
     if source.training:
@@ -662,55 +961,87 @@ def unit_order(source, epoch):
 
 @functools.lru_cache(4)
 def window_order(source, epoch, window):
-    """(first place of a window of an epoch, permutation of its places)."""
-    bounds = unit_order(source, epoch)[1]
-    start, stop = bounds[window * WINDOW], bounds[min((window + 1) * WINDOW, len(bounds) - 1)]
+    """(first position of a window of an epoch, permutation of its positions)."""
+    _, starts = unit_order(source, epoch)
+    start = starts[window * WINDOW]
+    stop = starts[min((window + 1) * WINDOW, len(starts) - 1)]
     return start, np.random.default_rng([source.args.seed, epoch, window + 1]).permutation(stop - start)
 
 
-def collate(items):
-    """Items of Files -> (rgb (B, H, W, 3), depth (B, H, W), captions, shapes, names), and problems."""
-    samples = [sample for sample, _ in items if sample]
-    problems = [problem for _, problem in items if problem]
-    if not samples:
-        return None, None, (), (), (), problems
-    rgb, depth, captions, shapes, names = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(rgb)), torch.from_numpy(np.stack(depth)), captions, shapes, names, problems
+class Folder(Files):
+    """Samples of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
+
+    def open_sample(self, folder, row):
+        if row["problem"]:
+            raise BadSample(f"{row['where']}: {row['problem']}")
+        fields = row["fields"]
+        files = {"image": str(fields["file_name"])}
+        for key, value in fields.items():
+            if key.endswith("_file_name") and value:
+                files[key.removesuffix("_file_name")] = str(value)
+        read = functools.partial(read_file, folder=folder)
+        return SampleFiles(row["name"], row["where"], files, read, fields.get("text"), fields.get("depth_scale"))
 
 
 @functools.lru_cache(4)
 def read_index(folder):
-    """Rows of a folder's .index.txt (MoGe) or metadata.jsonl; "problem" says why one cannot be used."""
-    moge, rows = (folder / ".index.txt").exists(), {}
-    path = folder / (".index.txt" if moge else "metadata.jsonl")
+    """Rows of a folder: {"name", "where", "fields" (of metadata.jsonl), "problem" (why it cannot be used, or None)}."""
+    is_moge = (folder / ".index.txt").exists()
+    path = folder / (".index.txt" if is_moge else "metadata.jsonl")
+    rows = []
+    names = set()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         where = f"{path} row {number}"
         try:
-            name = line.decode().strip()
-            row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
-            if not moge:
-                row = parse_json(line)
-                name = os.path.splitext(row["file_name"])[0]
-            problem = f"names {row['file_name']} again" if name in rows else None
+            if is_moge:
+                name = line.decode().strip()
+                fields = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
+            else:
+                fields = parse_json(line)
+                name = os.path.splitext(fields["file_name"])[0]
+            problem = f"names {fields['file_name']} again" if name in names else None
         except (ValueError, KeyError, TypeError):
-            row, name, problem = {}, where, "not UTF-8 JSON with a file_name"
-        if line.strip():
-            rows[where if problem else name] = row | {"name": name, "where": where, "problem": problem}
-    return list(rows.values())
+            name = where
+            fields = {}
+            problem = "not UTF-8 JSON with a file_name"
+        names.add(name)
+        rows.append({"name": name, "where": where, "fields": fields, "problem": problem})
+    return rows
 
 
-def read_row(folder, row):
-    """(name, where, load) of a row of read_index, see Files."""
+class Shards(Files):
+    """Samples of WebDataset's tar shards: members key.jpg, key.txt or key.json, key.depth.npy, key.normal.npy ..."""
 
-    def load():
-        if row["problem"]:
-            refuse(row["problem"])
-        names = {key: str(row.get(f"{key}_file_name") or "") for key in ("depth", "mask")}
-        read = functools.partial(read_file, folder=folder)
-        text, scale = row.get("text"), row.get("depth_scale")
-        return {"image": str(row["file_name"]), "text": text, "depth_scale": scale, "read": read, **names}
+    def open_sample(self, path, offset):
+        _, name, members, problem = next(list_shard(path, int(offset)))
+        if problem:
+            raise BadSample(f"{path}: {problem}")
+        where = f"{path}: {name}"
 
-    return row["name"], row["where"], load
+        def read(suffix):
+            return read_member(path, members[suffix])
+
+        files = {}
+        for suffix in members:
+            kind, _, last = suffix.rpartition(".")
+            if last in (*IMAGES, *MAPS):
+                files.setdefault(kind, suffix)
+        with reading(where):
+            image = next((suffix for suffix in IMAGES if suffix in members), None)
+            if image is None:
+                raise BadSample(f"no image ({', '.join(IMAGES)})")
+            files["image"] = image
+            fields = {}
+            if "json" in members:
+                with reading("json"):
+                    fields = parse_json(read("json"))
+            text = fields.get("caption")
+            if "txt" in members:
+                with reading("txt"):
+                    text = read("txt").decode()
+        return SampleFiles(name, where, files, read, text, fields.get("depth_scale"))
 
 
 class HeaderFile(io.FileIO):
@@ -722,87 +1053,82 @@ class HeaderFile(io.FileIO):
         return super().read(size)
 
 
-def read_shard(path, start=0):
-    """Yields (offset, name, where, load) for the samples of a tar file that begin at offset start or later, see Files.
+def read_headers(path, start):
+    """Yields (header, offset of the next one) of the members of a tar file from an offset on. Raises if damaged."""
+    with HeaderFile(path) as file:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # it would keep every header
+                if member.size < 0 or tar.offset <= member.offset:
+                    raise tarfile.ReadError("a member of negative size")
+                yield member, tar.offset
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("cut short")
 
-    A sample is consecutive members that share a name up to its first dot. Only headers are read; load() reads the
-    contents. If the file is damaged, the last sample stands for what is lost, and its load() raises BadSample.
+
+def list_shard(path, start=0):
+    """Yields (offset, name, members {suffix: header}, None) of the samples of a tar file from an offset on.
+
+    A sample is consecutive members that share a name up to its first dot. Only headers are read. If the file is
+    damaged, the last item stands for what is lost: (offset, None, {}, the problem).
     """
-    damage, end = [], start
-
-    def members():
-        nonlocal end
-        try:
-            with HeaderFile(path) as file:
-                file.seek(start)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    while member := tar.next():
-                        tar.members.clear()  # it would keep every header
-                        if member.size < 0 or tar.offset <= member.offset:
-                            raise tarfile.ReadError("a member of negative size")
-                        end = tar.offset
-                        folder, _, base = member.name.rpartition("/")
-                        stem, _, suffix = base.partition(".")
-                        if stem and suffix and not member.isdir():
-                            yield f"{folder}/{stem}" if folder else stem, suffix.lower(), member
-                    file.seek(tar.offset)
-                    if file.read(512) != bytes(512):
-                        damage.append("cut short")
-        except Exception as error:
-            damage.append(error)
-
     name = None
-    for name, found in itertools.groupby(members(), lambda member: member[0]):
-        group = {suffix: member for _, suffix, member in found}
-        offset = min(member.offset for member in group.values())
-        yield offset, name, f"{path}: {name}", functools.partial(load_group, path, group)
-    if damage or name is None:
-        problem = f"damaged ({damage[0]}), what follows is lost" if damage else "holds no sample"
-        yield end, str(path), path, functools.partial(refuse, problem)
+    members = {}
+    offset = end = start
+    problem = None
+    try:
+        for header, next_offset in read_headers(path, start):
+            end = next_offset
+            folder, slash, base = header.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            if not stem or not suffix or header.isdir():
+                continue
+            if members and name != folder + slash + stem:
+                yield offset, name, members, None
+                members = {}
+            if not members:
+                name = folder + slash + stem
+                offset = header.offset
+            members[suffix.lower()] = header
+    except Exception as error:
+        problem = f"damaged ({error}), what follows is lost"
+    if members:
+        yield offset, name, members, None
+    if name is None and problem is None:
+        problem = "holds no sample"
+    if problem:
+        yield end, None, {}, problem
 
 
-def load_group(path, group):
-    """load() of a sample of a tar file, see Files; group: {suffix: member}."""
-
-    def read(suffix):
-        member = group[suffix]
-        if not member.isfile() or member.issparse():
-            refuse(f"{member.name} is a link, a device or sparse")
-        if member.name.startswith("/") or ".." in member.name.split("/"):
-            refuse(f"{member.name} is a name that leads out")
-        if member.size > MAX_BYTES:
-            refuse(f"declares {member.size} bytes")
-        with open(path, "rb") as file:
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-        return content if len(content) == member.size else refuse("cut short")
-
-    image = next((suffix for suffix in IMAGES if suffix in group), None)
-    depth = next((f"depth.{kind}" for kind in MAPS if f"depth.{kind}" in group), None)
-    mask = "mask.png" if "mask.png" in group else None
-    if not image:
-        refuse(f"no image ({', '.join(IMAGES)})")
-    fields = parse("json", lambda: parse_json(read("json"))) if "json" in group else {}
-    text = parse("txt", lambda: read("txt").decode()) if "txt" in group else fields.get("caption")
-    scale = fields.get("depth_scale")
-    return {"image": image, "depth": depth, "mask": mask, "text": text, "depth_scale": scale, "read": read}
-
-
-def read_group(path, offset):
-    """(name, where, load) of the sample of a tar file that begins at an offset, see Files."""
-    return next(read_shard(path, int(offset)))[1:]
+def read_member(path, member):
+    """Bytes of a member of a tar file."""
+    if not member.isfile() or member.issparse():
+        raise BadSample(f"{member.name} is a link, a device or sparse")
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise BadSample(f"{member.name} is a name that leads out")
+    if member.size > MAX_BYTES:
+        raise BadSample(f"declares {member.size} bytes")
+    with open(path, "rb") as file:
+        file.seek(member.offset_data)
+        content = file.read(member.size)
+    if len(content) < member.size:
+        raise BadSample("cut short")
+    return content
 
 
 def sample_offsets(path, limit=None):
-    """Offsets in a tar file of its samples, of the first limit alone if that is given."""
-    return np.array([offset for offset, *_ in itertools.islice(read_shard(path), limit)])
+    """Offsets of the samples of a tar file, or of its first ones up to a limit."""
+    return np.array([offset for offset, *_ in itertools.islice(list_shard(path), limit)])
 
 
 def index_shards(paths, workers=0, limit=None):
-    """sample_offsets of each shard, found by so many processes. Stops after the shards that hold limit samples."""
+    """sample_offsets of each shard, read by worker processes. Stops after the shards that hold limit samples."""
     count = functools.partial(sample_offsets, limit=limit)
-    loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=stay_with_parent)
-    index, total = [], 0
+    loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=keep_with_parent)
+    index = []
+    total = 0
     for offsets in tqdm(loader, "counting the samples of --data", delay=5, leave=False):
         index.append(offsets)
         total += len(offsets)
@@ -811,47 +1137,43 @@ def index_shards(paths, workers=0, limit=None):
     return index
 
 
-def counted_shards(folder):
-    """{key of a shard: offsets of its samples} of all that is in a run's shards/; offsets stay on disk until used."""
-    known = {}
-    for path in folder.glob("*/*.json"):
-        with contextlib.suppress(OSError, ValueError):  # damaged: these shards are counted again
-            counts = json.loads(path.read_bytes())
-            offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            known |= zip(counts, np.split(offsets, np.cumsum([*counts.values()])[:-1]), strict=True)
-    return known
+def load_index(path):
+    """{key of a shard: offsets of its samples} of an index file; {} if there is none, or it is damaged."""
+    try:
+        with np.load(path) as file:
+            offsets = np.split(file["offsets"], np.cumsum(file["counts"])[:-1])
+            return dict(zip(file["keys"].tolist(), offsets, strict=True))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return {}
 
 
-def kept_index(paths, out, workers, rank, ranks):
-    """index_shards, kept in the run directory: shards that changed in size or time are counted again.
+def kept_index(paths, out, workers, rank):
+    """index_shards, kept in a run directory. Shards that have changed in size or time are counted again.
 
-    Each rank counts its share, a CHUNK at a time, and waits for the files of the others, since counting may take longer
-    than --timeout allows a collective. If a rank dies, torchrun ends all, and what has been counted is kept.
+    Rank 0 counts, and the others wait for its file: a collective would end the run after --timeout.
     """
-    folder = Path(out) / "shards"
-    own = folder / str(rank)
-    own.mkdir(parents=True, exist_ok=True)
-    states = [os.stat(path) for path in paths]
-    keys = [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in zip(paths, states, strict=True)]
-    known = counted_shards(folder)
-    missing = [(key, path) for key, path in list(zip(keys, paths, strict=True))[rank::ranks] if key not in known]
-    if known and missing:
-        tell(f"--data: {len(missing)} shards are new or changed, and are counted; the order of samples may change")
-    number = len(list(own.glob("*.json")))
-    for start in range(0, len(missing), CHUNK):
-        chunk = dict(missing[start : start + CHUNK])
-        index = index_shards(list(chunk.values()), workers)
-        write_bytes(own / f"{number}.npy", to_bytes(np.save, np.concatenate(index)))
-        write_json(own / f"{number}.json", dict(zip(chunk, map(len, index), strict=True)))
-        number += 1
-    while not counted_shards(folder).keys() >= set(keys):
+    keys = []
+    for path in paths:
+        state = os.stat(path)
+        keys.append(hash_int64((path, state.st_size, state.st_mtime_ns)))
+    kept = Path(out) / "shards.npz"
+    known = load_index(kept)
+    missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
+    if rank == 0 and missing:
+        if known:
+            log(f"--data: {len(missing)} shards are new or changed and are counted; the order of samples may change")
+        known.update(zip(missing, index_shards(list(missing.values()), workers), strict=True))
+        index = [known[key] for key in keys]
+        counts = [len(offsets) for offsets in index]
+        write_bytes(kept, to_bytes(np.savez, keys=keys, counts=counts, offsets=np.concatenate(index)))
+    while not known.keys() >= set(keys):
         time.sleep(1)
-    known = counted_shards(folder)
+        known = load_index(kept)
     return [known[key] for key in keys]
 
 
 def expand(pattern):
-    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of brace ranges, of MAX_SHARDS in all."""
+    """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of ranges in braces."""
     first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
     paths = [first]
     for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
@@ -863,35 +1185,52 @@ def expand(pattern):
     return paths
 
 
-def open_source(args, split, size, device="cpu", with_depth=True):
-    """The flags of source_settings -> a source of samples at size (H, W). Files are shuffled in split "train" only."""
+def open_source(args, split, size, modalities, device="cpu"):
+    """The source that --data names, for images of size (H, W). The first modality is the image."""
     if args.data == "synthetic":
-        return World(split, size, device)
-    folder, settings = Path(args.data), (args, split == "train", size, with_depth)
+        unknown = [m.name for m in modalities if m.name not in SyntheticWorld.modalities]
+        if unknown:
+            fail(f"--data synthetic: has no {unknown[0]}; it has {', '.join(SyntheticWorld.modalities)}")
+        return SyntheticWorld(split, size, device)
+
+    folder = Path(args.data)
+    settings = (args, split == "train", size, modalities)
     if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
         rows = read_index(folder)
         if not rows:
             fail(f"--data {args.data}: lists no samples")
-        return Files([folder], [rows], read_row, *settings)
+        return Folder([folder], [rows], *settings)
+
     shards = expand(args.data)
     missing = next((path for path in shards if not os.path.isfile(path)), None)
     if missing is not None:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
         fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
-    return Files(shards, None, read_group, *settings)
+    return Shards(shards, None, *settings)
 
 
-def training_indices(seed, step, batch_size, rank=0, world=1):
+# ---- Batches ----
+# Which samples a step trains on, and the random numbers that belong to them: both follow from (seed, index), and not
+# from the number of ranks, of workers or of accumulation steps.
+
+
+def training_indices(seed, step, batch_size, rank=0, ranks=1):
     """Global indices of the samples of one step that one rank trains on.
 
-    Another seed sees other scenes of the built-in world, unless it is a multiple of 2^25 away.
+    Another seed sees other scenes of the synthetic world, unless it is a multiple of 2^25 away.
     """
-    share = batch_size // world
+    share = batch_size // ranks
     start = (seed << 32) + step * batch_size + rank * share
     return range(start, start + share)
 
 
-class Draws:
+def hash_int64(key):
+    """int64 that is a hash of a key, equal in all processes."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+class PerSampleRNG:
     """Random numbers that belong to samples: row i of a draw is a hash of (key, indices[i], number of the draw).
 
     So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps, and on
@@ -899,25 +1238,23 @@ class Draws:
     """
 
     def __init__(self, key, indices, device="cpu"):
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        key = int.from_bytes(digest, "big", signed=True)
         indices = torch.tensor(indices, dtype=torch.int64).to(device, non_blocking=True)
-        self.streams = split_mix(indices * GOLDEN + key)  # (B,)
+        self.streams = split_mix(indices * GOLDEN + hash_int64(key))  # (B,)
         self.draws = 0
 
     def bits(self, *shape):
-        """(B, *shape) int64, 64 random bits each. The next call gives others."""
+        """(B, *shape) int64 of 64 random bits each. Every call gives new ones."""
         self.draws += 1
         start = split_mix(self.streams + self.draws)  # (B,)
-        place = torch.arange(math.prod(shape), device=start.device)
-        return split_mix(start[:, None] + place * GOLDEN).view(-1, *shape)
+        counter = torch.arange(math.prod(shape), device=start.device)
+        return split_mix(start[:, None] + counter * GOLDEN).view(-1, *shape)
 
     def rand(self, *shape):
         """(B, *shape) from U[0, 1)."""
-        return shift_right(self.bits(*shape), 40) * 2.0**-24  # what float32 holds exactly
+        return shift_right(self.bits(*shape), 40) * 2.0**-24  # 24 bits are what float32 holds exactly
 
     def randn(self, *shape):
-        """(B, *shape) from N(0, 1), by Box and Muller's transform: 64 bits are a radius and an angle, and give two."""
+        """(B, *shape) from N(0, 1), by the Box-Muller transform: 64 bits give a radius and an angle, so two numbers."""
         count = math.prod(shape)
         bits = self.bits((count + 1) // 2)
         radius = ((shift_right(bits, 32) + 1) * 2.0**-32).log().mul(-2).sqrt()
@@ -926,81 +1263,110 @@ class Draws:
         return pairs[:, :count].reshape(-1, *shape)
 
 
-def to_device(rgb, depth, device):
-    """uint8 (B, H, W, 3), metres (B, H, W) -> (values, valid) as World.samples gives them."""
-    rgb, depth = (x.to(device, non_blocking=True) for x in (rgb, depth[:, None]))
-    return {"rgb": rgb.movedim(-1, 1).float() / 127.5 - 1, "depth": depth}, {"rgb": None, "depth": depth > 0}
+def training_parts(seed, args, step, rank, ranks):
+    """Endless ranges of indices, from a step on: what one rank trains on, in args.grad_accum parts per step."""
+    size = args.batch_size // ranks // args.grad_accum
+    for number in itertools.count(step):
+        indices = training_indices(seed, number, args.batch_size, rank, ranks)
+        for start in range(0, len(indices), size):
+            yield indices[start : start + size]
 
 
-def training_batches(source, args, step, rank, world, device):
-    """Endless (values, valid, captions) as World.samples gives them, and their global indices: of one rank from a step
-    on, each step in args.grad_accum parts.
+def training_batches(source, args, step, rank, ranks, device):
+    """Endless Batches of one rank, from a step on, args.grad_accum of them per step.
 
-    Samples of files that cannot be used are skipped and counted, ten of them are named, and more than 1% (of 1000 at
-    least) ends the run. Shards are counted first, into args.out if there is one.
+    Samples of files that cannot be read are skipped and counted. The first ten are named, and more than 1% of them (at
+    least of 1000) end the run. Shards are counted first, and the index is kept in args.out if there is one.
     """
-    split = functools.partial(training_indices, batch_size=args.batch_size, rank=rank, world=world)
-    steps = (split(args.seed, s) for s in itertools.count(step))
-    part = args.batch_size // world // args.grad_accum
-    if isinstance(source, World):
-        for indices in steps:
-            for i in range(0, len(indices), part):
-                yield *source.samples(indices[i : i + part]), indices[i : i + part]
+    if isinstance(source, SyntheticWorld):
+        for indices in training_parts(args.seed, args, step, rank, ranks):
+            yield source.samples(indices)
     if source.index is None and getattr(args, "out", None):
-        source.use(kept_index(source.units, args.out, args.workers, rank, world))
+        source.set_index(kept_index(source.units, args.out, args.workers, rank))
     if source.index is None:
-        source.use(index_shards(source.units, args.workers))
-    tried, bad, named = 0, 0, set()
-    numbers = (split(0, s) for s in itertools.count(step))
-    loader = load_batches(source, numbers, args.workers, device)
-    for indices, (rgb, depth, captions, *_, problems) in zip(steps, loader, strict=False):
-        tried, bad = tried + len(rgb), bad + len(problems)
+        source.set_index(index_shards(source.units, args.workers))
+
+    tried = 0
+    bad = 0
+    named = set()
+    global_indices = training_parts(args.seed, args, step, rank, ranks)
+    item_numbers = training_parts(0, args, step, rank, ranks)  # the seed is in the order of an epoch
+    for loaded, problems in load_batches(source, item_numbers, args.workers, device):
+        batch = to_batch(source, loaded, next(global_indices), device)
+        tried += len(batch.names)
+        bad += len(problems)
         for problem in problems:
             if problem not in named and len(named) < 10:
                 named.add(problem)
-                tell(f"skipped, {bad} of {tried} samples: {problem}")
+                log(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
-            share = f"{bad} of {tried} samples cannot be used, more than 1%"
-            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
-        for i in range(0, len(indices), part):
-            cut = slice(i, i + part)
-            yield *to_device(rgb[cut], depth[cut], device), captions[cut], indices[cut]
+            count = f"{bad} of {tried} samples cannot be read, more than 1%"
+            fail(f"--data {args.data}: {count}; the last: {problems[-1]}")
+        yield batch
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
-    """(values, valid, captions, names, shapes of the whole pictures) of the first count samples, batch_size at a time.
+    """Batches of the first count samples, or of all if count is None.
 
-    strict: a sample of files that cannot be used ends the program with one line; otherwise it is left out.
+    A sample of files that cannot be read ends the program with one line, or is left out if not strict.
     """
-    if isinstance(source, World):
+    if isinstance(source, SyntheticWorld):
         for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            yield *source.samples(indices), [f"{i:06}" for i in indices], [source.size] * len(indices)
+            yield source.samples(range(start, min(start + batch_size, count)))
         return
     if source.index is None:
         source = copy.copy(source)
-        source.use(index_shards(source.units, limit=count))
+        source.set_index(index_shards(source.units, limit=count))
     numbers = range(source.count)[:count]
-    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    for rgb, depth, captions, shapes, names, problems in load_batches(source, batches, min(workers, 1)):
+    parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    start = 0
+    for loaded, problems in load_batches(source, parts, min(workers, 1)):
         if problems and strict:
             fail(f"--data {problems[0]}")
-        if names:
-            yield *to_device(rgb, depth, device), captions, names, shapes
+        if loaded:
+            stop = start + len(loaded[2])
+            yield to_batch(source, loaded, range(start, stop), device)
+            start = stop
 
 
-def load_batches(source, numbers, workers, device="cpu"):
-    """What collate makes of the items of Files with these numbers, a list for each batch, loaded by so many workers."""
+def load_batches(source, parts, workers, device="cpu"):
+    """What collate makes of the items of Files whose numbers are in each of the parts, read by worker processes."""
     pinned = torch.device(device).type == "cuda"
-    options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": stay_with_parent}
-    return DataLoader(source, batch_sampler=numbers, collate_fn=collate, **options)
+    options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": keep_with_parent}
+    return DataLoader(source, batch_sampler=parts, collate_fn=collate, **options)
 
 
-def stay_with_parent(worker):
-    """Let a worker live exactly as long as its parent, the process that trains.
+def collate(items):
+    """Items of Files -> ((maps {m: (B, H, W, C)}, masks {m: (B, H, W)}, captions, shapes, names) or None, problems)."""
+    samples = [sample for sample, _ in items if sample]
+    problems = [problem for _, problem in items if problem]
+    if not samples:
+        return None, problems
+    maps, masks, *rest = zip(*samples, strict=True)
+    return (stack(maps), stack(masks), *rest), problems
+
+
+def stack(dictionaries):
+    """B dictionaries of arrays -> one dictionary of tensors whose leading dimension is B."""
+    return {name: torch.from_numpy(np.stack([x[name] for x in dictionaries])) for name in dictionaries[0]}
+
+
+def to_batch(source, loaded, indices, device):
+    """What collate returns -> Batch on a device."""
+    maps, masks, captions, shapes, names = loaded
+    values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in maps.items()}
+    valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in masks.items()}
+    image = source.modalities[0].name
+    values[image] = values[image].float() / 127.5 - 1
+    valid[image] = None
+    return Batch(values, valid, list(captions), list(indices), list(names), list(shapes))
+
+
+def keep_with_parent(worker):
+    """Let a worker process live exactly as long as its parent, the process that trains.
 
     Schedulers and Ctrl-C signal both, and the parent finishes its step and saves before it ends. So the worker ignores
-    these signals; the system kills it when its parent has ended, in whatever way.
+    these signals, and the system kills it when its parent has ended, in whatever way.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -1020,8 +1386,35 @@ def end_workers():
             worker.kill()
 
 
+# ---- Encoders ----
+# What the network sees of images and captions: pixels and bytes, or what --encoders FILE.py makes of them.
+# Frozen encoders turn a small pixel model into a latent one, with text embeddings, with no other change.
+
+
+def truncated_words(caption, length):
+    """The words of a caption that encode_text cuts, including one that it would split; "" if all fit."""
+    words = caption.split()
+    tokens = itertools.accumulate(math.ceil(len(word.encode()) / TEXT_PATCH) for word in words)
+    return " ".join(word for word, used in zip(words, tokens, strict=True) if used > length // TEXT_PATCH)
+
+
+def encode_text(captions, length):
+    """Captions -> (B, length) uint8: UTF-8, each word at the start of a token of TEXT_PATCH bytes, zeros between.
+
+    A word longer than a token goes on in the next one. What does not fit in length is cut. An empty caption is all
+    zeros.
+    """
+    text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
+    for row, line in zip(text, captions, strict=True):
+        words = (word.encode() for word in line.split())
+        pieces = (word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH))
+        for token, piece in zip(row, pieces, strict=False):
+            token[: len(piece)] = np.frombuffer(piece, np.uint8)
+    return torch.from_numpy(text.reshape(len(captions), -1))
+
+
 class PixelsAndBytes:
-    """No encoders. What --encoders FILE.py loads in their place has the same seven members:
+    """No encoders. What load(device) of a plug-in returns has the same seven members:
 
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
@@ -1030,10 +1423,12 @@ class PixelsAndBytes:
     image_channels, image_stride  channels of the latents, and pixels per latent, per side
     text_length, text_dim         tokens of a caption, channels of each; text_dim 0 is bytes, (B, text_length) uint8
 
-    What they return is finite, and float32 but for bytes.
+    All tensors are finite, and float32 unless they are bytes.
     """
 
-    image_channels, image_stride, text_dim = 3, 1, 0
+    image_channels = 3
+    image_stride = 1
+    text_dim = 0
 
     def __init__(self, text_length):
         self.text_length = text_length
@@ -1047,90 +1442,70 @@ class PixelsAndBytes:
         return encode_text(captions, self.text_length)
 
 
-# Of a plug-in: the range of each.
-ENCODER_NUMBERS = dict(image_channels=(1, 4096), image_stride=(1, 256), text_dim=(0, 1 << 16), text_length=(1, 1 << 16))
-
-
-def refuse_encoders(path, problem):
-    fail(f"--encoders {path}: {problem}; README shows a file that works")
-
-
-@contextlib.contextmanager
-def guarded(path, name):
-    """Whatever the member of a plug-in called name raises is one line and exit code 2. Also decorates a function."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (Exception, SystemExit) as error:
-        refuse_encoders(path, f"{name} raised {type(error).__name__}: {error}")
-
-
-def load_encoders(path, device):
-    """Run a plug-in, a Python file -> the seven members of what its load(device) returns, the functions guarded."""
-    if not (path.endswith(".py") and Path(path).is_file()):
-        refuse_encoders(path, "no such file, or its name does not end in .py")
-    with guarded(path, "load"):
-        spec = importlib.util.spec_from_file_location("encoders", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        loaded = module.load(device)
-    members = types.SimpleNamespace()
-    for name in (*ENCODER_NUMBERS, "encode_image", "decode_image", "encode_text"):
-        with guarded(path, name):
-            member = getattr(loaded, name)
-        setattr(members, name, member if name in ENCODER_NUMBERS else guarded(path, name)(member))
-    try:
-        check_numbers(members, **ENCODER_NUMBERS)
-    except ValueError as error:
-        refuse_encoders(path, error)
-    if not members.text_dim and members.text_length % TEXT_PATCH:
-        refuse_encoders(path, f"text_length is {members.text_length}, must be a multiple of {TEXT_PATCH} bytes")
-    return members
-
-
 @torch.no_grad()
-def try_encoders(path, encoders, device, patch):
-    """Refuse encoders whose results for a batch of two are not what PixelsAndBytes documents."""
+def check_encoders(encoders, device, patch):
+    """Raise ValueError unless encoders return what PixelsAndBytes documents, for a batch of two."""
+    numbers = {"image_channels": (1, 4096), "image_stride": (1, 256), "text_dim": (0, 1 << 16)}
+    check_numbers(encoders, text_length=(1, 1 << 16), **numbers)
+    if not encoders.text_dim and encoders.text_length % TEXT_PATCH:
+        raise ValueError(f"text_length is {encoders.text_length}; must be a multiple of {TEXT_PATCH} bytes")
+
+    def check(name, argument, *shape):
+        try:
+            returned = getattr(encoders, name)(argument)
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{name} raised {type(error).__name__}: {error}") from None
+        found = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
+        if found != shape:
+            raise ValueError(f"{name} returned {found}; must be a tensor of shape {shape}")
+        dtype = torch.uint8 if len(shape) == 2 else torch.float32
+        if returned.dtype != dtype:
+            raise ValueError(f"{name} returned {returned.dtype}; must be {dtype}")
+        if not returned.isfinite().all():
+            raise ValueError(f"{name} returned NaN or infinity")
+        return returned
+
     height = 4 * patch
     width = 6 * patch
-    rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
-
-    def check(name, given, *shape):
-        """What the member called name returns for given, which must be a finite tensor of this shape."""
-        found = getattr(encoders, name)(given)
-        returned = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        if returned != shape:
-            refuse_encoders(path, f"{name} returned {returned}, must be a tensor of shape {shape}")
-        dtype = torch.uint8 if len(shape) == 2 else torch.float32
-        if found.dtype != dtype:
-            refuse_encoders(path, f"{name} returned {found.dtype}, must be {dtype}")
-        if not found.isfinite().all():
-            refuse_encoders(path, f"{name} returned NaN or infinity for a batch of two")
-        return found
-
     stride = encoders.image_stride
+    rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
     latents = check("encode_image", rgb, 2, encoders.image_channels, height // stride, width // stride)
     check("decode_image", latents, 2, 3, height, width)
     text_dim = [encoders.text_dim] if encoders.text_dim else []
     check("encode_text", ["", "a red ball"], 2, encoders.text_length, *text_dim)
 
 
-def open_encoders(path, device, config, trained_with=None):
-    """--encoders -> what its load(device) returns, or PixelsAndBytes. Exit code 2 if that fails.
+def load_encoders(path, device, config):
+    """Run a plug-in, a Python file, and check what its load(device) returns."""
+    if not (path.endswith(".py") and Path(path).is_file()):
+        fail(f"--encoders {path}: no such file, or its name does not end in .py")
+    try:
+        spec = importlib.util.spec_from_file_location("encoders", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        encoders = module.load(device)
+    except (Exception, SystemExit) as error:
+        fail(f"--encoders {path}: load raised {type(error).__name__}: {error}")
+    try:
+        check_encoders(encoders, device, config.with_encoders(encoders).patch)
+    except (AttributeError, ValueError) as error:
+        fail(f"--encoders {path}: {error}; README shows a file that works")
+    return encoders
 
-    trained_with: the file that a checkpoint names ("" for none); what does not fit the checkpoint's config is refused.
+
+def open_encoders(path, device, config, trained_with=None):
+    """--encoders -> the encoders that a plug-in loads, or PixelsAndBytes if path is empty.
+
+    trained_with: the plug-in that a checkpoint names ("" for none). Encoders that do not fit its config are refused.
     """
-    encoders = load_encoders(path, device) if path else PixelsAndBytes(config.text_length)
-    if path:
-        try_encoders(path, encoders, device, config.with_encoders(encoders).patch)
+    encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
     if trained_with and path and Path(trained_with).name != Path(path).name:
-        tell(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
+        log(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
-        first = config.modalities[0]
-        was = f"--encoders {trained_with}" if trained_with else "no --encoders"
-        needs = f"{first.channels} channels at 1/{first.stride}, text {config.text_length} x {config.text_dim}"
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {was}: {needs}; give what fits")
+        image = config.modalities[0]
+        used = f"--encoders {trained_with}" if trained_with else "no --encoders"
+        needs = f"{image.channels} channels at 1/{image.stride}, text {config.text_length} x {config.text_dim}"
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {used}: {needs}; give what fits")
     return encoders
 
 
@@ -1298,6 +1673,9 @@ def tell(message):
     """One line on stderr, above a progress bar. What a message quotes may be of any length: its middle is cut."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     tqdm.write(line if len(line) < 300 else f"{line[:190]} ... {line[-100:]}", file=sys.stderr)
+
+
+log = tell  # until the section on runs has its new names
 
 
 def fail(message):
@@ -1921,15 +2299,18 @@ def main():
         fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
     out, size = claim_folder(args.out), (args.size, args.size)
     scenes = draw_scenes(args.split, range(args.count))
-    values, valid, captions = World(args.split, size).samples(range(args.count))
-    values["depth"] *= Draws("measured", range(args.count)).rand(1, *size) < args.measured
+    batch = SyntheticWorld(args.split, size).samples(range(args.count))
+    values = batch.values
+    valid = batch.valid
+    captions = batch.captions
+    values["depth"] *= PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
     valid["depth"] = values["depth"] > 0
     if not valid["depth"].flatten(1).any(1).all():
         fail(f"--measured {args.measured}: a scene keeps no pixel; give a larger share")
     pictures = [paint_rgb(rgb) for rgb in values["rgb"]]
     export(out, args.layout, zip(pictures, values["depth"][:, 0].numpy(), captions, scenes["fov"].numpy(), strict=True))
     mask = valid["depth"][:8]
-    thinned = sparsify(mask, values["rgb"][:8], "mixed", Draws(0, range(len(mask))).rand)
+    thinned = mask & sensor_mask(values["rgb"][:8], "mixed", PerSampleRNG(0, range(len(mask))).rand)
     paint = lambda masks: [paint_depth(d, v) for d, v in zip(values["depth"], masks, strict=False)]
     rows = {"image": pictures[:8], "depth": paint(mask), "depth as\ntrained on": paint(thinned)}
     write_image(out / "grid.png", draw_grid(list(rows.values()), list(rows)))
