@@ -225,7 +225,7 @@ def open_model(path, flag, args, device):
 
 def images_per_batch(args):
     """How many images fill --batch-size: an ensemble has several samples of an image, and guidance doubles them."""
-    guided = args.task in ("image", "follow", "joint") and args.cfg != 1
+    guided = args.task in ("image", "follow", "joint") and any(scale != 1 for scale in args.cfg.values())
     return max(1, args.batch_size // max(2 if guided else 1, args.ensemble))
 
 
@@ -244,17 +244,17 @@ def read_samples(args, size, entries, device):
         data.fail(f"--data {args.data}: no samples")
 
 
-def generate(model, captions, indices, size, key, schedule, given=None, cfg=1.0):
+def generate(model, captions, indices, size, key, schedule, given=None, guidance=None):
     """Sample all modalities of the network for B captions: {m: (B, C, h, w)}, to be decoded.
 
-    The noise of a sample follows from key and its index alone, whatever batch it is in. given is as in DiT.sample; cfg
-    guides the image.
+    The noise of a sample follows from key and its index alone, whatever batch it is in. schedule, given and guidance
+    are as in DiT.sample.
     """
     device = next(model.network.parameters()).device
     rng = data.PerSampleRNG(key, indices)
     noise = {m.name: rng.randn(*m.shape(size)).to(device) for m in model.network.modalities}
     text = model.encoders.encode_text(captions).to(device)
-    return model.network.sample(schedule, noise, text, given, {RGB.name: cfg})
+    return model.network.sample(schedule, noise, text, given, guidance)
 
 
 def estimate(model, entry, rgb, indices, args, steps, strength=1.0):
@@ -301,11 +301,12 @@ def load_map(args, name, picture_size):
     if path is None:
         data.fail(f"--predictions {args.predictions}: no map for {name} (.npy, .pfm or .png)")
     try:
-        scale = args.depth_scale if path.suffix == ".png" else 1.0
-        values = data.parse(path, lambda: data.read_map(str(path), data.read_file(path), scale))
-        if not values.size:
-            data.refuse(f"{path}: holds no pixel")
-        left, top, right, bottom = data.parse(path, data.crop_box, values.shape, picture_size, args.scored_at)
+        with data.reading(path):
+            scale = args.depth_scale if path.suffix == ".png" else 1.0
+            values = data.read_array(path.name, data.read_file(path), scale)
+            if not values.size:
+                raise data.BadSample("holds no pixel")
+            left, top, right, bottom = data.crop_box(values.shape, picture_size, args.scored_at)
     except data.BadSample as error:
         data.fail(f"--predictions {error}")
 
@@ -542,7 +543,7 @@ def evaluate_joint(args, model, device):
     rows = []
     for batch in read_samples(args, size, (RGB,), device):
         key = (args.seed, "follow")
-        x0 = generate(model, batch.captions, batch.indices, size, key, schedule, cfg=args.cfg)
+        x0 = generate(model, batch.captions, batch.indices, size, key, schedule, guidance=args.cfg)
         image = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
         depth = DEPTH.decode(x0[DEPTH.name]).cpu()
         in_image = find_depth(args, judge, image)
@@ -586,7 +587,7 @@ def evaluate_image(args, model, device):
     colors = defaultdict(list)
     pictures = defaultdict(list)
     for batch in read_samples(args, size, (RGB,), device):
-        x0 = generate(model, batch.captions, batch.indices, size, args.seed, schedule, cfg=args.cfg)
+        x0 = generate(model, batch.captions, batch.indices, size, args.seed, schedule, guidance=args.cfg)
         images = {"real": batch.values[RGB.name], "generated": model.encoders.decode_image(x0[RGB.name])}
         if args.data == "synthetic":
             others = [index + (args.images or WORLD_IMAGES) for index in batch.indices]
@@ -604,7 +605,9 @@ def evaluate_image(args, model, device):
 
 def report_image(args, features, colors, captions):
     """Print the Frechet distance and, in the built-in world, how prompts are followed. Returns both by name."""
-    print(f"{len(captions)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
+    print(
+        f"{len(captions)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg.get(RGB.name, 1.0)}"
+    )
     results = {"images": len(captions), "features": args.features or "built in"}
     results["frechet"] = frechet_distance(features["generated"], features["real"])
     print(f"{'Frechet distance to the real images':50}{results['frechet']:8.4f}")
