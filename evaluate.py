@@ -324,16 +324,13 @@ def load_map(args, name, picture_size):
 
 
 def score_map(args, entry, name, prediction, target, valid, mode):
-    """Call the metric of the entry's encoding on one map, or end with one line if it has no score."""
+    """Call the metric of the entry's encoding on one map, or end with one line if there is nothing to score."""
     if not valid.any():
         data.fail(f"--data {args.data}: {name} has no valid {entry.name} to be scored on")
-    scores = (np.nan, np.nan)
-    if prediction[valid.expand_as(prediction)].isfinite().all():
-        scores, aligned, error = SCORINGS[entry.encoding].measure(prediction, target, valid, mode)
-    if not np.isfinite(scores).all():
+    if not prediction[valid.expand_as(prediction)].isfinite().all():
         source = args.predictions or args.judge or args.checkpoint
-        data.fail(f"{source}: {entry.name} of {name} is not finite, or its values are too close to be aligned")
-    return scores, aligned, error
+        data.fail(f"{source}: {entry.name} of {name} is not finite where it is scored")
+    return SCORINGS[entry.encoding].measure(prediction, target, valid, mode)
 
 
 def print_row(label, scoring, scores):
@@ -452,9 +449,9 @@ def evaluate_maps(args, model, device):
     scoring = SCORINGS[entry.encoding]
     scores, pictures = score_methods(args, entry, model, device)
 
-    settings = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
+    found_by = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
     limit = f", depth up to {args.depth_max:g} m" if args.depth_max else ""
-    print(f"{settings}; alignment: {args.align}")
+    print(f"{found_by}; alignment: {args.align if entry is DEPTH else 'none'}")
     print(f"{'':34}{scoring.header}")
     print(f"{args.data}: {len(scores[''])} images scored at {args.scored_at[0]}x{args.scored_at[1]}{limit}")
     results = {"per_image": scores[""]}
@@ -562,10 +559,12 @@ def load_features(path, device):
     It gets uint8 images (B, 3, H, W) in 0..255, as the widely used Inception file wants them, and return_features=True
     if its forward has this argument. It returns (B, d).
     """
+    if not Path(path).is_file():
+        data.fail(f"--features {path}: no such file")
     try:
         network = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError):
-        data.fail(f"--features {path}: no such file, or not a TorchScript file")
+    except RuntimeError:
+        data.fail(f"--features {path}: not a TorchScript file")
     options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
 
     def extract(rgb):
@@ -637,6 +636,7 @@ TASKS = {  # the function, and the modalities that a network must have
     "joint": Task(evaluate_joint, [RGB, DEPTH]),
 }
 TASKS_OF_FLAG = {
+    "align": ("depth", "follow", "joint"),
     "measured": ("depth",),
     "predictions": ("depth",),
     "strength": ("depth", "normal", "follow"),
