@@ -1,7 +1,6 @@
 """Sampling: the sampler's mathematics, every task as a table, and sample.py as a user runs it."""
 
 import argparse
-import itertools
 import json
 import shlex
 import sys
@@ -11,28 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_model import build, inputs
+from test_model import build
 
 import data
-import evaluate
 import sample
 from model import (
     DEPTH,
     I2D_STEPS,
-    JOINT,
     RGB,
     Config,
     DiT,
     Modality,
-    complete_depth,
-    contract,
-    corrupt,
     noise_levels,
-    normalize_depth,
-    restore_depth,
-    sampling_grid,
     uncontract,
-    warp,
 )
 
 NORMAL = Modality("normal", channels=3)
@@ -41,48 +31,6 @@ NAMES = ["rgb", "depth"]
 
 def close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def test_fill_takes_the_nearest_known_pixel():
-    rng = np.random.default_rng(0)
-    depth, known = rng.random((9, 14)), rng.random((9, 14)) < 0.1
-    places = np.argwhere(known)
-    made = evaluate.fill(depth, known)
-    for y, x in np.ndindex(9, 14):
-        apart = ((places - (y, x)) ** 2).sum(1)
-        nearest = places[apart == apart.min()]
-        assert made[y, x] in depth[nearest[:, 0], nearest[:, 1]]
-
-
-def test_an_ensemble_is_the_median_of_its_members():
-    network, encoders, rgb = build(RGB, DEPTH), data.PixelsAndBytes(32), torch.rand(2, 3, 16, 16) * 2 - 1
-    args = argparse.Namespace(size=16, seed=0, ensemble=3, solver="euler")
-    made = evaluate.estimate_depth(network, encoders, rgb, [4, 5], args, 2)
-    args.ensemble = 1
-    each = [evaluate.estimate_depth(network, encoders, rgb, [4 + (k << 32), 5 + (k << 32)], args, 2) for k in range(3)]
-    for i in range(2):
-        close(made[i], torch.stack([maps[i] for maps in each]).median(0).values)
-
-
-def test_image_and_depth_of_an_estimate_have_noise_of_their_own(monkeypatch):
-    seen = []
-    monkeypatch.setattr(DiT, "sample", lambda self, levels, noise, *args, **kwargs: seen.append(noise) or noise)
-    network, encoders, rgb = build(RGB, DEPTH), data.PixelsAndBytes(32), torch.zeros(2, 3, 64, 64)
-    args = argparse.Namespace(size=64, seed=0, ensemble=1, solver="euler")
-    evaluate.estimate_depth(network, encoders, rgb, [0, 1], args, 1, strength=0.5)
-    together = torch.cat([seen[0]["rgb"], seen[0]["depth"]], 1).flatten(2)
-    for sample_noise in together:
-        assert (sample_noise.corrcoef() - torch.eye(4)).abs().max() < 0.1
-
-
-def test_an_image_of_strength_zero_tells_nothing():
-    network, encoders = build(RGB, DEPTH), data.PixelsAndBytes(32)
-    args = argparse.Namespace(size=16, seed=0, ensemble=1, solver="euler")
-    find = lambda seed, strength: evaluate.estimate_depth(
-        network, encoders, inputs(seed=seed)[0]["rgb"], [0, 1], args, 2, strength=strength
-    )
-    close(find(1, 0.0)[0], find(2, 0.0)[0], 0)
-    assert (find(1, 1.0)[0] - find(2, 1.0)[0]).abs().mean() > 1e-2
 
 
 # ---- sample.py ----
@@ -446,13 +394,6 @@ def test_a_batch_counts_members_and_guided_copies(line, most, call, tmp_path, mo
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "image.png")
     call(line.format(image=tmp_path / "image.png"))
     assert max(seen) == most
-
-
-def test_an_evaluations_batch_counts_members_and_guided_copies():
-    for task, cfg, ensemble, images in (("depth", 3.0, 1, 16), ("depth", 3.0, 5, 3), ("image", 3.0, 1, 8)):
-        args = argparse.Namespace(task=task, cfg=cfg, ensemble=ensemble, batch_size=16)
-        assert evaluate.images_at_a_time(args) == images
-    assert evaluate.images_at_a_time(argparse.Namespace(task="joint", cfg=1.0, ensemble=40, batch_size=16)) == 1
 
 
 def test_seeds_of_a_directory_are_seeds_that_the_flag_takes(tmp_path):
