@@ -1,10 +1,15 @@
 """The memory plan counts what training really keeps, and the largest preset fits a node."""
 
+import re
+from pathlib import Path
+
+import plan_memory
 import pytest
 import torch
 
 import model
-import plan_memory
+
+NODE = Path(__file__).parent.parent / "docs/gpu-node.md"
 
 
 def bytes_of(tensors):
@@ -62,6 +67,20 @@ def test_the_3b_preset_fits_eight_gpus_of_80_gb():
     plans = plan_memory.memory_plan(config, (256, 256), 16, 8, "muon", teacher)
     total = {flags: sum(parts.values()) / plan_memory.GIB for flags, parts in plans.items()}
     assert total[True, True] < 72 < total[False, True] < total[False, False]  # an 80 GB GPU has about 79 GiB
+
+
+@pytest.mark.parametrize("name", ["370m", "3b"])
+def test_the_tables_of_the_documents_are_planned(name):
+    """docs/gpu-node.md shows what the tool prints, to the cent of a GiB or to 2%."""
+    teacher = model.PRESETS[name]
+    config = teacher.with_modalities(model.RGB, model.DEPTH)
+    plan = plan_memory.memory_plan(config, (256, 256), 16, 8, "muon", teacher)
+    shown = NODE.read_text().split(f"<!-- plan {name} -->")[1].split("<!-- /plan -->")[0]
+    expected = plan_memory.format_plan(plan)
+    numbers = r"\d+\.\d+"
+    assert re.sub(numbers, "", shown).split() == re.sub(numbers, "", expected).split()
+    found = [float(number) for number in re.findall(numbers, shown)]
+    assert found == pytest.approx([float(number) for number in re.findall(numbers, expected)], rel=0.02, abs=0.01)
 
 
 def test_the_tool_prints_a_table_for_either_stage(monkeypatch, capsys):

@@ -1,0 +1,140 @@
+"""What the documents say exists: every command's flags, every name of the code, every link."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import model
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted(ROOT.glob("docs/*.md"))]
+MARKED = {"run", "tests", "nano", "gallery"}  # blocks of README.md that other programs find by their comment
+
+# Stand-ins for the programs that the documents start. They write their arguments down; srun starts what it is given.
+RECORD = '#!/usr/bin/env bash\nprintf "%s\\x1f" "$@" >>"$CALLS"\nprintf "\\x1e" >>"$CALLS"\n'
+SRUN = '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+NOTHING = "#!/usr/bin/env bash\n"
+STAND_INS = {
+    "python": RECORD,
+    "torchrun": RECORD,
+    "srun": SRUN,
+    "python3": NOTHING,
+    "pip": NOTHING,
+    "scontrol": NOTHING,
+}
+
+
+def fenced(page, language):
+    """The contents of a page's code blocks in that language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """calls(text): the arguments of every python and torchrun that this bash text starts."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in STAND_INS.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    activate = tmp_path / ".venv/bin/activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+    record = tmp_path / "calls"
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(record)}
+    monkeypatch.chdir(tmp_path)
+
+    def calls(text):
+        record.write_text("")
+        subprocess.run(["bash", "-ec", text], env=environment, check=True, capture_output=True)
+        return [call.split("\x1f")[:-1] for call in record.read_text().split("\x1e")[:-1]]
+
+    return calls
+
+
+def parse_flags(words, monkeypatch):
+    """Run the parser of the script that a command line starts. An unknown flag ends in SystemExit."""
+    position = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    path = ROOT / words[position]
+    assert path.is_file(), words
+    monkeypatch.syspath_prepend(path.parent)
+    script = importlib.import_module(path.stem)
+    monkeypatch.setattr(sys, "argv", words[position:])
+    if hasattr(script, "parse"):
+        script.parse()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_flags_that_its_script_knows(page, calls, monkeypatch):
+    for block in fenced(page, "bash"):
+        for words in calls(block):
+            if any(word.endswith(".py") for word in words):
+                parse_flags(words, monkeypatch)
+
+
+def test_every_row_of_the_table_of_orders_has_flags_that_sample_knows(monkeypatch):
+    table = (ROOT / "README.md").read_text().split("| `python sample.py ...` |")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) >= 9
+    for row in rows:
+        flags = row.split(" | ")[1].strip("`")
+        parse_flags(["sample.py", *shlex.split(flags)], monkeypatch)
+
+
+def test_an_unknown_flag_is_found(calls, monkeypatch):
+    (words,) = calls("for x in 1; do torchrun --nproc-per-node 2 train_t2i.py --no-such-flag $x; done")
+    with pytest.raises(SystemExit):
+        parse_flags(words, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_of_the_code_and_every_link_exists(page):
+    text = page.read_text()
+    for module, name in re.findall(r"`(model|data|evaluate|sample)\.(?!py\b)([A-Za-z_][\w.]*)", text):
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert any(f"def {test}(" in path.read_text() for path in (ROOT / "tests").glob("*.py")), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_are_python(page):
+    for block in fenced(page, "python"):
+        compile(block, page.name, "exec")
+
+
+def test_readme_is_short_and_keeps_its_marked_blocks():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert set(re.findall(r"^<!-- (\w+) -->\n```bash\n", text, re.MULTILINE)) == MARKED
+
+
+def test_the_table_of_networks_is_counted():
+    """docs/gpu-node.md lists every preset with its parameters and FLOPs."""
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\S+) \| (\S+) \|$",
+        (ROOT / "docs/gpu-node.md").read_text(),
+        re.M,
+    )
+    assert {row[0] for row in rows} == set(model.PRESETS)
+    for name, width, blocks, patch, size, parameters, gflop in rows:
+        config = model.PRESETS[name]
+        assert [config.width, config.depth, config.patch, config.size] == [
+            int(width),
+            int(blocks),
+            int(patch),
+            int(size),
+        ]
+        counted, flops = model.training_cost(config, (config.size, config.size))
+        unit = {"M": 1e6, "B": 1e9}[parameters[-1]]
+        assert counted == pytest.approx(float(parameters[:-1]) * unit, rel=0.04)
+        assert flops == pytest.approx(float(gflop) * 1e9, rel=0.02)
