@@ -100,8 +100,11 @@ def test_every_name_of_the_code_and_every_link_exists(page):
         found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
+    headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines()]
     for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-        assert (page.parent / link).exists(), link
+        file, _, anchor = link.partition("#")
+        assert (page.parent / file).exists(), link
+        assert file or anchor in headings, link
     for test in re.findall(r"`(test_\w+)`", text):
         assert any(f"def {test}(" in path.read_text() for path in (ROOT / "tests").glob("*.py")), test
 
