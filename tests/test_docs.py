@@ -1,5 +1,6 @@
 """What the documents say exists: every command's flags, every name of the code, every link."""
 
+import argparse
 import importlib
 import os
 import re
@@ -48,6 +49,7 @@ def calls(tmp_path, monkeypatch):
     activate.write_text("")
     record = tmp_path / "calls"
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(record)}
+    (tmp_path / "maps/other").mkdir(parents=True)  # evaluate.py --predictions must name a directory
     monkeypatch.chdir(tmp_path)
 
     def calls(text):
@@ -58,16 +60,33 @@ def calls(tmp_path, monkeypatch):
     return calls
 
 
+class Parsed(Exception):
+    """Raised as soon as the flags are parsed, so that the script does not run."""
+
+
 def parse_flags(words, monkeypatch):
     """Run the parser of the script that a command line starts. An unknown flag ends in SystemExit."""
     position = next(i for i, word in enumerate(words) if word.endswith(".py"))
     path = ROOT / words[position]
     assert path.is_file(), words
+    if not words[position + 1 :]:
+        return  # no flags
     monkeypatch.syspath_prepend(path.parent)
     script = importlib.import_module(path.stem)
-    monkeypatch.setattr(sys, "argv", words[position:])
-    if hasattr(script, "parse"):
-        script.parse()
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *args, **options):
+        parse_args(parser, *args, **options)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", words[position:])
+        if path.parent == ROOT and script.__name__ != "data":
+            script.parse()  # which also checks flags against each other
+            return
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            script.main()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
