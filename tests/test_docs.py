@@ -160,3 +160,13 @@ def test_the_table_of_networks_is_counted():
         unit = {"M": 1e6, "B": 1e9}[parameters[-1]]
         assert counted == pytest.approx(float(parameters[:-1]) * unit, rel=0.04)
         assert flops == pytest.approx(float(gflop) * 1e9, rel=0.02)
+
+
+def test_results_are_what_the_report_writes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests/claims")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "chart", lambda *args: None)
+    text = (ROOT / "RESULTS.md").read_text()
+    sections = [line for number, claim in enumerate(report.CLAIMS, 1) for line in report.section(number, claim)]
+    assert report.replace_between(text, "overview", report.overview()) == text
+    assert report.replace_between(text, "claims", sections) == text
