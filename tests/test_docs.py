@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import model
+import sample
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -97,13 +100,29 @@ def test_every_command_has_flags_that_its_script_knows(page, calls, monkeypatch)
                 parse_flags(words, monkeypatch)
 
 
-def test_every_row_of_the_table_of_orders_has_flags_that_sample_knows(monkeypatch):
+def write_inputs():
+    """The files that README's table of orders names, in the working directory."""
+    depth = np.linspace(1, 2, 32 * 32, dtype=np.float32).reshape(32, 32)
+    millimetres = (1000 * depth).astype(np.uint16)
+    measured = np.where(np.arange(32) % 5 == 0, millimetres, 0).astype(np.uint16)
+    Image.new("RGB", (32, 32), "gray").save("photo.jpg")
+    Image.fromarray(millimetres).save("sketch.png")
+    Image.fromarray(measured).save("lidar.png")
+    np.save("depth.npy", depth)
+
+
+def test_every_row_of_the_table_of_orders_is_sampled(tmp_path, monkeypatch):
     table = (ROOT / "README.md").read_text().split("| `python sample.py ...` |")[1].split("\n\n")[0]
     rows = table.splitlines()[2:]
     assert len(rows) >= 9
-    for row in rows:
-        flags = row.split(" | ")[1].strip("`")
-        parse_flags(["sample.py", *shlex.split(flags)], monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_inputs()
+    for i, row in enumerate(rows):
+        flags = shlex.split(row.split(" | ")[1].strip("`"))
+        quick = ["--checkpoint", str(ROOT / "assets/nano.pt"), "--count", "1", "--steps", "1", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *flags, *quick, "--out", f"{i}"])
+        sample.main()
+        assert Path(f"{i}/grid.png").is_file()
 
 
 def test_an_unknown_flag_is_found(calls, monkeypatch):
