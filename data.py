@@ -2202,8 +2202,8 @@ class Run:
         """End the run: exit code 2 if there is no checkpoint of the last step, 130 after Ctrl-C."""
         self.bar.close()
         if self.ranks > 1:
-            dist.barrier()  # a process that ends while gloo's threads are at work may hang
-            dist.destroy_process_group()
+            dist.barrier()
+            dist.destroy_process_group()  # if the process ends with gloo's threads alive, they may abort it (SIGABRT)
         if not self.saved and self.rank == 0:
             problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
             fail(f"--out {self.out}: {problem}")
@@ -2316,9 +2316,11 @@ class Run:
         bad = torch.stack([~p.isfinite().all() for p in local_parts(self.model) + local_parts(self.ema)]).sum()
         bad = self.sum_over_ranks({"weights": bad})["weights"].item()
         skipping = self.skipped_in_a_row > 0
-        self.saved = not bad and (ending or not skipping)
-        if not self.saved:
-            problem = "weights are not finite" if bad else "this step was skipped"
+        problem = "weights are not finite" if bad else ""
+        if skipping and not ending:
+            problem = "this step was skipped"
+        self.saved = not problem
+        if problem:
             if self.rank == 0:
                 log(f"step {self.step}: no checkpoint, since {problem}")
             return

@@ -1,9 +1,6 @@
 """The built-in world: exact geometry, determinism, honest captions; sparse patterns; files."""
 
-import errno
 import math
-import os
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,22 +12,16 @@ from data import (
     SHAPES,
     PerSampleRNG,
     SyntheticWorld,
-    append_row,
     caption,
     draw_scenes,
     encode_text,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
     paint_depth,
-    read_rows,
     render,
-    save_checkpoint,
     sensor_mask,
     split_mix,
     training_indices,
 )
-from model import PRESETS, TEXT_PATCH, Config, DiT
+from model import PRESETS, TEXT_PATCH
 
 AWAY = [-100.0] * 3
 
@@ -247,72 +238,3 @@ def test_near_is_bright_and_missing_is_black():
     depth = torch.tensor([[[1.0, 2.0, 4.0, 0.0]]])
     brightness = paint_depth(depth)[0].sum(-1)
     assert brightness[0] > brightness[1] > brightness[2] > brightness[3] == 0
-
-
-def state(step):
-    network = DiT(Config(width=64, depth=1, head=16, patch=4, size=8, text_length=8))
-    weights = {name: torch.full_like(weight, step) for name, weight in network.state_dict().items()}
-    state = {"config": asdict(network.config), "settings": {}, "step": step, "optimizers": []}
-    return state | {"model": weights, "ema": weights}
-
-
-def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
-    for step in (9, 10, 10_000_000, 10_000_001):
-        assert save_checkpoint(tmp_path, state(step), keep=2)
-        assert load_checkpoint(tmp_path / "last.pt")["step"] == step
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-10000000.pt", "step-10000001.pt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-10000000.pt", "step-10000001.pt"]
-
-
-@pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "text"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_used(damage, tmp_path, capsys):
-    for step in (1, 2):
-        save_checkpoint(tmp_path, state(step), keep=2)
-    path = tmp_path / "step-0000002.pt"
-    content = bytearray(path.read_bytes())
-    content[content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000] ^= 1
-    path.write_bytes({"cut": content[:-100], "one bit": content, "empty": b"", "text": b"hello"}[damage])
-    with pytest.raises(SystemExit) as error:
-        load_checkpoint(tmp_path / "last.pt")
-    assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-    assert newest_checkpoint(tmp_path)[1]["step"] == 1
-    assert "step-0000002.pt is damaged" in capsys.readouterr().err
-    assert newest_checkpoint(tmp_path)[1]["step"] == 1 and not capsys.readouterr().err  # it is out of the way
-    (tmp_path / "step-0000001.pt").write_bytes(b"")
-    for _ in range(2):
-        with pytest.raises(SystemExit) as error:
-            newest_checkpoint(tmp_path)
-        assert error.value.code == 2
-    assert newest_checkpoint(tmp_path / "nothing here") is None
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
-    assert save_checkpoint(tmp_path, state(1), keep=1)
-    before = (tmp_path / "last.pt").read_bytes()
-
-    def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert not save_checkpoint(tmp_path, state(2), keep=1)
-    assert "No space left on device" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt"]
-    assert (tmp_path / "last.pt").read_bytes() == before
-
-
-def test_a_link_that_a_crash_has_left_is_not_written_through(tmp_path):
-    save_checkpoint(tmp_path, state(1), keep=2)
-    (tmp_path / "partly-written").symlink_to("step-0000001.pt")
-    assert save_checkpoint(tmp_path, state(2), keep=2)
-    assert [torch.load(path, weights_only=True)["step"] for path in list_checkpoints(tmp_path)] == [1, 2]
-
-
-def test_rows_survive_what_a_crash_has_cut(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    append_row(path, {"step": 1, "loss": 0.1})
-    with open(path, "a") as file:
-        file.write('{"step": 2, "lo')
-    assert read_rows(path) == [{"step": 1, "loss": 0.1}]
-    append_row(path, {"step": 3})
-    append_row(path, {"step": 4})
-    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
