@@ -1,7 +1,6 @@
 """The scripts as a user runs them: train, resume, sample, evaluate."""
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import LAYOUTS, world_samples
 from PIL import Image
 
 import data
@@ -17,7 +17,7 @@ import evaluate
 import sample
 import train_forcing
 import train_t2i
-from model import DEPTH, RGB, Config, DiT, Modality, corrupt, draw_noise_levels, noise_levels, scored, velocity_loss
+from model import DEPTH, RGB, Config, DiT
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
@@ -29,8 +29,10 @@ def run(script, line, monkeypatch):
 
 
 def losses(out):
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: {k: v for k, v in row.items() if "loss" in k or k == "grad_norm"} for row in rows}
+    """{step: what the run has computed}."""
+    names = ("loss", "error", "grad_norm")
+    rows = data.read_rows(Path(out) / "metrics.jsonl")
+    return {row["step"]: {k: v for k, v in row.items() if k.startswith(names)} for row in rows}
 
 
 @pytest.fixture(scope="session")
@@ -43,15 +45,36 @@ def trained(tmp_path_factory):
     return out / "t2i/last.pt", out / "forcing/last.pt"
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Twelve scenes as folder/, as shards/ (two of them) and as moge/."""
+    out = tmp_path_factory.mktemp("world")
+    for layout, write in LAYOUTS.items():
+        options = {"per_shard": 7} if layout == "shards" else {}
+        write(out / layout, world_samples("val", (16, 16), 12), **options)
+    return out
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    for script in (train_t2i, train_forcing):
+        monkeypatch.setattr(script, "draw_samples", lambda *args: None)
+
+
+# ---- Training ----
+
+
 @pytest.mark.parametrize(
     ("stage", "source"),
     [("forcing", "synthetic"), ("t2i", "shards/{000..001}.tar"), ("forcing", "folder")],
 )
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, source, trained, world, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
+    stage, source, trained, world, no_pictures, tmp_path, monkeypatch
+):
     script = {"t2i": train_t2i, "forcing": train_forcing}[stage]
-    line = f"{QUICK} --steps 5 --checkpoint-every 2" + (f" --init {trained[0]}" if stage == "forcing" else "")
-    line += f" --data {source if source == 'synthetic' else world / source}"
-    monkeypatch.setattr(script, "picture", lambda *args: None)
+    line = f"{QUICK} --steps 5 --checkpoint-every 2 --data {source if source == 'synthetic' else world / source}"
+    if stage == "forcing":
+        line += f" --init {trained[0]}"
     run(script, f"{line} --out {tmp_path}/whole", monkeypatch)
     save = data.save_checkpoint
 
@@ -66,24 +89,8 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(stage, source, trained
     assert max(losses(tmp_path / "cut")) == 2
     run(script, f"{line} --out {tmp_path}/cut --resume", monkeypatch)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    whole, cut = (torch.load(tmp_path / run / "last.pt", weights_only=True)["ema"] for run in ("whole", "cut"))
+    whole, cut = (torch.load(tmp_path / name / "last.pt", weights_only=True)["ema"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """Twelve validation scenes as folder/, as shards/ and as moge/."""
-    out = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        for layout in ("folder", "shards", "moge"):
-            run(data, f"--out {out}/{layout} --layout {layout} --count 12 --size 16", patch)
-    source = data.open_source(argparse.Namespace(data="synthetic"), "val", (16, 16))
-    values, _, captions = source.samples(range(12))
-    samples = list(
-        zip(map(data.paint_rgb, values["rgb"]), values["depth"][:, 0].numpy(), captions, [1.0] * 12, strict=True)
-    )
-    data.export(out / "shards", "shards", samples, per_shard=7)  # two shards
-    return out
 
 
 def test_run_directory_holds_what_is_promised(trained):
@@ -94,22 +101,31 @@ def test_run_directory_holds_what_is_promised(trained):
     assert Image.open(next((out / "samples").glob("*.png"))).width > 500
 
 
+def test_a_row_adds_up(trained):
+    """The loss is the sum of its terms. An error has no weight, and a loss divides it by t^2."""
+    for row in losses(trained[1].parent).values():
+        terms = row["loss_rgb"] + row["loss_depth"] + row["loss_distill_rgb"]
+        assert row["loss"] == pytest.approx(terms)
+        assert 0 < row["error_rgb"] < row["loss_rgb"] and 0 < row["error_depth"] < row["loss_depth"]
+
+
 def test_first_distillation_loss_is_what_depth_tokens_alone_change(trained):
     """At step one the student is the teacher plus silent parts: it differs by its attention to depth tokens alone."""
     rows = losses(trained[1].parent)
     assert 0 <= rows[1]["loss_distill_rgb"] < 0.005 * rows[1]["loss_rgb"]
 
 
-def test_training_on_rgb_only_rows(trained, tmp_path, monkeypatch):
+def test_training_on_rgb_only_rows(trained, no_pictures, tmp_path, monkeypatch):
     """Rows without any depth train the image alone: the depth head gets no gradient, and nothing is NaN."""
-    samples = data.World.samples
+    samples = data.SyntheticWorld.samples
 
     def without_depth(self, indices):
-        values, valid, captions = samples(self, indices)
-        return {**values, "depth": values["depth"] * float("nan")}, {**valid, "depth": valid["depth"] & False}, captions
+        batch = samples(self, indices)
+        batch.values["depth"] *= torch.nan
+        batch.valid["depth"] &= False
+        return batch
 
-    monkeypatch.setattr(data.World, "samples", without_depth)
-    monkeypatch.setattr(train_forcing, "picture", lambda *args: None)
+    monkeypatch.setattr(data.SyntheticWorld, "samples", without_depth)
     run(train_forcing, f"{QUICK} --steps 2 --init {trained[0]} --out {tmp_path}/run", monkeypatch)
     rows = losses(tmp_path / "run")
     assert "loss_depth" not in rows[2] and 0 < rows[2]["loss_rgb"] < 10
@@ -117,22 +133,60 @@ def test_training_on_rgb_only_rows(trained, tmp_path, monkeypatch):
     assert (head == 0).all()
 
 
-def test_the_loop_thins_depth_masks_it_and_weighs_the_teacher(trained, tmp_path, monkeypatch):
+def spied(name, monkeypatch):
+    """The list of the arguments of all calls of a function in train_forcing."""
+    calls = []
+    original = getattr(train_forcing, name)
+
+    def spy(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(train_forcing, name, spy)
+    return calls
+
+
+def test_the_loop_thins_depth_masks_it_and_weighs_the_teacher(trained, no_pictures, tmp_path, monkeypatch):
     """What the loop hands to the method's functions: nothing between the settings and Eq. 8 is lost."""
-    seen = {"corrupt": [], "velocity_loss": [], "draw_noise_levels": []}
-    for name, calls in seen.items():
-        original = getattr(train_forcing, name)
-        spy = lambda *args, original=original, calls=calls: (calls.append(args), original(*args))[1]
-        monkeypatch.setattr(train_forcing, name, spy)
-    monkeypatch.setattr(train_forcing, "picture", lambda *args: None)
-    line = "--steps 1 --sparsity 0.1 --p-i2d 0.3 --p-d2i 0.1 --distill-hi 0.7 --distill-lo 0.2"
-    run(train_forcing, f"{QUICK} {line} --batch-size 32 --init {trained[0]} --out {tmp_path}/run", monkeypatch)
-    (image, depth), (rgb_loss, depth_loss, distillation) = seen["corrupt"], seen["velocity_loss"]
-    assert [m.p_clean for m in seen["draw_noise_levels"][0][0]] == [0.3, 0.1]
+    names = ("corrupt", "squared_error", "draw_noise_levels", "distillation_weight")
+    calls = {name: spied(name, monkeypatch) for name in names}
+    line = "--steps 1 --sparsity 0.1 --p-clean rgb=0.3,depth=0.1 --distill-hi 0.7 --distill-lo 0.2 --batch-size 32"
+    run(train_forcing, f"{QUICK} {line} --init {trained[0]} --out {tmp_path}/run", monkeypatch)
+    image, depth = calls["corrupt"]
     assert image[3] is None and 0.03 < depth[3].float().mean() < 0.2
-    assert depth_loss[3] is depth[3] and rgb_loss[2] is image[2] and depth_loss[2] is depth[2]
-    torch.testing.assert_close(distillation[4], 0.7 * depth[2] + 0.2 * (1 - depth[2]))
-    assert distillation[2] is image[2]
+
+    (levels,) = calls["draw_noise_levels"]
+    assert [m.p_clean for m in levels[0]] == [0.3, 0.1] and levels[3] is False
+    assert torch.equal(levels[2]["depth"], depth[3].flatten(1).any(1))
+
+    image_error, depth_error, distillation = calls["squared_error"]
+    for call, (_, _, t, valid) in ((image_error, image), (depth_error, depth), (distillation, image)):
+        noised = t.view(-1, 1, 1, 1) > 0
+        expected = noised if valid is None else noised & valid
+        assert torch.equal(call[2], expected.expand_as(call[2]))
+    assert image_error[1] is image[0] and depth_error[1] is depth[0] and distillation[1] is not image[0]
+    assert distillation[0] is image_error[0]
+
+    (weight,) = calls["distillation_weight"]
+    assert torch.equal(weight[0], depth[2]) and weight[1:] == (0.2, 0.7)
+
+
+def test_one_mask_thins_all_modalities_but_the_image(no_pictures, tmp_path, monkeypatch):
+    calls = spied("corrupt", monkeypatch)
+    line = "--init none --modalities rgb,normal,depth --sparsity 0.3 --steps 1"
+    run(train_forcing, f"{QUICK} {line} --out {tmp_path}/run", monkeypatch)
+    image, normal, depth = calls
+    assert image[3] is None and torch.equal(normal[3], depth[3])  # both are missing in the sky alone
+
+
+def test_what_the_teacher_lacks_sets_its_weight(trained, no_pictures, tmp_path, monkeypatch):
+    """A network of image and depth that grows normals teaches both, by the noise level of the normals."""
+    weights = spied("distillation_weight", monkeypatch)
+    corrupted = spied("corrupt", monkeypatch)
+    line = f"--init {trained[1]} --modalities rgb,depth,normal --steps 1"
+    run(train_forcing, f"{QUICK} {line} --out {tmp_path}/run", monkeypatch)
+    assert torch.equal(weights[0][0], corrupted[2][2])
+    assert {"loss_distill_rgb", "loss_distill_depth"} <= set(losses(tmp_path / "run")[1])
 
 
 @pytest.mark.parametrize("script", [train_t2i, train_forcing, sample, evaluate, data])
@@ -140,11 +194,19 @@ def test_help_tells_the_default_of_every_flag(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(script, "--help", monkeypatch)
     flags = capsys.readouterr().out.partition("show this help message and exit")[2]
-    assert len(re.findall(r"^  --", flags, re.MULTILINE)) == flags.count("(default:") > 5
+    assert len(re.findall(r"^  --", flags, re.MULTILINE)) == flags.count("(default:") >= 5
+    assert ("--depth-scale" in flags) == (script in (train_forcing, evaluate))
 
 
-def test_resume_keeps_the_settings_of_the_run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_t2i, "picture", lambda *args: None)
+@pytest.mark.parametrize("script", [train_t2i, train_forcing])
+def test_a_dry_run_prints_the_cost_and_writes_nothing(script, tmp_path, monkeypatch, capsys):
+    run(script, f"--preset 3b --dry-run --out {tmp_path}/run", monkeypatch)
+    printed = capsys.readouterr().out
+    assert re.search(r"\d\d\d\d\.\dM parameters", printed) and "GFLOP" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_keeps_the_settings_of_the_run(no_pictures, tmp_path, monkeypatch):
     run(train_t2i, f"{QUICK} --lr 1e-3 --seed 3 --steps 2 --out {tmp_path}/run", monkeypatch)
     run(train_t2i, f"--resume --steps 3 --out {tmp_path}/run", monkeypatch)
     settings = json.loads((tmp_path / "run/config.json").read_text())
@@ -155,57 +217,27 @@ def test_the_trained_size_is_the_networks(trained):
     assert Config(**torch.load(trained[1], weights_only=True)["config"]).size == 16
 
 
-def test_going_on_from_a_checkpoint_of_this_stage_has_no_teacher(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_forcing, "picture", lambda *args: None)
+def test_going_on_from_a_checkpoint_of_this_stage_has_no_teacher(trained, no_pictures, tmp_path, monkeypatch):
     run(train_forcing, f"{QUICK} --steps 1 --init {trained[1]} --out {tmp_path}/run", monkeypatch)
     assert "loss_distill_rgb" not in losses(tmp_path / "run")[1]
 
 
-# ---- A third modality: one entry and a data key ----
+# ---- Three modalities ----
 
 
-def test_surface_normals_are_one_entry_and_one_key():
-    modalities = (RGB, DEPTH, Modality("normal", channels=3, decoder_depth=1, timesteps="plateau"))
-    config = Config(width=64, depth=2, head=16, patch=4, size=16, text_length=160).with_modalities(*modalities)
-    torch.manual_seed(0)
-    model = DiT(config)
-    optimizers = model.configure_optimizers(1e-2)
-    values, valid, captions = data.World("train", (16, 16)).samples(range(8))
-    x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in model.modalities}
-    text, generator = data.encode_text(captions, config.text_length), torch.Generator().manual_seed(0)
-    t = draw_noise_levels(model.modalities, lambda: torch.rand(8, generator=generator))
-    noise = {m: torch.randn(x.shape, generator=generator) for m, x in x0.items()}
-    history = []
-    for _ in range(3):
-        x0_hat = model({m: corrupt(x0[m], noise[m], t[m], valid[m]) for m in x0}, t, text)
-        each = {m: (x0[m], t[m], valid[m]) for m in x0}
-        loss = sum(velocity_loss(x0_hat[m], *each[m]).sum() / scored(*each[m]).sum() for m in x0)
-        history.append(loss.item())
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert history[2] < history[1] < history[0]
-    directions = [set(c) for n in (1, 2) for c in itertools.combinations(x0, n)]
-    assert len(directions) == 6
-    for given in directions:
-        levels = noise_levels(list(x0), 3, strength=dict.fromkeys(given, 1.0))
-        made = model.sample(levels, noise, text, {m: (values[m], valid[m]) for m in given})
-        for m in x0:
-            clean = corrupt(x0[m], noise[m], torch.zeros(8), valid[m])
-            assert torch.equal(made[m], clean) == (m in given)
-            assert made[m].isfinite().all()
+def test_surface_normals_go_through_all_scripts(trained, world, tmp_path, monkeypatch):
+    line = f"{QUICK} --modalities rgb,depth,normal --init {trained[0]} --data {world}/folder --steps 3"
+    run(train_forcing, f"{line} --clean-subsets --p-clean rgb=0.5,depth=0.4 --out {tmp_path}/run", monkeypatch)
+    row = losses(tmp_path / "run")[3]
+    assert np.isfinite(list(row.values())).all() and {"loss_normal", "error_normal", "loss_distill_rgb"} <= set(row)
+    assert Image.open(tmp_path / "run/samples/0000003.png").height > 9 * 100  # rows: real, given the others, joint
 
-
-# ---- Sampling and evaluation ----
-
-
-# ---- Real data and benchmarks ----
-
-
-def results(line, out, monkeypatch):
-    run(evaluate, f"{line} --device cpu --out {out}/results", monkeypatch)
-    return json.loads((out / "results/results.json").read_text())
+    network = f"--checkpoint {tmp_path}/run/last.pt --size 16 --steps 2 --device cpu"
+    run(sample, f"{network} --count 1 --image {world}/folder/000003.jpg --out {tmp_path}/sample", monkeypatch)
+    normal = np.load(tmp_path / "sample/000/normal.npy")
+    np.testing.assert_allclose(np.linalg.norm(normal, axis=-1), 1, rtol=1e-3)
+    run(evaluate, f"normal {network} --images 4 --out {tmp_path}/results", monkeypatch)
+    assert json.loads((tmp_path / "results/results.json").read_text())["images"] == 4
 
 
 # ---- Frozen encoders ----
@@ -217,13 +249,10 @@ TOY = f"--encoders {ROOT}/tests/toy_encoders.py"
 def encoded(tmp_path_factory, world):
     """Both stages on the latents and text vectors of the toy encoders, from files."""
     out = tmp_path_factory.mktemp("encoded")
+    line = f"{QUICK} {TOY} --steps 2"
     with pytest.MonkeyPatch.context() as patch:
-        run(train_t2i, f"{QUICK} {TOY} --steps 2 --data {world}/folder --out {out}/t2i", patch)
-        run(
-            train_forcing,
-            f"{QUICK} {TOY} --steps 2 --data {world}/moge --init {out}/t2i/last.pt --out {out}/forcing",
-            patch,
-        )
+        run(train_t2i, f"{line} --data {world}/folder --out {out}/t2i", patch)
+        run(train_forcing, f"{line} --data {world}/moge --init {out}/t2i/last.pt --out {out}/forcing", patch)
     return out / "t2i/last.pt", out / "forcing/last.pt"
 
 
@@ -232,15 +261,15 @@ def test_toy_encoders_train_sample_and_evaluate(encoded, world, tmp_path, monkey
     config = Config(**torch.load(encoded[1], weights_only=True)["config"])
     assert [m.shape((16, 16)) for m in config.modalities] == [(12, 8, 8), (1, 16, 16)]  # latents, pixels
     assert config.patch == 4 and (config.text_dim, config.text_length) == (16, 20)
-    line = (
-        f"{TOY} --checkpoint {encoded[1]} --count 1 --steps 2 --size 16 --device cpu --image {world}/folder/000003.jpg"
-    )
+    image = world / "folder/000003.jpg"
+    line = f"{TOY} --checkpoint {encoded[1]} --count 1 --steps 2 --size 16 --device cpu --image {image}"
     run(sample, f"{line} --out {tmp_path}/s", monkeypatch)
-    made, given = (np.asarray(Image.open(path)) for path in (tmp_path / "s/000/rgb.png", world / "folder/000003.jpg"))
+    made, given = (np.asarray(Image.open(path)) for path in (tmp_path / "s/000/rgb.png", image))
     assert np.abs(made.astype(int) - given).max() <= 1  # encoded, held clean, decoded
     for task in ("depth", "image", "follow"):
         line = f"{task} {TOY} --checkpoint {encoded[1]} --images 4 --steps 1 --size 16 --data {world}/folder"
-        assert results(line, tmp_path, monkeypatch)["images"] == 4
+        run(evaluate, f"{line} --device cpu --out {tmp_path}/{task}", monkeypatch)
+        assert json.loads((tmp_path / task / "results.json").read_text())["images"] == 4
 
 
 def test_a_stride_that_the_patch_does_not_divide_grows_it():
