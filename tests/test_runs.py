@@ -499,34 +499,6 @@ def test_a_layout_on_a_disk_that_fills_up_has_no_index(tmp_path, monkeypatch, ca
     assert not (tmp_path / "x/metadata.jsonl").exists()
 
 
-def test_saved_predictions_replace_nothing(weights, tmp_path, monkeypatch, capsys):
-    """Neither what is there, nor, by names that lead out, what is elsewhere."""
-    Image.fromarray(np.full((16, 16, 3), 99, np.uint8)).save(tmp_path / "a.png")
-    np.save(tmp_path / "truth.npy", np.ones((16, 16), np.float32))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "maps").mkdir()
-    (tmp_path / "maps/000000.npy").write_text("mine")
-    line = command(evaluate, tmp_path / "out", weights)
-    refused(
-        capsys,
-        "maps: already holds 000000.npy",
-        run,
-        evaluate,
-        f"{line} --save-predictions {tmp_path}/maps",
-        monkeypatch,
-    )
-    assert (tmp_path / "maps/000000.npy").read_text() == "mine"
-
-    found = {"rgb": torch.zeros(1, 3, 16, 16), "depth": torch.ones(1, 1, 16, 16)}
-    valid = {"rgb": None, "depth": torch.ones(1, 1, 16, 16) > 0}
-    monkeypatch.setattr(data, "in_order", lambda *args: iter([(found, valid, [""], ["../../truth"], [(16, 16)])]))
-    monkeypatch.setattr(evaluate, "blind_map", lambda *args: torch.ones(1, 16, 16))
-    before = written(tmp_path)
-    line = f"{line} --save-predictions {tmp_path}/new/maps"
-    refused(capsys, "../../truth leads out of it", run, evaluate, line, monkeypatch)
-    assert written(tmp_path) == before
-
-
 # ---- What the machine lacks ----
 
 
