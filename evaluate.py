@@ -500,8 +500,8 @@ def report_agreement(args, pairs, labels):
 
 
 def paint_rows(names, columns):
-    """A row of the grid, (name, pictures), for each sample; columns are [(entry, values (B, C, H, W))]."""
-    return [(name, [data.paint(entry, x[i]) for entry, x in columns]) for i, name in enumerate(names)]
+    """A row of the grid, (label, pictures), for each sample; columns are [(entry, values (B, C, H, W))]."""
+    return [(name[-14:], [data.paint(entry, x[i]) for entry, x in columns]) for i, name in enumerate(names)]
 
 
 def evaluate_follow(args, model, device):
