@@ -739,6 +739,8 @@ class DiT(nn.Module):
         Returns {m: (B, C, H, W)} for Modality.decode. Raises ValueError if the rows differ in length.
         """
         given = given or {}
+        guidance = guidance or {}
+        low, high = guidance_interval
         names = [m.name for m in self.modalities if m.name in schedule]
         rows = [[float(level) for level in schedule[name]] for name in names]
         levels = [dict(zip(names, column, strict=True)) for column in zip(*rows, strict=True)]
@@ -752,7 +754,8 @@ class DiT(nn.Module):
         set_given(x, levels[0])
         for t, s in itertools.pairwise(levels):
             falling = [name for name in names if s[name] < t[name] and name not in given]
-            x0_hat = self.predict_guided(x, t, text, guidance or {}, guidance_interval)
+            guided = [name for name in falling if guidance.get(name, 1) != 1 and low <= t[name] <= high]
+            x0_hat = self.predict_guided(x, t, text, {name: guidance[name] for name in guided})
             for name in falling:  # an Euler step on the velocity that x0_hat implies
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
             set_given(x, s)
@@ -760,18 +763,17 @@ class DiT(nn.Module):
                 callback(dict(x))
         return x
 
-    def predict_guided(self, x, t, text, guidance, interval):
-        """forward at one noise level t {m: float} for the whole batch, with classifier-free guidance where it acts."""
-        guided = [name for name in x if guidance.get(name, 1) != 1 and interval[0] <= t[name] <= interval[1]]
-        copies = 2 if guided else 1  # with the caption, and without
-        texts = torch.cat([text, torch.zeros_like(text)]) if guided else text
+    def predict_guided(self, x, t, text, guidance):
+        """forward at one noise level t {m: float} for the whole batch, with classifier-free guidance {m: scale}."""
+        texts = torch.cat([text, torch.zeros_like(text)]) if guidance else text  # with the caption, and without
+        copies = len(texts) // len(text)
         levels = {name: torch.full((len(texts),), t[name], device=text.device) for name in x}
         x0_hat = self({name: x[name].repeat(copies, 1, 1, 1) for name in x}, levels, texts)
 
         result = {name: x0_hat[name][: len(text)] for name in x}
-        for name in guided:
+        for name, scale in guidance.items():
             without_text = x0_hat[name][len(text) :]
-            result[name] = torch.lerp(without_text, result[name], float(guidance[name]))
+            result[name] = torch.lerp(without_text, result[name], float(scale))
         return result
 
     # ---- Weights ----

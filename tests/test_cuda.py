@@ -1,5 +1,7 @@
 """CUDA's autocast rules, emulated on a CPU; graphs compiled once; on a GPU, fused attention kernels."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,7 +82,8 @@ def test_blocks_are_given_one_dtype_and_one_layout_by_the_rules_of_cuda(network)
     assert {dtype for _, dtype, _ in seen} == {torch.float32}
     for blocks in (network.blocks, network.decoders["depth"].blocks):
         layouts = [[strides for block, _, strides in seen if block is one] for one in blocks]
-        assert len(layouts) == 3 and layouts[0] == layouts[1] == layouts[2]
+        assert len(layouts) == 3
+        assert layouts[0] == layouts[1] == layouts[2]
 
 
 def test_rules_of_cpu_and_cuda_give_equal_results(network):
@@ -97,7 +100,8 @@ def test_rules_of_cpu_and_cuda_give_equal_results(network):
 
 
 def test_attention_and_matmuls_are_in_bfloat16_by_the_rules_of_cuda(network, monkeypatch):
-    seen, attention = set(), F.scaled_dot_product_attention
+    seen = set()
+    attention = F.scaled_dot_product_attention
 
     def spy(q, k, v, **options):
         seen.update({q.dtype, k.dtype, v.dtype})
@@ -111,14 +115,14 @@ def test_attention_and_matmuls_are_in_bfloat16_by_the_rules_of_cuda(network, mon
 
 def test_trunk_detokenizer_and_teacher_compile_once_each(network, monkeypatch):
     """However many blocks there are, in bfloat16; each is compiled in the first step."""
-    graphs, compiler = [], torch.compile
+    graphs = []
 
-    def backend(graph, inputs):
+    def note_graph(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs, backend=backend))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=note_graph))
     teacher = model.DiT(CONFIG).requires_grad_(False)
     network.compile_blocks()
     teacher.compile_blocks()
@@ -135,10 +139,17 @@ def test_trunk_detokenizer_and_teacher_compile_once_each(network, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_and_sampling_take_a_fused_attention_kernel():
     """No fused kernel takes float32 with grouped keys; the fallback stores the whole matrix of scores."""
+    noisy, t, text = inputs()
     with torch.device("cuda"):
-        network, (noisy, t, text) = model.example(JOINT, (16, 16), 2)
+        network = model.DiT(JOINT)
+    noisy = {m: x.cuda() for m, x in noisy.items()}
+    t = {m: level.cuda() for m, level in t.items()}
+    text = text.cuda()
+    schedule = model.make_schedule(["rgb", "depth"], 2)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         x0_hat = network(noisy, t, text)
         sum(x.sum() for x in x0_hat.values()).backward()
-        made = network.sample(model.noise_levels(["rgb", "depth"], 2), noisy, text, guidance={"rgb": 2.0})
-    assert all(x.isfinite().all() and x.dtype == torch.float32 for x in (*x0_hat.values(), *made.values()))
+        made = network.sample(schedule, noisy, text, guidance={"rgb": 2.0})
+    for x in (*x0_hat.values(), *made.values()):
+        assert x.isfinite().all()
+        assert x.dtype == torch.float32
