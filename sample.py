@@ -155,12 +155,15 @@ def list_inputs(args):
     files = {name: list_files(getattr(args, word), name) for name, word in WORDS.items() if getattr(args, word)}
     if not files:
         return {"": {}}
-    stems = sorted(set.union(*map(set, files.values())))
+    first = next(iter(files))
     for name, paths in files.items():
-        for stem in stems:
-            if stem not in paths:
-                data.fail(f"--{WORDS[name]}: no file has the name {stem or '(a single file)'}, as another input")
-    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in stems}
+        unpaired = sorted(paths.keys() ^ files[first].keys())
+        if unpaired:
+            flags = f"--{WORDS[first]} and --{WORDS[name]}"
+            data.fail(
+                f"{flags}: must be two files, or directories of files with the same names; {unpaired[0]} is in one"
+            )
+    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in files[first]}
 
 
 @dataclass
@@ -387,7 +390,7 @@ def label_pictures(modalities, given, made):
 def generate_files(sampler, inputs, jobs, out, settings):
     """Generate jobs of the same inputs and write them. Yields for each (caption, pictures), to be shown in the grid."""
     step = sampler.jobs_at_a_time()
-    for start in range(0, len(jobs), step):
+    for start in tqdm(range(0, len(jobs), step), jobs[0].name, delay=1, leave=False):
         batch = jobs[start : start + step]
         for job, made in zip(batch, sampler.generate(inputs, batch), strict=True):
             metadata = {**asdict(job), "generated": list(made), "network_size": inputs.size, **settings}
@@ -410,7 +413,7 @@ def main():
     settings = {"checkpoint_step": state.get("step"), "torch": torch.__version__, "settings": vars(args)}
     shown = []
     num_unreadable = 0
-    bar = tqdm(total=len(files) * len(prompts) * args.count, delay=1, leave=False)
+    num_samples = 0
     for stem, paths in files.items():
         try:
             inputs = read_inputs(paths, task, config)
@@ -419,16 +422,15 @@ def main():
             num_unreadable += 1
             continue
         for labelled in generate_files(sampler, inputs, list_jobs(stem, paths, prompts, args), out, settings):
-            bar.update()
+            num_samples += 1
             if len(shown) < SHOWN:
                 shown.append(labelled)
-    bar.close()
 
     if shown:
         rows = {label: [pictures[label] for _, pictures in shown] for label in shown[0][1]}
         rows[""] = [caption for caption, _ in shown]
         data.write_image(out / "grid.png", data.draw_grid(list(rows.values()), list(rows)))
-        print(f"{bar.n} samples in {out}; see {out}/grid.png")
+        print(f"{num_samples} samples in {out}; see {out}/grid.png")
     if num_unreadable:
         raise SystemExit(2)
 

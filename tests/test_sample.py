@@ -228,7 +228,7 @@ def test_directories_are_paired_by_name_and_sparse_depth_is_completed_in_its_uni
     picture(tmp_path / "in/unpaired.png")
     with pytest.raises(SystemExit):
         call("--image in --depth maps --count 1 --steps 2 --out again")
-    assert "--depth: no file has the name unpaired" in capsys.readouterr().err
+    assert "same names; unpaired is in one" in capsys.readouterr().err
 
 
 def test_in_a_directory_what_cannot_be_read_is_named_and_left_out(call, tmp_path, capsys):
