@@ -66,48 +66,6 @@ def parse_flags():
     return args
 
 
-@dataclass
-class Task:
-    """What the command line asks of a network."""
-
-    size: tuple  # (H, W) of what the network sees
-    order: object  # log2(alpha) or a list of names, as make_schedule takes it
-    strength: dict  # {modality: 0 to 1} of what is given
-    measured: list  # modalities that are given beside an image: generated, then corrected to equal the input
-    generated: list  # modalities that the first pass generates
-
-
-def read_task(args, config):
-    """The Task of a command line. Exit code 2 if a network of this config cannot do it."""
-    size = data.parse_size(args.size) if args.size else (config.size, config.size)
-    if size[0] % config.patch or size[1] % config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the patch size, {config.patch}")
-
-    names = [m.name for m in config.modalities]
-    image = names[0]
-    inputs = [name for name, word in WORDS.items() if getattr(args, word)]
-    missing = [name for name in [*inputs, args.refine] if name and name not in names]
-    if missing:
-        data.fail(f"--checkpoint {args.checkpoint}: has no {missing[0]}, only {', '.join(names)}; give one that has it")
-
-    measured = [name for name in inputs if image in inputs and MODALITIES[name].encoding in COMPLETIONS]
-    strength = {name: args.strength.get(name, 1.0) for name in inputs if name not in measured}
-    unused = [name for name in args.strength if name not in strength]
-    if unused:
-        data.fail(f"--strength {unused[0]}: {unused[0]} is not given, or measured beside an image; leave it out")
-    if args.ensemble > 1 and (image not in inputs or args.refine == image):
-        data.fail(f"--ensemble {args.ensemble}: is the median of the maps of one --image; leave it out")
-    if inputs and args.order != "joint":
-        data.fail(f"--order {args.order}: inputs always come first, by their --strength; leave it out")
-
-    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
-    listed = order if isinstance(order, list) else names
-    generated = [name for name in names if name in listed and name not in strength]
-    if not generated:
-        data.fail(f"--checkpoint {args.checkpoint}: has no modality but those given, so nothing is left to generate")
-    return Task(size, order, strength, measured, generated)
-
-
 def list_prompts(args, length):
     """All prompts. length: bytes of a prompt that the network reads; 0 if it has a text encoder."""
     prompts = list(args.prompt)
@@ -155,12 +113,13 @@ def list_inputs(args):
     files = {name: list_files(getattr(args, word), name) for name, word in WORDS.items() if getattr(args, word)}
     if not files:
         return {"": {}}
-    stems = sorted(set.union(*map(set, files.values())))
+    first = next(iter(files))
     for name, paths in files.items():
-        for stem in stems:
-            if stem not in paths:
-                data.fail(f"--{WORDS[name]}: no file has the name {stem or '(a single file)'}, as another input")
-    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in stems}
+        unpaired = sorted(paths.keys() ^ files[first].keys())
+        if unpaired:
+            flags = f"--{WORDS[first]} and --{WORDS[name]}"
+            data.fail(f"{flags}: must be two files, or directories with equal names; {unpaired[0]} has no partner")
+    return {stem: {name: paths[stem] for name, paths in files.items()} for stem in files[first]}
 
 
 @dataclass
@@ -173,10 +132,10 @@ class Inputs:
     shape: tuple  # (H, W) of the files and of the result
 
 
-def read_inputs(paths, task, config):
+def read_inputs(paths, sampler):
     """{modality: path} -> Inputs. Raises data.BadSample, whose message begins with the name of a file."""
-    size = task.size
-    shape = task.size
+    size = sampler.size
+    shape = sampler.size
     maps = {}
     for name, path in paths.items():
         with data.reading(path):
@@ -184,9 +143,10 @@ def read_inputs(paths, task, config):
             if maps and valid.shape != shape:
                 raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
         shape = valid.shape
-        size = config.fit(*shape, math.prod(task.size) ** 0.5)  # the aspect of the files, at the area of --size
+        side = math.prod(sampler.size) ** 0.5
+        size = sampler.network.config.fit(*shape, side)  # the aspect of the files, at the area of --size
         maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
-    given = {name: resize_input(MODALITIES[name], *maps[name], size) for name in task.strength}
+    given = {name: resize_input(MODALITIES[name], *maps[name], size) for name in sampler.strength}
     return Inputs(maps, given, size, shape)
 
 
@@ -223,21 +183,24 @@ def list_jobs(stem, paths, prompts, args):
     return jobs
 
 
+@dataclass
 class Sampler:
-    """A network, its encoders, and what to do with them."""
+    """A network, and what the command line asks of it."""
 
-    def __init__(self, network, encoders, task, args):
-        self.network = network
-        self.encoders = encoders
-        self.task = task
-        self.args = args
-        self.device = network.text_tokenizer.weight.device
-        self.modalities = {m.name: m for m in network.modalities}
-        self.image = network.modalities[0].name
+    args: object
+    network: object
+    encoders: object
+    modalities: dict  # {name: Modality}
+    image: str  # name of the first modality, on which the encoders act
+    size: tuple  # (H, W) that the network sees where no file is given
+    order: object  # log2(alpha) or a list of names, as make_schedule takes it
+    strength: dict  # {modality: 0 to 1} of what is given
+    measured: list  # modalities that are given beside an image: generated, then corrected to equal the input
+    generated: list  # modalities that the first pass generates
 
     def jobs_at_a_time(self):
         """How many jobs make --batch-size samples for the network: ensemble members and guided copies count."""
-        guided = any(self.args.cfg.get(name, 1) != 1 for name in self.task.generated)
+        guided = any(self.args.cfg.get(name, 1) != 1 for name in self.generated)
         copies = 2 if guided else 1
         return max(1, self.args.batch_size // (self.args.ensemble * copies))
 
@@ -257,25 +220,25 @@ class Sampler:
         """One pass: {m: (B, C, H, W)}, not decoded."""
         steps = self.args.steps or (I2D_STEPS if strength.get(self.image) == 1 else 50)
         schedule = make_schedule(list(noise), steps, order, strength)
-        guidance = {name: scale for name, scale in self.args.cfg.items() if name not in given}
-        return self.network.sample(schedule, noise, text, given, guidance, self.args.cfg_interval)
+        return self.network.sample(schedule, noise, text, given, self.args.cfg, self.args.cfg_interval)
 
     def generate(self, inputs, jobs):
         """Returns for each job what is generated, {m: (values (C, H, W), valid (1, H, W))}."""
         members = [(job, k) for job in jobs for k in range(self.args.ensemble)]
         rng = data.PerSampleRNG("sample", [job.seed + (k << 32) for job, k in members])
-        noise = {name: rng.randn(*m.shape(inputs.size)).to(self.device) for name, m in self.modalities.items()}
-        text = self.encoders.encode_text([job.prompt for job, _ in members]).to(self.device)
+        device = next(self.network.parameters()).device
+        noise = {name: rng.randn(*m.shape(inputs.size)).to(device) for name, m in self.modalities.items()}
+        text = self.encoders.encode_text([job.prompt for job, _ in members]).to(device)
         given = {}
         for name, (values, valid) in inputs.given.items():
-            values = values.to(self.device).repeat(len(members), 1, 1, 1)
-            valid = valid.to(self.device).repeat(len(members), 1, 1, 1)
+            values = values.to(device).repeat(len(members), 1, 1, 1)
+            valid = valid.to(device).repeat(len(members), 1, 1, 1)
             given[name] = self.encode(name, values, valid)
 
-        x0 = self.run(noise, text, given, self.task.order, self.task.strength)
-        made = {name: self.decode(name, x0[name]) for name in self.task.generated}
-        refined = self.args.refine
-        if refined:
+        x0 = self.run(noise, text, given, self.order, self.strength)
+        made = {name: self.decode(name, x0[name]) for name in self.generated}
+        if self.args.refine:
+            refined = self.args.refine
             others = given | {name: self.encode(name, values) for name, values in made.items()}
             others.pop(refined, None)
             x0 = self.run(noise, text, others, [refined], dict.fromkeys(others, 1.0))
@@ -291,10 +254,43 @@ class Sampler:
         if inputs.shape != inputs.size:
             x = F.interpolate(x, inputs.shape, mode="bicubic" if m.encoding == "plain" else "bilinear")
         x = m.finish(x)
-        if name in self.task.measured:
+        if name in self.measured:
             values, valid = inputs.maps[name]
             x = COMPLETIONS[m.encoding](x, values[None], valid[None])
         return x[0], torch.ones(1, *inputs.shape, dtype=torch.bool)
+
+
+def make_sampler(args, network, encoders):
+    """The Sampler for a command line. Exit code 2 if the network cannot do what it asks."""
+    config = network.config
+    size = data.parse_size(args.size) if args.size else (config.size, config.size)
+    if size[0] % config.patch or size[1] % config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch size, {config.patch}")
+
+    names = [m.name for m in config.modalities]
+    image = names[0]
+    inputs = [name for name, word in WORDS.items() if getattr(args, word)]
+    missing = [name for name in [*inputs, args.refine] if name and name not in names]
+    if missing:
+        data.fail(f"--checkpoint {args.checkpoint}: has no {missing[0]}, only {', '.join(names)}; give one that has it")
+
+    measured = [name for name in inputs if image in inputs and MODALITIES[name].encoding in COMPLETIONS]
+    strength = {name: args.strength.get(name, 1.0) for name in inputs if name not in measured}
+    unused = [name for name in args.strength if name not in strength]
+    if unused:
+        data.fail(f"--strength {unused[0]}: {unused[0]} is not given, or measured beside an image; leave it out")
+    if args.ensemble > 1 and (image not in inputs or args.refine == image):
+        data.fail(f"--ensemble {args.ensemble}: is the median of the maps of one --image; leave it out")
+    if inputs and args.order != "joint":
+        data.fail(f"--order {args.order}: inputs always come first, by their --strength; leave it out")
+
+    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
+    listed = order if isinstance(order, list) else names
+    generated = [name for name in names if name in listed and name not in strength]
+    if not generated:
+        data.fail(f"--checkpoint {args.checkpoint}: has no modality but those given, so nothing is left to generate")
+    modalities = {m.name: m for m in config.modalities}
+    return Sampler(args, network, encoders, modalities, image, size, order, strength, measured, generated)
 
 
 # ---- Files ----
@@ -387,7 +383,7 @@ def label_pictures(modalities, given, made):
 def generate_files(sampler, inputs, jobs, out, settings):
     """Generate jobs of the same inputs and write them. Yields for each (caption, pictures), to be shown in the grid."""
     step = sampler.jobs_at_a_time()
-    for start in range(0, len(jobs), step):
+    for start in tqdm(range(0, len(jobs), step), jobs[0].name, delay=1, leave=False):
         batch = jobs[start : start + step]
         for job, made in zip(batch, sampler.generate(inputs, batch), strict=True):
             metadata = {**asdict(job), "generated": list(made), "network_size": inputs.size, **settings}
@@ -397,38 +393,36 @@ def generate_files(sampler, inputs, jobs, out, settings):
 
 def main():
     args = parse_flags()
+    device = data.pick_device(args.device)
     network, state = data.open_network(args.checkpoint)
     config = network.config
-    task = read_task(args, config)
-    device = data.pick_device(args.device)
     encoders = data.open_encoders(args.encoders, device, config, state["settings"].get("encoders", ""))
+    sampler = make_sampler(args, network.to(device), encoders)
     prompts = list_prompts(args, 0 if config.text_dim else config.text_length)
     files = list_inputs(args)
     out = data.claim_folder(args.out)
 
-    sampler = Sampler(network.to(device), encoders, task, args)
     settings = {"checkpoint_step": state.get("step"), "torch": torch.__version__, "settings": vars(args)}
     shown = []
     num_unreadable = 0
-    bar = tqdm(total=len(files) * len(prompts) * args.count, delay=1, leave=False)
+    num_samples = 0
     for stem, paths in files.items():
         try:
-            inputs = read_inputs(paths, task, config)
+            inputs = read_inputs(paths, sampler)
         except data.BadSample as error:
             data.log(str(error))
             num_unreadable += 1
             continue
         for labelled in generate_files(sampler, inputs, list_jobs(stem, paths, prompts, args), out, settings):
-            bar.update()
+            num_samples += 1
             if len(shown) < SHOWN:
                 shown.append(labelled)
-    bar.close()
 
     if shown:
         rows = {label: [pictures[label] for _, pictures in shown] for label in shown[0][1]}
         rows[""] = [caption for caption, _ in shown]
         data.write_image(out / "grid.png", data.draw_grid(list(rows.values()), list(rows)))
-        print(f"{bar.n} samples in {out}; see {out}/grid.png")
+        print(f"{num_samples} samples in {out}; see {out}/grid.png")
     if num_unreadable:
         raise SystemExit(2)
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 
+import animate
 import numpy as np
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_directories_are_paired_by_name_and_sparse_depth_is_completed_in_its_uni
     picture(tmp_path / "in/unpaired.png")
     with pytest.raises(SystemExit):
         call("--image in --depth maps --count 1 --steps 2 --out again")
-    assert "--depth: no file has the name unpaired" in capsys.readouterr().err
+    assert "equal names; unpaired has no partner" in capsys.readouterr().err
 
 
 def test_in_a_directory_what_cannot_be_read_is_named_and_left_out(call, tmp_path, capsys):
@@ -383,7 +384,9 @@ def test_any_subset_can_be_given(call, tmp_path):
     assert metadata(tmp_path / "depth/000")["generated"] == ["depth"]
     call("--image a.png --normal n.npy --depth d.npy --count 1 --steps 2 --out completed", network="all")
     assert (np.load(tmp_path / "completed/000/depth.npy").diagonal() == 50).all()
-    call("--normal n.npy --depth d.npy --strength normal=0.7 --count 1 --steps 2 --refine normal --out r", network="all")
+    call(
+        "--normal n.npy --depth d.npy --strength normal=0.7 --count 1 --steps 2 --refine normal --out r", network="all"
+    )
     assert metadata(tmp_path / "r/000")["generated"] == ["rgb", "normal"]
     assert np.array_equal(np.load(tmp_path / "r/000/depth.npy"), np.eye(16) * 50)
 
@@ -487,3 +490,16 @@ def test_a_grid_has_its_pictures_and_captions_at_their_places():
     is_red = (grid == (255, 0, 0)).all(-1)
     assert is_red[:32, 110:142].all() and is_red[-36:-4, 146:178].all() and is_red.sum() == 2 * 32 * 32
     assert (grid[36:-36, 110:146] < 128).any() and not (grid[36:-36, 146:] < 128).any()
+
+
+def test_an_animation_ends_with_the_sample(call, checkpoints, tmp_path, monkeypatch):
+    call("--prompt a --count 1 --steps 3 --out s")
+    monkeypatch.setattr(
+        sys, "argv", f"animate.py --checkpoint {checkpoints['rgbd']} --prompt a --count 1 --steps 3".split()
+    )
+    animate.main()
+    with Image.open("animation.gif") as animation:
+        assert animation.n_frames == 3
+        animation.seek(2)
+        last = np.asarray(animation.convert("RGB")).astype(int)[:96:6, :96:6]
+    assert np.abs(last - pixels(tmp_path / "s/000/rgb.png")).mean() < 10  # a GIF has 256 colours
