@@ -151,9 +151,9 @@ FLAGS = [
     (sample, "--checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
     (sample, "--checkpoint {forcing} --order rgb,rgb", "--order rgb,rgb"),
     (sample, "--checkpoint {forcing} --order depth,rgb --image {tmp}/good.png", "--order depth,rgb"),
-    (sample, "--strength rgb=2", "--strength 2: must be"),
-    (sample, "--strength depth=", "--strength : must be"),
-    (sample, "--cfg rgb=3,depth=nan", "--cfg nan: must be"),
+    (sample, "--strength rgb=2", "--strength rgb=2: must be"),
+    (sample, "--strength depth=", "--strength depth=: must be"),
+    (sample, "--cfg rgb=3,depth=nan", "--cfg rgb=3,depth=nan: must be"),
     (sample, "--checkpoint {forcing} --strength 0.5", "--strength rgb: rgb is not given"),
     (sample, "--checkpoint {forcing} --image {tmp}/good.png --depth {tmp}/d.npy --strength depth=0.5", "measured"),
     (
