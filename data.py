@@ -44,9 +44,8 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,7 +111,7 @@ OBJECTS = 3  # at most, in a scene
 ROOM = OBJECTS  # index of the room, which is the last solid: you see its floor, walls and ceiling from inside
 COLUMNS = 64  # random numbers of a scene
 
-PARAMETERS = {  # name: (its columns of the scene's random numbers, low, high). A list has one column per object.
+PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). Lists of three have a column per object.
     "outside": (0, 0, 1),
     "fov": (1, 46, 66),  # vertical, in degrees
     "height": (2, 0.8, 2.2),  # of the camera
@@ -120,24 +119,19 @@ PARAMETERS = {  # name: (its columns of the scene's random numbers, low, high). 
     "shape": ([4, 5, 6], 0, len(SHAPES)),
     "floor": (7, 0, len(FLOORS)),
     "striped": (8, 0, 2),  # walls
-    "relation": (9, 0, 1),  # which words the caption uses for two objects
+    "relation": (9, 0, 1),  # chooses the caption's words for two objects
     "pitch": (10, -0.09, 0.09),
-    "color": ([11, 12, 13], 0, 1),
+    "color": ([11, 12, 13], 0, [8, 7, 6]),  # each among the colours that are left
     "radius": ([14, 15, 16], 0.38, 0.62),
     "pillar_height": ([17, 18, 19], 0.75, 1.15),
     "distance": ([20, 21, 22], 2.1, 4.0),
     "offset": ([23, 24, 25], -0.22, 0.22),
-    "left": (26, 2.8, 4.2),
-    "left_outside": (27, 8, 12),
-    "right": (28, 2.8, 4.2),
-    "right_outside": (29, 8, 12),
-    "back": (30, 1.5, 3),
-    "back_outside": (31, 5, 7),
-    "front": (32, 5.4, 8),
-    "front_outside": (33, 9, 15),
-    "ceiling": (34, 2.6, 3.6),
-    "object_angle": ([35, 36, 37], 0, 1.57),
-    "room_angle": (38, -0.4, 0.4),
+    "left": ([26, 27], [2.8, 8], [4.2, 12]),  # walls of a room, and how far you see outside
+    "right": ([28, 29], [2.8, 8], [4.2, 12]),
+    "back": ([30, 31], [1.5, 5], [3, 7]),
+    "front": ([32, 33], [5.4, 9], [8, 15]),
+    "top": ([34, 34], [2.6, 1000], [3.6, 1000]),
+    "angle": ([35, 36, 37, 38], [0, 0, 0, -0.4], [1.57, 1.57, 1.57, 0.4]),  # of the objects and the room
     "fence": (39, 0.5, 1.6),  # its height; above it is the sky
     "tile": (40, 0.7, 1.3),
     "light_x": (41, -2.2, 2.2),
@@ -169,12 +163,17 @@ def split_mix(z):
 
 
 def draw_parameters(split, indices):
-    """{name in PARAMETERS: (B,) or (B, OBJECTS) float32} for B indices. A scene does not depend on its batch."""
+    """{name: float32 of shape (B,), or (B, columns)} of PARAMETERS. A scene does not depend on its batch."""
     counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
     seed = to_int64(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))
     bits = split_mix((counter + seed) * GOLDEN)
     uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1)
-    return {name: uniform[:, columns] * (high - low) + low for name, (columns, low, high) in PARAMETERS.items()}
+
+    drawn = {}
+    for name, (columns, low, high) in PARAMETERS.items():
+        width = torch.tensor(np.subtract(high, low)).float()
+        drawn[name] = uniform[:, columns] * width + torch.tensor(low).float()
+    return drawn
 
 
 def to_index(drawn, choices):
@@ -182,30 +181,29 @@ def to_index(drawn, choices):
     return drawn.long().clamp(max=choices - 1)
 
 
-def distinct_colors(uniform):
-    """(B, OBJECTS) numbers from 0 to 1 -> (B, OBJECTS) indices of COLORS, all different within a scene."""
-    colors = torch.zeros_like(uniform, dtype=torch.long)
+def distinct_colors(drawn):
+    """(B, OBJECTS) numbers, of which each counts the colours that are left -> (B, OBJECTS) indices of COLORS."""
+    colors = torch.zeros_like(drawn, dtype=torch.long)
     for i in range(OBJECTS):
-        choices = len(COLORS) - i
-        color = to_index(uniform[:, i] * choices, choices)  # counts the colours that are not taken yet
+        color = to_index(drawn[:, i], len(COLORS) - i)
         for taken in colors[:, :i].sort(1).values.unbind(1):
             color = color + (color >= taken)
         colors[:, i] = color
     return colors
 
 
-def place_objects(drawn, shape, count, fov):
-    """Centres and half extents of a scene's objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
-    is_pillar = shape == list(SHAPES).index("pillar")
+def place_objects(scenes, drawn):
+    """Centres and half extents of the objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
+    is_pillar = scenes["shape"] == list(SHAPES).index("pillar")
     half_width = torch.where(is_pillar, 0.6 * drawn["radius"], drawn["radius"])
     half_height = torch.where(is_pillar, drawn["pillar_height"], drawn["radius"])
 
-    column = (torch.arange(OBJECTS) + 0.5) * 2 / count[:, None] - 1 + drawn["offset"]  # -1 to 1 across the picture
+    count = scenes["count"][:, None]
+    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + drawn["offset"]  # -1 to 1 across the picture
     z = drawn["distance"]
-    x = column * 0.85 * z * (fov / 2).tan()[:, None]
-
+    x = column * 0.85 * z * (scenes["fov"] / 2).tan()[:, None]
     centre = torch.stack([x, half_height, z], 2)
-    centre[torch.arange(OBJECTS) >= count[:, None]] = -100.0  # the others are out of sight
+    centre[torch.arange(OBJECTS) >= count] = -100.0  # out of sight
     return centre, torch.stack([half_width, half_height, half_width], 2)
 
 
@@ -213,54 +211,41 @@ def draw_scenes(split, indices):
     """Scenes for a sequence of B indices: a dictionary of tensors whose leading dimension is B.
 
     Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are OBJECTS
-    objects and the room: "centre" and "half" (extent) are (B, 4, 3), "quadric" is (B, 4, 3), and "angle", the rotation
-    about y, is (B, 4).
+    objects and the room: "centre", "half" (extent) and "quadric" are (B, 4, 3), "angle" (about y) is (B, 4).
     """
     drawn = draw_parameters(split, indices)
-    outside = drawn["outside"] < 0.35
-    fov = drawn["fov"].deg2rad()
-    count = to_index(drawn["count"], OBJECTS) + 1
-    shape = to_index(drawn["shape"], len(SHAPES))
+    scenes = {name: drawn[name] for name in ("height", "relation", "angle", "fence", "tile")}
+    scenes["outside"] = drawn["outside"] < 0.35
+    scenes["fov"] = drawn["fov"].deg2rad()
+    scenes["pitch"] = ((drawn["height"] - 0.55) / 3).atan() + drawn["pitch"]
+    scenes["count"] = to_index(drawn["count"], OBJECTS) + 1
+    scenes["shape"] = to_index(drawn["shape"], len(SHAPES))
+    scenes["color"] = distinct_colors(drawn["color"])
+    scenes["big"] = drawn["radius"] > 0.5
+    scenes["floor"] = to_index(drawn["floor"], len(FLOORS))
+    scenes["striped"] = to_index(drawn["striped"], 2)
 
-    def by_place(in_room, on_open_ground):
-        return torch.where(outside, on_open_ground, in_room)
-
-    centre, half = place_objects(drawn, shape, count, fov)
-    left = -by_place(drawn["left"], drawn["left_outside"])
-    right = by_place(drawn["right"], drawn["right_outside"])
-    back = -by_place(drawn["back"], drawn["back_outside"])
-    front = by_place(drawn["front"], drawn["front_outside"])
-    top = by_place(drawn["ceiling"], 1000.0)
-    low = torch.stack([left, torch.zeros_like(top), back], 1)
-    high = torch.stack([right, top, front], 1)
-
-    light = torch.stack([drawn["light_x"], by_place(2.5, 5.0), drawn["light_z"]], 1)
     muted = torch.tensor(MUTED)
     wall_color = muted[to_index(drawn["wall_color"], len(MUTED))]
-    quadrics = torch.tensor(list(SHAPES.values()))
-    room_shape = list(SHAPES).index("box")
-    return {
-        "outside": outside,
-        "fov": fov,
-        "height": drawn["height"],
-        "pitch": ((drawn["height"] - 0.55) / 3).atan() + drawn["pitch"],
-        "count": count,
-        "shape": shape,
-        "color": distinct_colors(drawn["color"]),
-        "big": drawn["radius"] > 0.5,
-        "relation": drawn["relation"],
-        "centre": torch.cat([centre, (low + high)[:, None] / 2], 1),
-        "half": torch.cat([half, (high - low)[:, None] / 2], 1),
-        "quadric": quadrics[F.pad(shape, (0, 1), value=room_shape)],
-        "angle": torch.cat([drawn["object_angle"], drawn["room_angle"][:, None]], 1),
-        "floor": to_index(drawn["floor"], len(FLOORS)),
-        "striped": to_index(drawn["striped"], 2),
-        "fence": drawn["fence"],
-        "tile": drawn["tile"],
-        "light": light * by_place(1.0, 4.0)[:, None],
-        "floor_color": muted[to_index(drawn["floor_color"], len(MUTED))],
-        "wall_color": wall_color * drawn["wall_brightness"][:, None],
-    }
+    scenes["floor_color"] = muted[to_index(drawn["floor_color"], len(MUTED))]
+    scenes["wall_color"] = wall_color * drawn["wall_brightness"][:, None]
+
+    outside = scenes["outside"].long()[:, None]
+    left, right, back, front, top = (
+        drawn[name].gather(1, outside)[:, 0] for name in ("left", "right", "back", "front", "top")
+    )
+    low = torch.stack([-left, 0 * top, -back], 1)
+    high = torch.stack([right, top, front], 1)
+    centre, half = place_objects(scenes, drawn)
+    scenes["centre"] = torch.cat([centre, (low + high)[:, None] / 2], 1)
+    scenes["half"] = torch.cat([half, (high - low)[:, None] / 2], 1)
+    shape = F.pad(scenes["shape"], (0, 1), value=list(SHAPES).index("box"))  # of the room too
+    scenes["quadric"] = torch.tensor(list(SHAPES.values()))[shape]
+
+    lamp = torch.stack([drawn["light_x"], torch.full_like(top, 2.5), drawn["light_z"]], 1)
+    sun = 4 * torch.stack([drawn["light_x"], torch.full_like(top, 5.0), drawn["light_z"]], 1)
+    scenes["light"] = torch.where(scenes["outside"][:, None], sun, lamp)
+    return scenes
 
 
 def describe_object(scenes, i, k):
@@ -615,7 +600,7 @@ def read_npy(content, scale=1.0):
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
-    check_pixels(shape[:2])
+    check_pixels(shape)
     if dtype.kind not in "fiu":
         raise BadSample(f"holds {dtype}; must hold real numbers")
     return np.load(io.BytesIO(content), allow_pickle=False) * np.float32(scale)
@@ -637,34 +622,32 @@ def read_pfm(content, scale):
 MAPS = {"png": read_png, "npy": read_npy, "pfm": read_pfm}
 
 
-class DepthLimits(NamedTuple):
-    """What depth files hold: metres are values of a PNG times scale. Outside of (low, high] depth is missing."""
-
-    scale: float = 1.0
-    low: float = 0.0
-    high: float = 0.0
-    """0 is no limit."""
-
-
-ANY_DEPTH = DepthLimits()
+def suffix_of(name):
+    return name.rpartition(".")[2].lower()
 
 
 def read_array(name, content, scale=1.0):
-    """Bytes of a .png, .npy or .pfm file, as the suffix of its name says -> (H, W) float32, times scale."""
+    """Bytes of a .png, .npy or .pfm file -> (H, W) float32, times scale."""
     values = MAPS[suffix_of(name)](content, scale)
-    if values.squeeze().ndim != 2:
+    if values.ndim > 2:
+        values = values.squeeze()  # (1, height, width), say
+    if values.ndim != 2:
         raise BadSample(f"has shape {values.shape}; must be (height, width)")
-    return values.squeeze().astype(np.float32, copy=False)
+    return values.astype(np.float32, copy=False)
 
 
-def read_depth(name, content, limits):
-    depth = read_array(name, content, limits.scale)
-    high = limits.high or np.finfo(np.float32).max
-    valid = (depth > max(limits.low, 0)) & (depth <= high)  # False for NaN and infinity
+def read_image(name, content, **_):
+    image, whole = load_image(content)
+    return image / np.float32(127.5) - 1, np.ones(whole, bool)
+
+
+def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
+    depth = read_array(name, content, scale)
+    valid = (depth > max(low, 0)) & (depth <= high) & np.isfinite(depth)
     return depth[..., None], valid
 
 
-def read_normals(name, content, limits):
+def read_normals(name, content, **_):
     vectors = read_npy(content).astype(np.float32)
     if vectors.ndim != 3 or vectors.shape[2] != 3:
         raise BadSample(f"has shape {vectors.shape}; must be (height, width, 3)")
@@ -673,20 +656,13 @@ def read_normals(name, content, limits):
     return vectors / np.where(valid, length, 1)[..., None], valid
 
 
-def read_image(name, content, limits):
-    image, whole = load_image(content)
-    return image / np.float32(127.5) - 1, np.ones(whole, bool)
-
-
 @dataclass(frozen=True)
 class Format:
     """How files hold the values of an encoding."""
 
     suffixes: tuple
-    read: Callable
-    """(name of the file, its bytes, DepthLimits) -> values (H, W, C) float32, valid (H, W) bool."""
-    mirror: tuple = (1,)
-    """Factors of the channels in a picture that is mirrored left to right."""
+    read: Callable  # (name of the file, its bytes, options of read_depth) -> values (H, W, C), valid (H, W)
+    mirror: tuple = (1,)  # factors of the channels of a mirrored map
 
 
 FORMATS = {  # for each key of model.ENCODINGS
@@ -696,28 +672,24 @@ FORMATS = {  # for each key of model.ENCODINGS
 }
 
 
-def suffix_of(name):
-    return name.rpartition(".")[2].lower()
+def read_map(modality, name, content, mask=None, **depth_options):
+    """Bytes of a modality's file -> values (H, W, C) float32, valid (H, W) bool.
 
-
-def read_map(modality, name, content, mask=None, limits=ANY_DEPTH):
-    """Bytes of a file of a modality -> values (H, W, C) float32, valid (H, W) bool. Raises BadSample.
-
-    Pixels that are 0 in mask, the bytes of an image, are missing too.
+    mask: bytes of an image, which is 0 at missing pixels. depth_options are the scale and range of read_depth.
     """
     format = FORMATS[modality.encoding]
     if suffix_of(name) not in format.suffixes:
         raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
-    values, valid = format.read(name, content, limits)
+    values, valid = format.read(name, content, **depth_options)
     if values.shape[2] != modality.channels:
         raise BadSample(f"has {values.shape[2]} channels; {modality.name} has {modality.channels}")
     if mask is not None:
-        mask, _ = load_image(mask)
-        if mask.shape[:2] != valid.shape:
-            raise BadSample(f"has shape {valid.shape}, its mask {mask.shape[:2]}")
-        valid = valid & (mask > 0).any(2)
+        mask, shape = load_image(mask)
+        if shape != valid.shape:
+            raise BadSample(f"has shape {valid.shape}, its mask {shape}")
+        valid = valid & mask.any(2)
     if not valid.any():
-        raise BadSample("no valid pixel: none is finite, in range and unmasked")
+        raise BadSample("no valid pixel: none is above 0, finite, in range and unmasked")
     return values, valid
 
 
@@ -815,22 +787,19 @@ def nearest(values, valid, size, box):
 class Batch:
     """B samples. What a sample lacks is masked out."""
 
-    values: dict
-    """{modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length."""
-    valid: dict
-    """{modality: (B, 1, H, W) bool, or None if all pixels are valid}."""
+    values: dict  # {modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length
+    valid: dict  # {modality: (B, 1, H, W) bool, or None if all pixels are valid}
     captions: list
-    indices: list
-    """Global indices of the samples in training, for PerSampleRNG; positions in an evaluation."""
+    indices: list  # in training global ones, for PerSampleRNG
     names: list
-    shapes: list
-    """(height, width) of the whole pictures, before they were cropped and resized."""
+    shapes: list  # (height, width) of the whole pictures, before they were cropped and resized
 
 
 class SyntheticWorld:
-    """The synthetic world as a source: a sample for every index. It has images, depth and normals."""
+    """The synthetic world as a source: it has a sample for every index."""
 
     modalities = ("rgb", "depth", "normal")
+    entries = range(1 << 32)
 
     def __init__(self, split, size, device="cpu"):
         self.split = split
@@ -846,6 +815,11 @@ class SyntheticWorld:
         names = [f"{i:06}" for i in indices]
         return Batch(values, valid, captions, list(indices), names, [self.size] * len(indices))
 
+    def load(self, parts, workers, device):
+        """Yields (Batch, problems) for each of the parts, which are sequences of indices."""
+        for indices in parts:
+            yield self.samples(indices), []
+
 
 WINDOW = 8  # shards whose samples are shuffled together
 ATTEMPTS = 10  # samples that are tried in place of one that cannot be read
@@ -853,82 +827,88 @@ ATTEMPTS = 10  # samples that are tried in place of one that cannot be read
 
 @dataclass
 class SampleFiles:
-    """The files of a sample, of which none has been decoded yet."""
+    """A sample as a folder or a shard lists it. None of its files has been read yet."""
 
     name: str
-    where: str
-    """What messages about the sample begin with."""
-    files: dict
-    """{"image", "mask" or name of a modality: name of its file}."""
-    read: Callable
-    """Name of a file -> its bytes."""
-    text: str | None = None
-    depth_scale: float | None = None
+    where: str  # what messages about the sample begin with
+    problem: str = ""  # why it cannot be used
+    files: dict = field(default_factory=dict)  # {"image", "mask", "txt", "json" or a modality: name of its file}
+    read: Callable = None  # name of a file -> its bytes
+    row: dict = field(default_factory=dict)  # of metadata.jsonl
+
+    def read_text(self):
+        """(caption, depth_scale), each None if there is none."""
+        row = self.row
+        text = row.get("text")
+        if "json" in self.files:
+            with reading("json"):
+                row = parse_json(self.read(self.files["json"]))
+            text = row.get("caption")
+        if "txt" in self.files:
+            with reading("txt"):
+                text = self.read(self.files["txt"]).decode()
+        return text, row.get("depth_scale")
 
 
 class Files(Dataset):
     """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
 
-    An epoch has each sample once. In training its order is computed from (seed, epoch): the shards are shuffled and
-    taken WINDOW at a time, and the samples of each window are shuffled. A folder is one window. So the samples of a
-    step do not depend on the number of ranks, --workers or --grad-accum.
+    So the samples of a step do not depend on the number of ranks, --workers or --grad-accum.
 
-    units: the folder, or the paths of the shards. index: for each unit the entries of its samples, which are rows of
-    the folder or offsets in the shard. It is None until the samples of the shards have been counted.
+    entries: for each sample its SampleFiles, or of shards the array of index_shards, once they have been counted.
     """
 
-    def __init__(self, units, index, args, training, size, modalities):
-        self.units = units
+    def __init__(self, args, training, size, modalities, entries=None, shards=()):
         self.args = args
         self.training = training
         self.size = size
         self.modalities = modalities
-        self.set_index(index)
+        self.entries = entries
+        self.shards = shards
+        self.first = args.seed << 32 if training else 0  # in training, indices are global
 
-    def set_index(self, index):
-        self.index = index
-        self.count = sum(map(len, index or ()))
+    def open_sample(self, epoch, position):
+        """The SampleFiles at a position of an epoch."""
+        entry = self.entries[epoch_order(self, epoch)[position]]
+        if not self.shards:
+            return entry
+        shard, offset = entry.tolist()
+        return next(list_shard(self.shards[shard], offset))[1]
 
-    def locate(self, epoch, position):
-        """(unit, entry) of the sample at a position of an epoch."""
-        order, starts = unit_order(self, epoch)
-        if self.training:
-            window = np.searchsorted(starts[:-1:WINDOW], position, side="right") - 1
-            start, shuffled = window_order(self, epoch, window)
-            position = start + shuffled[position - start]
-        i = np.searchsorted(starts, position, side="right") - 1
-        return self.units[order[i]], self.index[order[i]][position - starts[i]]
+    def __getitem__(self, index):
+        """((maps {modality: (H, W, C)}, masks {modality: (H, W)}, caption, index, name, shape), None) of a sample.
 
-    def __getitem__(self, number):
-        """(sample, None), or (a substitute, the problem) if the sample cannot be read.
-
-        A sample is (maps {modality: (H, W, C)}, masks {modality: (H, W)}, caption, shape, name). In training the
-        substitute is the next sample of the epoch that can be read, or a grey image after ATTEMPTS. Otherwise it is
-        None.
+        If it cannot be read, (a substitute, the problem). In training the substitute is the next sample of the epoch
+        that can be read, or a grey image after so many ATTEMPTS. Otherwise it is None.
         """
-        epoch, position = divmod(number, self.count)
+        epoch, position = divmod(index - self.first, len(self.entries))
         problem = None
         for attempt in range(1 + ATTEMPTS if self.training else 1):
             try:
-                sample = self.open_sample(*self.locate(epoch, (position + attempt) % self.count))
+                sample = self.open_sample(epoch, (position + attempt) % len(self.entries))
                 with reading(sample.where):
-                    return self.decode(sample, epoch), problem
+                    maps, masks, text, shape = self.decode(sample, epoch)
+                return (maps, masks, text, index, sample.name, shape), problem
             except BadSample as error:
                 problem = problem or str(error)
         if not self.training:
             return None, problem
-        maps = {m.name: np.zeros((*self.size, m.channels), np.float32) for m in self.modalities[1:]}
-        masks = {m.name: np.zeros(self.size, bool) for m in self.modalities[1:]}
-        maps[self.modalities[0].name] = np.full((*self.size, 3), 128, np.uint8)
-        return (maps, masks, "", self.size, ""), problem
+        maps = {self.modalities[0].name: np.full((*self.size, 3), 128, np.uint8)}
+        masks = {}
+        for m in self.modalities[1:]:
+            maps[m.name], masks[m.name] = self.missing_map(m)
+        return (maps, masks, "", index, "", self.size), problem
 
     def decode(self, sample, epoch):
-        """Decode, crop and resize a sample.
+        """(maps, masks, caption, shape of the whole picture) of a sample: cropped, resized, and mirrored together.
 
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        text = "" if sample.text is None else sample.text
+        if sample.problem:
+            raise BadSample(sample.problem)
+        text, depth_scale = sample.read_text()
+        text = "" if text is None else text
         if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
             raise BadSample(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
         position = (0.5, 0.5)
@@ -938,77 +918,100 @@ class Files(Dataset):
             position = (rng.random(), rng.random())
             mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE)
 
-        image_file = sample.files["image"]
-        with reading(image_file):
-            image, whole = load_image(sample.read(image_file), self.size, position)
-        maps = {self.modalities[0].name: image}
+        maps = {}
         masks = {}
+        file = sample.files["image"]
+        with reading(file):
+            maps[self.modalities[0].name], whole = load_image(sample.read(file), self.size, position)
         for m in self.modalities[1:]:
-            maps[m.name], masks[m.name] = self.load_map(sample, m, whole, position)
+            maps[m.name], masks[m.name] = self.load_map(sample, m, depth_scale, whole, position)
         if mirrored:
-            factors = {m.name: np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype) for m in self.modalities}
-            maps = {name: values[:, ::-1] * factors[name] for name, values in maps.items()}
+            for m in self.modalities:
+                values = maps[m.name][:, ::-1]
+                maps[m.name] = values * np.array(FORMATS[m.encoding].mirror, values.dtype)
             masks = {name: mask[:, ::-1] for name, mask in masks.items()}
-        return maps, masks, text, whole, sample.name
+        return maps, masks, text, whole
 
-    def load_map(self, sample, modality, whole, position):
-        """Values (H, W, C) and mask (H, W) of a modality; nothing but zeros and False if the sample lacks it."""
+    def missing_map(self, modality):
+        return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
+
+    def load_map(self, sample, modality, scale, whole, position):
+        """Values (H, W, C) and mask (H, W) of a modality, which is missing if the sample has no file of it."""
         file = sample.files.get(modality.name)
         if not file:
-            return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
+            return self.missing_map(modality)
         with reading(file):
-            scale = sample.depth_scale
             if scale is None:
                 scale = self.args.depth_scale if suffix_of(file) == "png" else 1.0
             if type(scale) not in (int, float) or not 0 < scale < math.inf:
                 raise BadSample(f"depth_scale {scale!r} is not a positive number")
-            limits = DepthLimits(scale, self.args.depth_min, self.args.depth_max)
             mask = sample.read(sample.files["mask"]) if "mask" in sample.files else None
-            values, valid = read_map(modality, file, sample.read(file), mask, limits)
+            limits = {"low": self.args.depth_min, "high": self.args.depth_max or math.inf}  # 0 is no limit
+            values, valid = read_map(modality, file, sample.read(file), mask, scale=scale, **limits)
             values, valid = nearest(values, valid, self.size, crop_box(valid.shape, whole, self.size, position))
         return np.where(valid[..., None], values, 0), valid
 
-
-@functools.lru_cache(4)
-def unit_order(source, epoch):
-    """(indices of the units in the order of an epoch, the positions where they start and where the last one ends)."""
-    counts = np.array([len(entries) for entries in source.index])
-    order = np.arange(len(counts))
-    if source.training:
-        order = np.random.default_rng([source.args.seed, epoch]).permutation(order)
-    return order, np.concatenate([[0], np.cumsum(counts[order])])
-
-
-@functools.lru_cache(4)
-def window_order(source, epoch, window):
-    """(first position of a window of an epoch, permutation of its positions)."""
-    _, starts = unit_order(source, epoch)
-    start = starts[window * WINDOW]
-    stop = starts[min((window + 1) * WINDOW, len(starts) - 1)]
-    return start, np.random.default_rng([source.args.seed, epoch, window + 1]).permutation(stop - start)
+    def load(self, parts, workers, device):
+        """Yields (Batch or None, problems) for each of the parts, which are sequences of indices."""
+        pinned = torch.device(device).type == "cuda"
+        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": keep_with_parent}
+        for loaded, problems in DataLoader(self, batch_sampler=parts, collate_fn=collate, **options):
+            if loaded is None:
+                yield None, problems
+                continue
+            maps, masks, *rest = loaded
+            values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in maps.items()}
+            valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in masks.items()}
+            image = self.modalities[0].name
+            values[image] = values[image].float() / 127.5 - 1
+            valid[image] = None
+            yield Batch(values, valid, *map(list, rest)), problems
 
 
-class Folder(Files):
-    """Samples of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
+def collate(items):
+    """Items of Files -> ((maps {m: (B, H, W, C)}, masks {m: (B, H, W)}, captions, ...) or None, problems)."""
+    samples = [sample for sample, _ in items if sample]
+    problems = [problem for _, problem in items if problem]
+    if not samples:
+        return None, problems
+    maps, masks, *rest = zip(*samples, strict=True)
+    return (stack(maps), stack(masks), *rest), problems
 
-    def open_sample(self, folder, row):
-        if row["problem"]:
-            raise BadSample(f"{row['where']}: {row['problem']}")
-        fields = row["fields"]
-        files = {"image": str(fields["file_name"])}
-        for key, value in fields.items():
-            if key.endswith("_file_name") and value:
-                files[key.removesuffix("_file_name")] = str(value)
-        read = functools.partial(read_file, folder=folder)
-        return SampleFiles(row["name"], row["where"], files, read, fields.get("text"), fields.get("depth_scale"))
+
+def stack(dictionaries):
+    """B dictionaries of arrays -> one dictionary of tensors whose leading dimension is B."""
+    return {name: torch.from_numpy(np.stack([x[name] for x in dictionaries])) for name in dictionaries[0]}
+
+
+@functools.lru_cache(2)
+def epoch_order(source, epoch):
+    """Numbers of all samples in the order of an epoch.
+
+    In training it is computed from (seed, epoch): the shards are shuffled and taken WINDOW at a time, and the samples
+    of each window are shuffled. A folder is one window.
+    """
+    numbers = np.arange(len(source.entries))
+    if not source.training:
+        return numbers
+    shards = [numbers]
+    if source.shards:
+        shards = np.split(numbers, np.flatnonzero(np.diff(source.entries[:, 0])) + 1)
+    order = np.random.default_rng([source.args.seed, epoch]).permutation(len(shards))
+    windows = []
+    for i in range(0, len(shards), WINDOW):
+        window = np.concatenate([shards[shard] for shard in order[i : i + WINDOW]])
+        rng = np.random.default_rng([source.args.seed, epoch, len(windows) + 1])
+        windows.append(window[rng.permutation(len(window))])
+    return np.concatenate(windows)
 
 
 @functools.lru_cache(4)
 def read_index(folder):
-    """Rows of a folder: {"name", "where", "fields" (of metadata.jsonl), "problem" (why it cannot be used, or None)}."""
+    """SampleFiles of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
     is_moge = (folder / ".index.txt").exists()
     path = folder / (".index.txt" if is_moge else "metadata.jsonl")
-    rows = []
+    read = functools.partial(read_file, folder=folder)
+    samples = []
     names = set()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -1017,51 +1020,21 @@ def read_index(folder):
         try:
             if is_moge:
                 name = line.decode().strip()
-                fields = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
+                row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
             else:
-                fields = parse_json(line)
-                name = os.path.splitext(fields["file_name"])[0]
-            problem = f"names {fields['file_name']} again" if name in names else None
+                row = parse_json(line)
+                name = os.path.splitext(row["file_name"])[0]
         except (ValueError, KeyError, TypeError):
-            name = where
-            fields = {}
-            problem = "not UTF-8 JSON with a file_name"
+            samples.append(SampleFiles(where, where, "not UTF-8 JSON with a file_name"))
+            continue
+        files = {
+            key.removesuffix("_file_name"): str(row[key]) for key in row if key.endswith("_file_name") and row[key]
+        }
+        files["image"] = row["file_name"]
+        problem = f"names {row['file_name']} again" if name in names else ""
         names.add(name)
-        rows.append({"name": name, "where": where, "fields": fields, "problem": problem})
-    return rows
-
-
-class Shards(Files):
-    """Samples of WebDataset's tar shards: members key.jpg, key.txt or key.json, key.depth.npy, key.normal.npy ..."""
-
-    def open_sample(self, path, offset):
-        _, name, members, problem = next(list_shard(path, int(offset)))
-        if problem:
-            raise BadSample(f"{path}: {problem}")
-        where = f"{path}: {name}"
-
-        def read(suffix):
-            return read_member(path, members[suffix])
-
-        files = {}
-        for suffix in members:
-            kind, _, last = suffix.rpartition(".")
-            if last in (*IMAGES, *MAPS):
-                files.setdefault(kind, suffix)
-        with reading(where):
-            image = next((suffix for suffix in IMAGES if suffix in members), None)
-            if image is None:
-                raise BadSample(f"no image ({', '.join(IMAGES)})")
-            files["image"] = image
-            fields = {}
-            if "json" in members:
-                with reading("json"):
-                    fields = parse_json(read("json"))
-            text = fields.get("caption")
-            if "txt" in members:
-                with reading("txt"):
-                    text = read("txt").decode()
-        return SampleFiles(name, where, files, read, text, fields.get("depth_scale"))
+        samples.append(SampleFiles(name, where, problem, files, read, row))
+    return samples
 
 
 class HeaderFile(io.FileIO):
@@ -1089,10 +1062,10 @@ def read_headers(path, start):
 
 
 def list_shard(path, start=0):
-    """Yields (offset, name, members {suffix: header}, None) of the samples of a tar file from an offset on.
+    """Yields (offset, SampleFiles) of a tar file's samples from an offset on. Only headers are read.
 
-    A sample is consecutive members that share a name up to its first dot. Only headers are read. If the file is
-    damaged, the last item stands for what is lost: (offset, None, {}, the problem).
+    A sample is consecutive members that share a name up to its first dot: key.jpg, key.txt, key.depth.npy ... If the
+    file is damaged, the last item stands for what is lost.
     """
     name = None
     members = {}
@@ -1106,7 +1079,7 @@ def list_shard(path, start=0):
             if not stem or not suffix or header.isdir():
                 continue
             if members and name != folder + slash + stem:
-                yield offset, name, members, None
+                yield offset, shard_sample(path, name, members)
                 members = {}
             if not members:
                 name = folder + slash + stem
@@ -1115,15 +1088,26 @@ def list_shard(path, start=0):
     except Exception as error:
         problem = f"damaged ({error}), what follows is lost"
     if members:
-        yield offset, name, members, None
-    if name is None and problem is None:
-        problem = "holds no sample"
-    if problem:
-        yield end, None, {}, problem
+        yield offset, shard_sample(path, name, members)
+    if problem or name is None:
+        yield end, SampleFiles(str(path), path, problem or "holds no sample")
 
 
-def read_member(path, member):
-    """Bytes of a member of a tar file."""
+def shard_sample(path, name, members):
+    """SampleFiles of the members {suffix: header} of a tar file."""
+    files = {}
+    for suffix in members:
+        kind, _, last = suffix.rpartition(".")
+        if not kind or last in (*IMAGES, *MAPS):
+            files.setdefault(kind or last, suffix)
+    files["image"] = next((suffix for suffix in IMAGES if suffix in members), None)
+    problem = "" if files["image"] else f"no image ({', '.join(IMAGES)})"
+    return SampleFiles(name, f"{path}: {name}", problem, files, functools.partial(read_member, path, members))
+
+
+def read_member(path, members, suffix):
+    """Bytes of one of the members {suffix: header} of a tar file."""
+    member = members[suffix]
     if not member.isfile() or member.issparse():
         raise BadSample(f"{member.name} is a link, a device or sparse")
     if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -1140,56 +1124,36 @@ def read_member(path, member):
 
 def sample_offsets(path, limit=None):
     """Offsets of the samples of a tar file, or of its first ones up to a limit."""
-    return np.array([offset for offset, *_ in itertools.islice(list_shard(path), limit)])
+    return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
 
 
 def index_shards(paths, workers=0, limit=None):
-    """sample_offsets of each shard, read by worker processes. Stops after the shards that hold limit samples."""
+    """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
     count = functools.partial(sample_offsets, limit=limit)
     loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=keep_with_parent)
     index = []
-    total = 0
-    for offsets in tqdm(loader, "counting the samples of --data", delay=5, leave=False):
-        index.append(offsets)
-        total += len(offsets)
-        if limit is not None and total >= limit:
+    for shard, offsets in enumerate(tqdm(loader, "counting the samples of --data", delay=5, leave=False)):
+        index += [(shard, offset) for offset in offsets]
+        if limit is not None and len(index) >= limit:
             break
-    return index
-
-
-def load_index(path):
-    """{key of a shard: offsets of its samples} of an index file; {} if there is none, or it is damaged."""
-    try:
-        with np.load(path) as file:
-            offsets = np.split(file["offsets"], np.cumsum(file["counts"])[:-1])
-            return dict(zip(file["keys"].tolist(), offsets, strict=True))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return {}
+    return np.array(index)
 
 
 def kept_index(paths, out, workers, rank):
-    """index_shards, kept in a run directory. Shards that have changed in size or time are counted again.
+    """index_shards, kept in a run directory. If a shard changes in size or time, all are counted again.
 
-    Rank 0 counts, and the others wait for its file: a collective would end the run after --timeout.
+    Rank 0 counts, and the others wait for its file: in a collective, they would end the run after --timeout.
     """
-    keys = []
-    for path in paths:
-        state = os.stat(path)
-        keys.append(hash_int64((path, state.st_size, state.st_mtime_ns)))
-    kept = Path(out) / "shards.npz"
-    known = load_index(kept)
-    missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in known}
-    if rank == 0 and missing:
-        if known:
-            log(f"--data: {len(missing)} shards are new or changed and are counted; the order of samples may change")
-        known.update(zip(missing, index_shards(list(missing.values()), workers), strict=True))
-        index = [known[key] for key in keys]
-        counts = [len(offsets) for offsets in index]
-        write_bytes(kept, to_bytes(np.savez, keys=keys, counts=counts, offsets=np.concatenate(index)))
-    while not known.keys() >= set(keys):
+    states = [os.stat(path) for path in paths]
+    key = hash_int64([(str(path), s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
+    kept = Path(out) / f"shards{key}.npy"
+    if rank == 0 and not kept.exists():
+        if any(Path(out).glob("shards*.npy")):
+            log("--data: shards have changed and are counted again; the order of samples may change")
+        write_bytes(kept, to_bytes(np.save, index_shards(paths, workers)))
+    while not kept.exists():
         time.sleep(1)
-        known = load_index(kept)
-    return [known[key] for key in keys]
+    return np.load(kept, mmap_mode="r")
 
 
 def expand(pattern):
@@ -1214,19 +1178,18 @@ def open_source(args, split, size, modalities, device="cpu"):
         return SyntheticWorld(split, size, device)
 
     folder = Path(args.data)
-    settings = (args, split == "train", size, modalities)
     if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
-        rows = read_index(folder)
-        if not rows:
+        samples = read_index(folder)
+        if not samples:
             fail(f"--data {args.data}: lists no samples")
-        return Folder([folder], [rows], *settings)
+        return Files(args, split == "train", size, modalities, samples)
 
     shards = expand(args.data)
     missing = next((path for path in shards if not os.path.isfile(path)), None)
     if missing is not None:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
         fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
-    return Shards(shards, None, *settings)
+    return Files(args, split == "train", size, modalities, shards=shards)
 
 
 # ---- Batches ----
@@ -1283,11 +1246,11 @@ class PerSampleRNG:
         return pairs[:, :count].reshape(-1, *shape)
 
 
-def training_parts(seed, args, step, rank, ranks):
-    """Endless ranges of indices, from a step on: what one rank trains on, in args.grad_accum parts per step."""
+def training_parts(args, step, rank, ranks):
+    """Endless ranges of indices: what one rank trains on from a step on, in args.grad_accum parts per step."""
     size = args.batch_size // ranks // args.grad_accum
     for number in itertools.count(step):
-        indices = training_indices(seed, number, args.batch_size, rank, ranks)
+        indices = training_indices(args.seed, number, args.batch_size, rank, ranks)
         for start in range(0, len(indices), size):
             yield indices[start : start + size]
 
@@ -1296,23 +1259,15 @@ def training_batches(source, args, step, rank, ranks, device):
     """Endless Batches of one rank, from a step on, args.grad_accum of them per step.
 
     Samples of files that cannot be read are skipped and counted. The first ten are named, and more than 1% of them (at
-    least of 1000) end the run. Shards are counted first, and the index is kept in args.out if there is one.
+    least of 1000) end the run. Shards are counted first.
     """
-    if isinstance(source, SyntheticWorld):
-        for indices in training_parts(args.seed, args, step, rank, ranks):
-            yield source.samples(indices)
-    if source.index is None and getattr(args, "out", None):
-        source.set_index(kept_index(source.units, args.out, args.workers, rank))
-    if source.index is None:
-        source.set_index(index_shards(source.units, args.workers))
+    if source.entries is None:
+        source.entries = kept_index(source.shards, args.out, args.workers, rank)
 
     tried = 0
     bad = 0
     named = set()
-    global_indices = training_parts(args.seed, args, step, rank, ranks)
-    item_numbers = training_parts(0, args, step, rank, ranks)  # the seed is in the order of an epoch
-    for loaded, problems in load_batches(source, item_numbers, args.workers, device):
-        batch = to_batch(source, loaded, next(global_indices), device)
+    for batch, problems in source.load(training_parts(args, step, rank, ranks), args.workers, device):
         tried += len(batch.names)
         bad += len(problems)
         for problem in problems:
@@ -1320,8 +1275,8 @@ def training_batches(source, args, step, rank, ranks, device):
                 named.add(problem)
                 log(f"skipped, {bad} of {tried} samples: {problem}")
         if bad > max(tried, 1000) / 100:
-            count = f"{bad} of {tried} samples cannot be read, more than 1%"
-            fail(f"--data {args.data}: {count}; the last: {problems[-1]}")
+            share = f"{bad} of {tried} samples cannot be read, more than 1%"
+            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
         yield batch
 
 
@@ -1330,56 +1285,16 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
 
     A sample of files that cannot be read ends the program with one line, or is left out if not strict.
     """
-    if isinstance(source, SyntheticWorld):
-        for start in range(0, count, batch_size):
-            yield source.samples(range(start, min(start + batch_size, count)))
-        return
-    if source.index is None:
+    if source.entries is None:
         source = copy.copy(source)
-        source.set_index(index_shards(source.units, limit=count))
-    numbers = range(source.count)[:count]
-    parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    start = 0
-    for loaded, problems in load_batches(source, parts, min(workers, 1)):
+        source.entries = index_shards(source.shards, limit=count)
+    indices = range(len(source.entries))[:count]
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    for batch, problems in source.load(parts, min(workers, 1), device):
         if problems and strict:
             fail(f"--data {problems[0]}")
-        if loaded:
-            stop = start + len(loaded[2])
-            yield to_batch(source, loaded, range(start, stop), device)
-            start = stop
-
-
-def load_batches(source, parts, workers, device="cpu"):
-    """What collate makes of the items of Files whose numbers are in each of the parts, read by worker processes."""
-    pinned = torch.device(device).type == "cuda"
-    options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": keep_with_parent}
-    return DataLoader(source, batch_sampler=parts, collate_fn=collate, **options)
-
-
-def collate(items):
-    """Items of Files -> ((maps {m: (B, H, W, C)}, masks {m: (B, H, W)}, captions, shapes, names) or None, problems)."""
-    samples = [sample for sample, _ in items if sample]
-    problems = [problem for _, problem in items if problem]
-    if not samples:
-        return None, problems
-    maps, masks, *rest = zip(*samples, strict=True)
-    return (stack(maps), stack(masks), *rest), problems
-
-
-def stack(dictionaries):
-    """B dictionaries of arrays -> one dictionary of tensors whose leading dimension is B."""
-    return {name: torch.from_numpy(np.stack([x[name] for x in dictionaries])) for name in dictionaries[0]}
-
-
-def to_batch(source, loaded, indices, device):
-    """What collate returns -> Batch on a device."""
-    maps, masks, captions, shapes, names = loaded
-    values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in maps.items()}
-    valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in masks.items()}
-    image = source.modalities[0].name
-    values[image] = values[image].float() / 127.5 - 1
-    valid[image] = None
-    return Batch(values, valid, list(captions), list(indices), list(names), list(shapes))
+        if batch:
+            yield batch
 
 
 def keep_with_parent(worker):
@@ -1463,36 +1378,34 @@ class PixelsAndBytes:
 
 
 @torch.no_grad()
-def check_encoders(encoders, device, patch):
+def check_encoders(encoders, device, config):
     """Raise ValueError unless encoders return what PixelsAndBytes documents, for a batch of two."""
-    numbers = {"image_channels": (1, 4096), "image_stride": (1, 256), "text_dim": (0, 1 << 16)}
-    check_numbers(encoders, text_length=(1, 1 << 16), **numbers)
+    ranges = {"image_channels": (1, 4096), "image_stride": (1, 256), "text_length": (1, 1 << 16)}
+    check_numbers(encoders, text_dim=(0, 1 << 16), **ranges)
     if not encoders.text_dim and encoders.text_length % TEXT_PATCH:
         raise ValueError(f"text_length is {encoders.text_length}; must be a multiple of {TEXT_PATCH} bytes")
 
-    def check(name, argument, *shape):
-        try:
-            returned = getattr(encoders, name)(argument)
-        except (Exception, SystemExit) as error:
-            raise ValueError(f"{name} raised {type(error).__name__}: {error}") from None
-        found = tuple(returned.shape) if isinstance(returned, torch.Tensor) else type(returned).__name__
-        if found != shape:
-            raise ValueError(f"{name} returned {found}; must be a tensor of shape {shape}")
-        dtype = torch.uint8 if len(shape) == 2 else torch.float32
-        if returned.dtype != dtype:
-            raise ValueError(f"{name} returned {returned.dtype}; must be {dtype}")
+    stride = encoders.image_stride
+    patch = config.with_encoders(encoders).patch
+    rgb = torch.linspace(-1, 1, 144 * patch**2, device=device).view(2, 3, 4 * patch, 6 * patch)
+    latents = encoders.encode_image(rgb)
+    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
+    text_dtype = torch.float32 if encoders.text_dim else torch.uint8
+    checks = [
+        (
+            "encode_image",
+            latents,
+            (2, encoders.image_channels, 4 * patch // stride, 6 * patch // stride),
+            torch.float32,
+        ),
+        ("decode_image", encoders.decode_image(latents), tuple(rgb.shape), torch.float32),
+        ("encode_text", encoders.encode_text(["", "a red ball"]), text_shape, text_dtype),
+    ]
+    for name, returned, shape, dtype in checks:
+        if tuple(returned.shape) != shape or returned.dtype != dtype:
+            raise ValueError(f"{name} returned {tuple(returned.shape)} {returned.dtype}; must be {shape} {dtype}")
         if not returned.isfinite().all():
             raise ValueError(f"{name} returned NaN or infinity")
-        return returned
-
-    height = 4 * patch
-    width = 6 * patch
-    stride = encoders.image_stride
-    rgb = torch.linspace(-1, 1, 6 * height * width, device=device).view(2, 3, height, width)
-    latents = check("encode_image", rgb, 2, encoders.image_channels, height // stride, width // stride)
-    check("decode_image", latents, 2, 3, height, width)
-    text_dim = [encoders.text_dim] if encoders.text_dim else []
-    check("encode_text", ["", "a red ball"], 2, encoders.text_length, *text_dim)
 
 
 def load_encoders(path, device, config):
@@ -1504,12 +1417,9 @@ def load_encoders(path, device, config):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         encoders = module.load(device)
+        check_encoders(encoders, device, config)
     except (Exception, SystemExit) as error:
-        fail(f"--encoders {path}: load raised {type(error).__name__}: {error}")
-    try:
-        check_encoders(encoders, device, config.with_encoders(encoders).patch)
-    except (AttributeError, ValueError) as error:
-        fail(f"--encoders {path}: {error}; README shows a file that works")
+        fail(f"--encoders {path}: {type(error).__name__}: {error}; README shows a file that works")
     return encoders
 
 
@@ -2292,8 +2202,8 @@ class Run:
         """End the run: exit code 2 if there is no checkpoint of the last step, 130 after Ctrl-C."""
         self.bar.close()
         if self.ranks > 1:
-            dist.barrier()  # a process that ends while gloo's threads are at work may hang
-            dist.destroy_process_group()
+            dist.barrier()
+            dist.destroy_process_group()  # if the process ends with gloo's threads alive, they may abort it (SIGABRT)
         if not self.saved and self.rank == 0:
             problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
             fail(f"--out {self.out}: {problem}")
@@ -2406,9 +2316,11 @@ class Run:
         bad = torch.stack([~p.isfinite().all() for p in local_parts(self.model) + local_parts(self.ema)]).sum()
         bad = self.sum_over_ranks({"weights": bad})["weights"].item()
         skipping = self.skipped_in_a_row > 0
-        self.saved = not bad and (ending or not skipping)
-        if not self.saved:
-            problem = "weights are not finite" if bad else "this step was skipped"
+        problem = "weights are not finite" if bad else ""
+        if skipping and not ending:
+            problem = "this step was skipped"
+        self.saved = not problem
+        if problem:
             if self.rank == 0:
                 log(f"step {self.step}: no checkpoint, since {problem}")
             return

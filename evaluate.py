@@ -1,22 +1,22 @@
-"""How good is it? Depth accuracy, image quality, and how image and depth agree, each beside its references.
+"""How good is a network? Depth and normals from images, image quality, and how well image and depth agree.
 
-    python evaluate.py depth                                  image-to-depth on the built-in world
-    python evaluate.py depth --data eval/NYUv2,eval/DIODE     on benchmarks, as MoGe's evaluation folders have them
-    python evaluate.py depth --data eval/NYUv2 --ensemble 10  the median of ten samples an image
-    python evaluate.py depth --data eval/NYUv2 --predictions maps/other   another model's saved maps
-    python evaluate.py depth --measured 0.05                  and sparse depth completed, in its unit
-    python evaluate.py image                                  text-to-image: Frechet distance and requested colours
-    python evaluate.py image --data coco --features inception.pt       FID by a TorchScript feature extractor
-    python evaluate.py follow                                 depth-to-image: does the image have the given depth?
-    python evaluate.py joint --order -5                       image and depth made together: do they agree?
+    python evaluate.py depth                                  depth from images of the built-in world
+    python evaluate.py depth --data eval/NYUv2 --ensemble 10  on a benchmark, the median of ten samples per image
+    python evaluate.py depth --data eval/NYUv2 --predictions maps/other   score maps that another model has saved
+    python evaluate.py depth --measured 0.05                  also complete sparse depth, in its unit
+    python evaluate.py normal --checkpoint normals.pt         surface normals from images
+    python evaluate.py image                                  images from captions: Frechet distance, requested colours
+    python evaluate.py image --data coco --features inception.pt       FID, by a TorchScript feature extractor
+    python evaluate.py follow                                 does an image generated from depth have that depth?
+    python evaluate.py joint --order -5                       do image and depth agree when generated together?
 
-AbsRel = mean |p - g| / g and delta1 = share with max(p/g, g/p) < 1.25, over the valid pixels of an image, after
-alignment; then the mean over images, with its 95% bootstrap interval. A call prints a table and writes results.json and
-grid.png.
+AbsRel is the mean of |p - g| / g, and delta1 the share of pixels with max(p/g, g/p) < 1.25, over the valid pixels of an
+image and after alignment. Every score is a mean over images with its 95% bootstrap interval, beside references that
+tell what it is worth. Each run prints a table and writes results.json and grid.png.
 """
 
 import argparse
-import contextlib
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -25,610 +25,690 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import I2D_STEPS, JOINT, Config, DiT, complete_depth, noise_levels, normalize_depth, uncontract
+from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, NORMAL, RGB, complete_depth, make_schedule
 
-BENCHMARKS = {  # last part of --data: (size at which depth is scored, MoGe's but for ScanNet; depth kept up to, metres)
+# ---- Metrics: what is measured on one map ----
+
+
+def weighted_median(values, weights):
+    """Index of the x in values that minimises sum of weights * |x - values|. Both are 1-D arrays."""
+    order = np.argsort(values, kind="stable")
+    return order[np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
+
+
+def align(prediction, target, mode="affine"):
+    """Scale and shift, two floats, that best map prediction p onto target g > 0. Both are 1-D, over valid pixels.
+
+    "none" returns (1, 0). "scale" minimises the sum of |scale p - g| / g, with shift 0. "affine" minimises the sum of
+    |scale p + shift - g| / g exactly, as MoGe's evaluation does.
+    """
+    p = np.asarray(prediction, np.float64)
+    g = np.asarray(target, np.float64)
+    if mode == "affine":
+        return align_affine(p, g)
+    nonzero = p != 0
+    if mode == "none" or not nonzero.any():
+        return 1.0, 0.0
+    ratios = g[nonzero] / p[nonzero]
+    weights = np.abs(p[nonzero]) / g[nonzero]
+    return float(ratios[weighted_median(ratios, weights)]), 0.0
+
+
+def align_affine(p, g):
+    """(scale, shift) that minimise the sum of |scale p + shift - g| / g.
+
+    For a fixed scale the best shift is a weighted median of g - scale p. With that shift the sum is convex in the
+    scale, so bisection on its slope finds the minimum to the precision of float64.
+    """
+    weights = 1 / g
+
+    def slope(scale):
+        """A subgradient of the sum with respect to the scale, at the best shift."""
+        residual = scale * p - g
+        middle = residual[weighted_median(residual, weights)]
+        signs = np.sign(residual - middle)
+        on_line = residual == middle  # at the best shift these balance all others
+        signs[on_line] = -(weights @ signs) / weights[on_line].sum()
+        return (weights * signs) @ p
+
+    scale = 0.0
+    if np.ptp(p) > 0:
+        reach = np.ptp(g) / np.ptp(p)
+        while slope(-reach) > 0 or slope(reach) < 0:
+            reach *= 2
+        low = -reach
+        high = reach
+        for _ in range(64):
+            scale = (low + high) / 2
+            if slope(scale) > 0:
+                high = scale
+            else:
+                low = scale
+
+    offsets = g - scale * p
+    return float(scale), float(offsets[weighted_median(offsets, weights)])
+
+
+def align_map(prediction, target, valid, mode="affine"):
+    """Align prediction (1, H, W) to target (1, H, W) on valid (1, H, W), or on a subsample of it if the map is large.
+
+    The subsample has the valid pixel nearest to the centre of each of 64 x 64 cells.
+    """
+    height, width = valid.shape[1:]
+    pixel_index = np.arange(height * width).reshape(height, width)
+    cells = (min(64, height), min(64, width))
+    chosen, known = data.nearest(pixel_index, valid[0].numpy(), cells, (0, 0, width, height))
+    chosen = chosen[known]
+    scale, shift = align(prediction.flatten()[chosen], target.flatten()[chosen], mode)
+    return prediction * scale + shift
+
+
+def depth_metrics(prediction, target, valid, mode="affine"):
+    """Score one depth map; prediction, target and valid are (1, H, W).
+
+    Returns ((AbsRel, delta1), aligned prediction (1, H, W), error (1, H, W) to paint). A negative prediction lies
+    outside delta1.
+    """
+    aligned = align_map(prediction, target, valid, mode)
+    p = aligned[valid].double()
+    g = target[valid].double()
+    absrel = ((p - g).abs() / g).mean()
+    ratio = torch.maximum(p / g, g / p.clamp(min=1e-9))
+    delta1 = (ratio < 1.25).double().mean()
+
+    error = (aligned - target).abs() / target.clamp(min=1e-6)
+    return (absrel.item(), delta1.item()), aligned, error / 0.5  # brightest at 50%
+
+
+def normal_metrics(prediction, target, valid, mode=None):
+    """Score one map of unit vectors; prediction and target (3, H, W), valid (1, H, W).
+
+    Returns ((mean angular error in degrees, share of pixels below 11.25), prediction, error (1, H, W) to paint).
+    """
+    cosine = F.cosine_similarity(prediction.double(), target.double(), dim=0).clamp(-1, 1)
+    degrees = cosine.acos().rad2deg()[None]  # (1, H, W)
+    share = (degrees[valid] < 11.25).double().mean()
+    return (degrees[valid].mean().item(), share.item()), prediction, degrees / 60  # brightest at 60 degrees
+
+
+Scoring = namedtuple("Scoring", ["measure", "keys", "header"])
+SCORINGS = {  # by encoding: the metric, the keys of its two scores in results.json, the header of their table
+    "relative depth": Scoring(depth_metrics, ["absrel", "delta1"], "AbsRel  95% interval      delta1  95% interval"),
+    "unit vectors": Scoring(
+        normal_metrics, ["degrees", "below_11.25"], "degrees 95% interval      < 11.25 95% interval"
+    ),
+}
+
+
+def coarse_features(rgb):
+    """Features that need no network, (B, 3, H, W) in [-1, 1] -> (B, 80) float64: colours and edges on a coarse grid.
+
+    They are the mean colours of 4 x 4 cells, and the mean absolute differences of grey in them, across and down.
+    """
+    grey = rgb.mean(1, keepdim=True)
+    across = grey.diff(dim=3).abs()[:, :, 1:]
+    down = grey.diff(dim=2).abs()[..., 1:]
+    colors = F.adaptive_avg_pool2d(rgb, 4).flatten(1)  # (B, 48)
+    edges = F.adaptive_avg_pool2d(torch.cat([across, down], 1), 4).flatten(1)  # (B, 32)
+    return torch.cat([colors, edges], 1).cpu().double()
+
+
+def frechet_distance(a, b):
+    """Frechet distance of two Gaussians fitted to features a (N, d) and b (M, d), float64.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2); symmetric square roots keep it real.
+    """
+    shift = a.mean(0) - b.mean(0)
+    covariance_a = torch.cov(a.T)
+    covariance_b = torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    return (shift.square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross).item()
+
+
+def colors_in(rgb, share=0.01):
+    """Names of the object colours, by hue, that cover at least a share of the picture (3, H, W)."""
+
+    def hue_saturation_value(picture):
+        return np.asarray(Image.fromarray(picture).convert("HSV")).astype(int).reshape(-1, 3).T
+
+    palette = (np.array([list(data.COLORS.values())]) * 255).astype(np.uint8)
+    palette_hues = hue_saturation_value(palette)[0]
+    hue, saturation, value = hue_saturation_value(data.paint(RGB, rgb))
+
+    difference = np.abs(hue[:, None] - palette_hues)
+    nearest = np.minimum(difference, 256 - difference).argmin(1)  # hues lie on a circle
+    vivid = (saturation > 115) & (value > 40)
+    counts = np.bincount(nearest[vivid], minlength=len(palette_hues))
+    return {name for name, count in zip(data.COLORS, counts, strict=True) if count >= share * len(hue)}
+
+
+def share_of_requested_colors(found, captions):
+    """Of the colours that captions ask for, the share found in their images; found holds a set of names per image."""
+    num_requested = 0
+    num_found = 0
+    for colors, caption in zip(found, captions, strict=True):
+        for word in caption.split():
+            num_requested += word in data.COLORS
+            num_found += word in data.COLORS and word in colors
+    return num_found / max(num_requested, 1)
+
+
+def bootstrap_interval(values, draws=2000):
+    """Values of n images -> [low, high], the 95% bootstrap interval of their mean."""
+    values = np.asarray(values)
+    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
+    return np.percentile(values[chosen].mean(1), (2.5, 97.5)).tolist()
+
+
+# ---- Samples: those of a source, and those that a network generates ----
+
+WORLD_IMAGES = 128  # images of the built-in world if --images is 0
+Model = namedtuple("Model", ["network", "encoders"])
+
+
+def open_model(path, flag, args, device):
+    """Load a checkpoint's averaged network and its encoders onto the device."""
+    network, state = data.open_network(path, flag)
+    encoders = data.open_encoders(args.encoders, device, network.config, state["settings"].get("encoders", ""))
+    names = [m.name for m in network.modalities]
+    for entry in TASKS[args.task].entries:
+        if entry.name not in names:
+            data.fail(
+                f"{flag} {path}: the network has no {entry.name}; give one trained with --modalities rgb,{entry.name}"
+            )
+    if args.size % network.config.patch:
+        data.fail(f"--size {args.size}: must be a multiple of the patch size of {path}, {network.config.patch}")
+    return Model(network.to(device), encoders)
+
+
+def images_per_batch(args):
+    """How many images fill --batch-size: an ensemble has several samples of an image, and guidance doubles them."""
+    guided = args.task in ("image", "follow", "joint") and any(scale != 1 for scale in args.cfg.values())
+    return max(1, args.batch_size // max(2 if guided else 1, args.ensemble))
+
+
+def read_samples(args, size, entries, device):
+    """Yield the batches to evaluate, at size (H, W), with the values of the modalities in entries."""
+    source = data.open_source(args, "val", size, entries, device)
+    count = args.images or (WORLD_IMAGES if args.data == "synthetic" else None)
+    names = set()
+    for batch in data.in_order(source, count, images_per_batch(args), device, args.workers):
+        for name in batch.names:
+            if name in names and args.task != "image":
+                data.fail(f"--data {args.data}: two samples are called {name}; give them different names")
+            names.add(name)
+        yield batch
+    if not names:
+        data.fail(f"--data {args.data}: no samples")
+
+
+def generate(model, captions, indices, size, key, schedule, given=None, guidance=None):
+    """Sample all modalities of the network for B captions: {m: (B, C, h, w)}, to be decoded.
+
+    The noise of a sample follows from key and its index alone, whatever batch it is in. schedule, given and guidance
+    are as in DiT.sample.
+    """
+    device = next(model.network.parameters()).device
+    rng = data.PerSampleRNG(key, indices)
+    noise = {m.name: rng.randn(*m.shape(size)).to(device) for m in model.network.modalities}
+    text = model.encoders.encode_text(captions).to(device)
+    return model.network.sample(schedule, noise, text, given, guidance)
+
+
+def estimate(model, entry, rgb, indices, args, steps, strength=1.0):
+    """Generate the modality entry from images rgb (B, 3, H, W) in [-1, 1]: maps (B, C, H, W) on the CPU.
+
+    The network sees an image at the size nearest to args.size^2 in area that keeps its aspect. A map is the median of
+    args.ensemble samples; depth is relative to its mean in all of them, so they need no alignment.
+    """
+    full_size = tuple(rgb.shape[2:])
+    size = model.network.config.fit(*full_size, args.size)
+    if size != full_size:
+        rgb = F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    image = model.encoders.encode_image(rgb).repeat_interleave(args.ensemble, 0)
+
+    schedule = make_schedule([m.name for m in model.network.modalities], steps, strength={RGB.name: strength})
+    members = [index + (k << 32) for index in indices for k in range(args.ensemble)]
+    captions = [""] * len(members)
+    x0 = generate(model, captions, members, size, args.seed, schedule, {RGB.name: (image, None)})
+
+    maps = entry.decode(x0[entry.name]).cpu().unflatten(0, (-1, args.ensemble))  # (B, ensemble, C, h, w)
+    median = torch.from_numpy(np.median(maps.numpy(), axis=1))
+    return entry.finish(F.interpolate(median, full_size, mode="bilinear"))
+
+
+def blind_map(entry, source, count):
+    """The best guess without looking: the mean map (C, H, W) of the first count samples of a source."""
+    total = 0
+    num_valid = 0
+    for batch in data.in_order(source, count, 16):
+        valid = batch.valid[entry.name]
+        x0 = entry.encode(batch.values[entry.name], valid)
+        total = total + torch.where(valid, x0, 0.0).sum(0, keepdim=True)
+        num_valid = num_valid + valid.sum(0, keepdim=True)
+    return entry.finish(entry.decode(total / num_valid.clamp(min=1)))[0]
+
+
+def load_map(args, name, picture_size):
+    """Read the depth map NAME.npy, .pfm or .png of --predictions: (1, H, W) at args.scored_at.
+
+    A map of another size shows the whole picture: it is cropped as the picture is, and resized bilinearly.
+    """
+    paths = [Path(f"{args.predictions}/{name}.{suffix}") for suffix in ("npy", "pfm", "png")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        data.fail(f"--predictions {args.predictions}: no map for {name} (.npy, .pfm or .png)")
+    try:
+        with data.reading(path):
+            scale = args.depth_scale if path.suffix == ".png" else 1.0
+            values = data.read_array(path.name, data.read_file(path), scale)
+            if not values.size:
+                raise data.BadSample("holds no pixel")
+            left, top, right, bottom = data.crop_box(values.shape, picture_size, args.scored_at)
+    except data.BadSample as error:
+        data.fail(f"--predictions {error}")
+
+    depth = torch.from_numpy(values)[None]  # (1, h, w)
+    if values.shape == args.scored_at:
+        return depth
+    height, width = values.shape
+    across = [(right - left) / width, 0, (left + right) / width - 1]
+    down = [0, (bottom - top) / height, (top + bottom) / height - 1]
+    grid = F.affine_grid(torch.tensor([[across, down]]), (1, 1, *args.scored_at), align_corners=False)
+    return F.grid_sample(depth[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+# ---- Tables ----
+
+
+def score_map(args, entry, name, prediction, target, valid, mode):
+    """Call the metric of the entry's encoding on one map, or end with one line if there is nothing to score."""
+    if not valid.any():
+        data.fail(f"--data {args.data}: {name} has no valid {entry.name} to be scored on")
+    if not prediction[valid.expand_as(prediction)].isfinite().all():
+        source = args.predictions or args.judge or args.checkpoint
+        data.fail(f"{source}: {entry.name} of {name} is not finite where it is scored")
+    return SCORINGS[entry.encoding].measure(prediction, target, valid, mode)
+
+
+def print_row(label, scoring, scores):
+    """Print one line of a table from the two scores of each image. Returns its numbers for results.json."""
+    row = {"images": len(scores)}
+    cells = []
+    for key, values in zip(scoring.keys, np.transpose(scores), strict=True):
+        low, high = bootstrap_interval(values)
+        row[key] = float(values.mean())
+        row[f"{key}_95"] = [low, high]
+        cells.append(f"{row[key]:7.4f} [{low:.4f}, {high:.4f}]")
+    print(f"{label:34}{cells[0]}  {cells[1]}")
+    return row
+
+
+# ---- depth and normal: maps from images ----
+
+BENCHMARKS = {  # last part of --data: the size at which it is scored (MoGe's but for ScanNet), its farthest depth in m
     "nyuv2": ((480, 640), 10.0),
     "kitti": ((375, 750), 80.0),
     "eth3d": ((1365, 2048), 0.0),
     "scannet": ((480, 640), 10.0),
     "diode": ((768, 1024), 350.0),
 }
-
-
-def benchmark(name):
-    """The entry of BENCHMARKS for a --data folder, or None."""
-    return BENCHMARKS.get(Path(name).name.lower())
-
-
-def images_at_a_time(args):
-    """How many images make --batch-size samples for the network: one image is several in an ensemble, or guided."""
-    copies = 1 if args.task == "depth" or args.cfg == 1 else 2
-    return max(1, args.batch_size // max(copies, args.ensemble))
-
-
-def samples_of(args, size, device, with_depth=True):
-    """(values, valid, captions, names, shapes, indices) of the samples to evaluate; no name may come twice."""
-    source = data.open_source(args, "val", size, device, with_depth)
-    seen, start = set(), 0
-    count = args.images or (128 if args.data == "synthetic" else None)
-    batches = data.in_order(source, count, images_at_a_time(args), device, args.workers)
-    for values, valid, captions, names, shapes in batches:
-        for name in names:
-            if name in seen and args.task != "image":
-                data.fail(f"--data {args.data}: two samples are called {name}, so their maps cannot be told apart")
-            if args.save_predictions and ".." in Path(name).parts:
-                data.fail(f"--save-predictions {args.save_predictions}: sample {name} leads out of it; rename that")
-            seen.add(name)
-        yield values, valid, captions, names, shapes, range(start, start + len(names))
-        start += len(names)
-    if not seen:
-        data.fail(f"--data {args.data}: no samples")
-
-
-# ---- Depth ----
-
-I2D, BLIND, OTHER = "image to depth", "mean depth map, input-blind", "given another scene's image"
-COMPLETED, FILLED = "completed, not aligned", "nearest measured, not aligned"
-KEYS = {"": I2D, "completed_": COMPLETED, "filled_": FILLED, "baseline_": BLIND, "shuffled_": OTHER}
-
-
-def weighted_median(values, weights):
-    """argmin over x of sum w |x - v| for 1-D arrays; returns the index of the minimiser in values."""
-    order = np.argsort(values, kind="stable")
-    return order[np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
-
-
-def align(prediction, target, mode="affine"):
-    """(scale, shift), two floats, that best map prediction p on target g > 0: 1-D tensors of n valid points.
-
-    mode "none"    (1, 0)
-         "scale"   minimises sum |scale p - g| / g, shift = 0
-         "affine"  minimises sum |scale p + shift - g| / g, exactly (MoGe's "ROE" objective)
-         "lstsq"   minimises sum (scale p + shift - g)^2, as Marigold's evaluation does
-    """
-    p, g = (np.asarray(x, np.float64) for x in (prediction, target))
-    if mode == "none":
-        return 1.0, 0.0
-    if mode == "scale":
-        p, g = p[p != 0], g[p != 0]
-        return (float((g / p)[weighted_median(g / p, np.abs(p) / g)]) if len(p) else 1.0), 0.0
-    if mode == "lstsq":
-        scale, shift = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), g, rcond=None)[0]
-        return float(scale), float(shift)
-    # Some minimiser passes through two of the points. The best line through one point is a weighted median of slopes,
-    # and passes through a second point, about which one can turn next. The objective is convex and linear between the
-    # lines of the (scale, shift) plane on which a residual is zero, so once no point on the current line offers a
-    # better one, it is the minimum. Turning about a point pays only if the points off the line pull more than those on
-    # it hold.
-    weights, tried, rounding = 1 / g, set(), 1e-12 * g.max()
-    scale, shift = 0.0, g[weighted_median(g, weights)]
-    residual = shift - g
-    queue = list(np.flatnonzero(np.abs(residual) <= rounding))
-    while queue:
-        i = queue.pop()
-        tried.add(i)
-        on_line, arm = np.abs(residual) <= rounding, p - p[i]
-        pull, hold = weights * ~on_line * np.sign(residual) @ arm, weights * on_line @ np.abs(arm)
-        others = np.flatnonzero(arm)
-        if not len(others) or (on_line[i] and abs(pull) < hold * (1 - 1e-9)):
-            continue
-        slopes = (g[others] - g[i]) / arm[others]
-        j = weighted_median(slopes, weights[others] * np.abs(arm[others]))
-        turned = slopes[j] * arm + g[i] - g
-        if np.abs(turned) @ weights < np.abs(residual) @ weights * (1 - 1e-12):
-            scale, shift, residual, tried = slopes[j], g[i] - slopes[j] * p[i], turned, {i}
-            on_line = np.abs(residual) <= rounding
-        queue = [k for k in {*np.flatnonzero(on_line), others[j]} if k not in tried]
-    return float(scale), float(shift)
-
-
-def align_map(prediction, target, valid, mode="affine"):
-    """prediction (1, H, W) aligned to target (1, H, W) on valid; L1 modes see 64 x 64 nearest-valid points of it."""
-    points = valid
-    if mode in ("scale", "affine"):
-        height, width = valid.shape[1:]
-        pixels = np.arange(height * width).reshape(height, width)
-        grid = min(64, height), min(64, width)
-        chosen, known = data.nearest(pixels, valid[0].numpy(), grid, (0, 0, width, height))
-        points = torch.zeros_like(valid).view(-1).index_fill(0, torch.from_numpy(chosen[known]), True).view(valid.shape)
-    scale, shift = align(prediction[points], target[points], mode)
-    return prediction * scale + shift
-
-
-def depth_metrics(prediction, target, valid, mode="affine"):
-    """(AbsRel, delta1, aligned prediction) of one map; prediction, target, valid (1, H, W).
-
-    AbsRel = mean |p - g| / g; delta1 = share of valid pixels with max(p/g, g/p) < 1.25, a negative p being outside.
-    """
-    aligned = align_map(prediction, target, valid, mode)
-    p, g = aligned[valid].double(), target[valid].double()
-    ratio = torch.maximum(p / g, g / p.clamp(min=1e-9))
-    return ((p - g).abs() / g).mean().item(), (ratio < 1.25).double().mean().item(), aligned
-
-
-def estimate_depth(model, encoders, rgb, indices, args, steps, measured=None, strength=1.0):
-    """Image to depth: rgb (B, 3, H, W) in [-1, 1] -> list of relative depth (1, H, W) on the CPU.
-
-    The network sees the image at the size nearest to args.size^2 in area that keeps its aspect. The noise of sample k
-    of image i follows from (seed, indices[i], k), whatever the batch; all members are relative to their mean, so their
-    median needs no alignment. measured: (depth, valid), each (B, 1, H, W), of sparse depth, which is completed, in its
-    own unit. strength: how far the image is trusted.
-    """
-    size, shape = model.config.fit(*rgb.shape[2:], args.size), tuple(rgb.shape[2:])
-    image = rgb if size == shape else F.interpolate(rgb, size, mode="bicubic", antialias=True).clamp(-1, 1)
-    repeat, (first, depth, *_) = lambda x: x.repeat_interleave(args.ensemble, 0).to(rgb.device), model.modalities
-    known = {first.name: (repeat(encoders.encode_image(image)), None)}
-    if measured:
-        box = 0, 0, shape[1], shape[0]
-        seen = [data.nearest(x[0].numpy(), k[0].numpy(), size, box) for x, k in zip(*measured, strict=True)]
-        known[depth.name] = [repeat(torch.from_numpy(np.stack(part))[:, None]) for part in zip(*seen, strict=True)]
-    members = [i + (k << 32) for i in indices for k in range(args.ensemble)]
-    draws = data.Draws(args.seed, members)  # one for all modalities: their noise is independent
-    noise = {m.name: draws.randn(*m.shape(size)).to(rgb.device) for m in model.modalities}
-    text = encoders.encode_text([""] * len(members)).to(rgb.device)
-    levels = noise_levels([m.name for m in model.modalities], steps, strength={first.name: strength})
-    made = model.sample(levels, noise, text, known, solver=args.solver)[depth.name]
-    maps = F.interpolate(depth.decode(made, *known.get(depth.name, ())), shape, mode="bilinear").cpu()
-    maps = [torch.from_numpy(np.median(members, 0)) for members in maps.split(args.ensemble)]
-    return list(complete_depth(torch.stack(maps), *measured)) if measured else maps
-
-
-def fill(depth, known):
-    """Every pixel gets the depth of the nearest known one: depth, known (H, W) -> (H, W)."""
-    (height, width), far = depth.shape, 1 << 20
-    rows, columns = np.arange(height)[:, None], np.arange(width)
-    above = np.maximum.accumulate(np.where(known, rows, -far))
-    below = np.minimum.accumulate(np.where(known, rows, far)[::-1])[::-1]
-    row = np.where(rows - above < below - rows, above, below)  # of the nearest known one of each column
-    apart = (columns[:, None] - columns) ** 2
-    column = np.stack([(apart + down).argmin(1) for down in (row - rows) ** 2])
-    return depth[row[rows, column], column]
-
-
-def saved_map(args, folder, name, size, whole):
-    """Map NAME.npy, .pfm or .png of a folder -> (1, H, W). Of another size it is of the whole picture (h, w): it is
-    cropped as that is, and resized bilinearly, as our own maps are.
-    """
-    found = [path for s in ("npy", "pfm", "png") if (path := Path(f"{folder}/{name}.{s}")).is_file()]
-    if not found:
-        data.fail(f"--predictions {folder}: no map for {name} (.npy, .pfm or .png)")
-    try:
-        scale = args.depth_scale if found[0].suffix == ".png" else 1.0
-        values = data.parse(found[0], lambda: data.read_map(str(found[0]), data.read_file(found[0]), scale))
-        if not values.size:
-            data.refuse(f"{found[0]}: holds no pixel")
-        if values.shape == tuple(size):
-            return torch.from_numpy(values)[None]
-        left, top, right, bottom = data.parse(found[0], data.crop_box, values.shape, whole, size)
-    except data.BadSample as error:
-        data.fail(f"--predictions {error}")
-    axis = lambda low, high, n, length: (2 * (low + (torch.arange(n) + 0.5) * (high - low) / n) / length - 1).float()
-    y, x = axis(top, bottom, size[0], values.shape[0]), axis(left, right, size[1], values.shape[1])
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
-    return F.grid_sample(torch.from_numpy(values)[None, None], grid, padding_mode="border", align_corners=False)[0]
-
-
-def save_map(folder, name, depth):
-    """Write depth (1, H, W) as NAME.npy."""
-    path = Path(f"{folder}/{name}.npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_bytes(path, data.to_bytes(np.save, depth[0].numpy()))
-
-
-def blind_map(source, count):
-    """The best guess without looking: mean normalised depth map of the first count samples of a source, (1, H, W)."""
-    total, seen = 0, 0
-    for values, valid, *_ in data.in_order(source, count, 16):
-        total += normalize_depth(values["depth"], valid["depth"]).sum(0)
-        seen += valid["depth"].sum(0)
-    return uncontract(total / seen.clamp(min=1))
-
-
-def interval(values, draws=2000):
-    """Values of n images -> (low, high): 95% bootstrap interval of their mean."""
-    values = np.asarray(values)
-    chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    return np.percentile(values[chosen].mean(1), (2.5, 97.5)).tolist()
-
-
-def print_row(label, scores):
-    """One line of a table, from (AbsRel, delta1) of each image; returns its numbers."""
-    absrel, delta1 = np.array(list(scores)).reshape(-1, 2).T
-    row = {"absrel": float(np.mean(absrel)), "delta1": float(np.mean(delta1)), "images": len(absrel)}
-    row |= {"absrel_95": interval(absrel), "delta1_95": interval(delta1)}
-    spans = [f"{row[key]:7.4f} [{row[f'{key}_95'][0]:.4f}, {row[f'{key}_95'][1]:.4f}]" for key in ("absrel", "delta1")]
-    print(f"{label:34}{spans[0]}  {spans[1]}")
-    return row
-
-
-def check_score(score, args, name):
-    """Refuse a score that is not finite: values so close together, or so large, that an alignment overflows."""
-    if not np.isfinite(score[0]):
-        whose = args.predictions or args.judge or args.checkpoint
-        data.fail(f"{whose}: depth of {name} cannot be aligned, its values are too close together or too large")
-
-
-def score_depth(args, model, encoders, device):
-    """One dataset -> ({method: {image: (AbsRel, delta1)}}, pictures of the first six images, their labels, size)."""
-    synthetic, (size, high) = args.data == "synthetic", benchmark(args.data) or ((args.size, args.size), 0.0)
-    size = data.parse_size(args.score_size) if args.score_size else size
-    args.depth_max = args.depth_max or high
-    source = data.open_source(args, "train" if synthetic else "val", size)
-    blind = blind_map(source, 2048 if synthetic else args.images or 2048)
-    scores, previous, pictures, labels = {}, None, [], []
-    for values, valid, _, names, shapes, indices in samples_of(args, size, device):
-        rgb, maps = values["rgb"], {BLIND: [blind] * len(names)}
-        if args.predictions:
-            maps[I2D] = [saved_map(args, args.predictions, n, size, s) for n, s in zip(names, shapes, strict=True)]
-        else:
-            given = {"indices": indices, "args": args, "steps": args.steps, "strength": args.strength}
-            maps[I2D] = estimate_depth(model, encoders, rgb, **given)
-            if synthetic:
-                shifted = torch.cat([rgb[:1] if previous is None else previous, rgb[:-1]])
-                maps[OTHER] = estimate_depth(model, encoders, shifted, **given)
-                previous = rgb[-1:]
-        if args.measured:
-            chance = data.Draws((args.seed, "measured"), indices).rand(1, *size)
-            sparse = values["depth"].cpu(), valid["depth"].cpu() & (chance < args.measured)
-            for n, k, whole in zip(names, sparse[1], valid["depth"].cpu(), strict=True):
-                if not k.any() or not (whole & ~k).any():
-                    data.fail(f"--measured {args.measured}: of {n} it is no pixel, or all; give another share")
-            maps[COMPLETED] = estimate_depth(model, encoders, rgb, **given, measured=sparse)
-            filled = [fill(x[0].numpy(), k[0].numpy()) for x, k in zip(*sparse, strict=True)]
-            maps[FILLED] = [torch.from_numpy(x)[None] for x in filled]
-        for i, (index, n) in enumerate(zip(indices, names, strict=True)):
-            target, mask, prediction = values["depth"][i].cpu(), valid["depth"][i].cpu(), maps[I2D][i]
-            if not mask.any():
-                data.fail(f"--data {args.data}: {n} has no valid depth at {size[0]}x{size[1]}, nothing to be scored on")
-            if not prediction[mask].isfinite().all():
-                data.fail(f"{args.predictions or args.checkpoint}: depth of {n} is not finite where it is known")
-            if args.save_predictions:
-                save_map(args.save_predictions, n, prediction)
-            for method in maps:
-                if method != OTHER or index > 0:  # nothing comes before the first image
-                    if method in (COMPLETED, FILLED):  # where nothing was measured
-                        *score, aligned = depth_metrics(maps[method][i], target, mask & ~sparse[1][i], "none")
-                    else:
-                        *score, aligned = depth_metrics(maps[method][i], target, mask, args.align)
-                    check_score(score, args, n)
-                    scores.setdefault(method, {})[n] = score
-                    if method == I2D and index < 6:
-                        error = ((aligned - target).abs() / target.clamp(min=1e-6) / 0.5).clamp(0, 1)
-                        error = torch.where(mask, error, 0.0)  # elsewhere a map may hold NaN
-                        heat = (error[0, :, :, None].numpy() * (255, 153, 77)).astype(np.uint8)
-                        depths = [data.paint_depth(depth, mask) for depth in (target, aligned)]
-                        pictures.append([data.paint_rgb(rgb[i]), *depths, heat])
-                        labels.append(f"AbsRel {score[0]:.3f}")
-    return scores, pictures, labels, size
-
-
-def evaluate_depth(args, model, encoders, device):
-    """-> (results, {dataset: (rows, labels)}). Columns: image, depth, aligned prediction, error from 0 to 50%."""
-    how = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
-    print(f"{how}; alignment: {args.align}\n{'':34}AbsRel  95% interval      delta1  95% interval")
-    results, grids, ours = {}, {}, []
-    datasets = args.data.split(",")
-    for name in datasets:
-        folder = f"/{Path(name).name}" if len(datasets) > 1 else ""
-        if folder in grids:
-            data.fail(f"--data {args.data}: two folders are called {Path(name).name}; score them one by one")
-        options = argparse.Namespace(**vars(args) | {"data": name})
-        for key in ("predictions", "save_predictions"):
-            setattr(options, key, getattr(args, key) and getattr(args, key) + folder)
-        scores, pictures, grid_labels, size = score_depth(options, model, encoders, device)
-        limit = f", depth up to {options.depth_max:g} m" if options.depth_max else ""
-        print(f"{name}: {len(scores[I2D])} images scored at {size[0]}x{size[1]}{limit}")
-        found = {key: print_row(f"  {m}", scores[m].values()) for key, m in KEYS.items() if m in scores}
-        ours_error, blind_error = found[""]["absrel"], found["baseline_"]["absrel"]
-        undefined = blind_error < 1e-6  # of a pixel or two, or constant depth, which an alignment fits exactly
-        ratio = "  undefined: the baseline is exact" if undefined else f"{ours_error / blind_error:7.3f}"
-        print(f"{'  ratio to the baseline':34}{ratio}")
-        results[name] = {f"{key}{k}": v for key, row in found.items() for k, v in row.items()}
-        results[name] |= {"scored_at": size, "depth_max": options.depth_max, "per_image": scores[I2D]}
-        ours.append(found[""])
-        grids[folder] = pictures, grid_labels
-    if len(ours) == 1:
-        return results[name], grids
-    results["mean"] = {key: float(np.mean([row[key] for row in ours])) for key in ("absrel", "delta1")}
-    print(f"{'mean of the datasets':34}{results['mean']['absrel']:7.4f}{'':19}{results['mean']['delta1']:7.4f}")
-    return results, grids
-
-
-AGREEMENT = {  # task: ((maps that are scored, maps they are scored on), title of the row, title of its reference)
-    "follow": (("generated", "real"), "found in generated and real image", "the same with another real image"),
-    "joint": (("made", "found"), "made with an image, found in it", "the same, found in another image"),
+LABELS = {  # prefix of the keys in results.json: row of the table
+    "": "image to {}",
+    "completed_": "completed, not aligned",
+    "filled_": "measured alone, not aligned",
+    "baseline_": "mean {} map, input-blind",
+    "shuffled_": "given another scene's image",
 }
+Method = namedtuple("Method", ["maps", "valid", "align"])  # maps (B, C, H, W), scored on valid (B, 1, H, W)
 
 
-def evaluate_agreement(args, model, encoders, device):
-    """Do image and depth agree (Sec. 4.3)? follow: the image is made from depth; AbsRel of the depth found in it,
-    against that found in the real image. joint: both are made from the caption; AbsRel of the depth, against that found
-    in the image. --judge finds it, or the network itself.
+def complete(args, depth, valid, indices, maps):
+    """{prefix: Method} that know a share of the true depth: the maps completed by it, and it alone, interpolated.
 
-    --save-predictions DIR: DIR/generated and DIR/real (made, found) get the maps as NAME.npy, and the images they were
-    found in as NAME.png. --predictions DIR: the maps in these places, by whatever estimator, are compared instead.
+    Both are scored where depth was not measured, in its unit. All maps are (B, 1, H, W).
     """
-    kinds, *titles = AGREEMENT[args.task]
-    judge, eyes = open_network(args.judge, "--judge", args, device) if args.judge else (model, encoders)
-    size, scores, rows, previous = (args.size, args.size), {"": [], "other": []}, [], None
-    for values, valid, captions, names, _, indices in samples_of(args, size, device):
-        if args.predictions:
-            load = lambda kind: [saved_map(args, f"{args.predictions}/{kind}", n, size, size) for n in names]  # noqa: B023
-            maps = {kind: load(kind) for kind in kinds}
-        else:
-            first, depth, *_ = model.modalities
-            known = {depth.name: (values[depth.name], valid[depth.name])} if args.task == "follow" else {}
-            if known and not valid[depth.name].flatten(1).any(1).all():
-                data.fail(f"--data {args.data}: a sample of {names[0]} .. {names[-1]} has no depth to follow")
-            draws = data.Draws((args.seed, "follow"), indices)  # other noise than the estimates'
-            noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in (first, depth)}
-            levels = noise_levels([first.name, depth.name], args.steps, args.order, dict.fromkeys(known, args.strength))
-            text = encoders.encode_text(captions).to(device)
-            guidance = {first.name: args.cfg}
-            made = model.sample(levels, noise, text, known, guidance, solver=args.solver, hints=known)
-            image = encoders.decode_image(made[first.name]).clamp(-1, 1)
-            pictures = {"generated": image, "real": values["rgb"]} if known else {"found": image}
-            maps = {} if known else {"made": list(depth.decode(made[depth.name]).cpu())}
-            one = [0] * len(names)  # one noise for all estimates: what they share tells the images' difference alone
-            maps |= {k: estimate_depth(judge, eyes, x, one, args, args.judge_steps) for k, x in pictures.items()}
-            for i in range(min(len(names), 8 - len(rows))):
-                given = [data.paint_depth(values["depth"][i], valid["depth"][i])] if known else []
-                depths = [data.paint_depth(d[i]) for d in maps.values()]
-                rows.append([*(data.paint_rgb(x[i]) for x in pictures.values()), *given, *depths])
-        scored, scored_on = (maps[kind] for kind in kinds)
-        for i, n in enumerate(names):
-            if not all(m[i].isfinite().all() for m in maps.values()) or not (scored_on[i] > 0).any():
-                whose = args.predictions or args.judge or args.checkpoint
-                data.fail(f"{whose}: depth of {n} is not finite, or nowhere above 0")
-            for kind in maps if args.save_predictions else ():
-                save_map(f"{args.save_predictions}/{kind}", n, maps[kind][i])
-                if kind in pictures:
-                    picture = Image.fromarray(data.paint_rgb(pictures[kind][i]))
-                    data.write_image(f"{args.save_predictions}/{kind}/{n}.png", picture)
-            for key, target in (("", scored_on[i]), ("other", previous)):
-                if target is not None:  # nearer than a hundredth of the mean is no surface
-                    surface = target > 0.01 * target.clamp(min=0).mean()
-                    score = depth_metrics(scored[i], target, surface, args.align)[:2]
-                    check_score(score, args, n)
-                    scores[key].append(score)
-            previous = scored_on[i]
-    finder = args.predictions or f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
-    print(f"{len(scores[''])} images at {size[0]}x{size[1]}, alignment: {args.align}; depth found by {finder}")
-    print(f"{'':34}AbsRel  95% interval      delta1  95% interval")
-    results = print_row(titles[0], scores[""])
-    if scores["other"]:
-        results |= {f"other_{key}": value for key, value in print_row(titles[1], scores["other"]).items()}
-    return results, {"": (rows, [str(i + 1) for i in range(len(rows))])}
+    chance = data.PerSampleRNG((args.seed, "measured"), indices).rand(*depth.shape[1:])
+    measured = valid & (chance < args.measured)
+    rest = valid & ~measured
+    if not measured.flatten(1).any(1).all() or not rest.flatten(1).any(1).all():
+        data.fail(f"--measured {args.measured}: a sample keeps no pixel, or all of them; give another share")
+
+    completed = complete_depth(maps, depth, measured)
+    interpolated = complete_depth(torch.ones_like(depth), depth, measured)
+    return {"completed_": Method(completed, rest, "none"), "filled_": Method(interpolated, rest, "none")}
 
 
-# ---- Images ----
+def run_methods(args, entry, model, batch, blind, previous):
+    """{prefix: Method}: the maps of a batch by the network and by its references.
 
-
-def features(rgb):
-    """(B, 3, H, W) in [-1, 1] -> (B, 80) float64, in place of a network: colours and edges on a coarse grid.
-
-    48 mean colours of a 4 x 4 grid of cells, and the 32 mean absolute horizontal and vertical differences of grey in
-    the cells.
+    previous (1, 3, H, W) is the image before the batch: each image's predecessor is "another scene's image".
     """
-    grey = rgb.mean(1, keepdim=True)
-    edges = torch.cat([grey.diff(dim=3).abs()[:, :, 1:], grey.diff(dim=2).abs()[..., 1:]], 1)
-    pool = F.adaptive_avg_pool2d
-    return torch.cat([pool(rgb, 4).flatten(1), pool(edges, 4).flatten(1)], 1).cpu().double()
+    rgb = batch.values[RGB.name]
+    target = batch.values[entry.name].cpu()
+    valid = batch.valid[entry.name].cpu()
+
+    def estimate_from(images):
+        return estimate(model, entry, images, batch.indices, args, args.steps, args.strength)
+
+    if args.predictions:
+        samples = zip(batch.names, batch.shapes, strict=True)
+        maps = torch.stack([load_map(args, name, shape) for name, shape in samples])
+    else:
+        maps = estimate_from(rgb)
+
+    methods = {"": Method(maps, valid, args.align)}
+    methods["baseline_"] = Method(blind.expand_as(maps), valid, args.align)
+    if args.data == "synthetic" and not args.predictions:
+        shifted = torch.cat([previous, rgb[:-1]])
+        methods["shuffled_"] = Method(estimate_from(shifted), valid, args.align)
+    if args.measured:
+        methods.update(complete(args, target, valid, batch.indices, maps))
+    return methods
 
 
-def load_features(path, device, size):
-    """--features: a TorchScript file -> its features as a function like `features`, tried on two images of size.
+def paint_scored(entry, rgb, target, aligned, error, valid):
+    """A row of the grid: image, target, aligned prediction, and its error from black to orange."""
+    heat = torch.where(valid, error.clamp(0, 1), 0.0)[0, :, :, None].numpy()
+    maps = [data.paint(entry, x, valid) for x in (target, aligned)]
+    return [data.paint(RGB, rgb), *maps, (heat * (255, 153, 77)).astype(np.uint8)]
+
+
+def score_methods(args, entry, model, device):
+    """Score all methods on all samples: ({prefix: {name: scores}}, [(label, pictures)] of the first six)."""
+    scoring = SCORINGS[entry.encoding]
+    synthetic = args.data == "synthetic"
+    source = data.open_source(args, "train" if synthetic else "val", args.scored_at, (RGB, entry))
+    blind = blind_map(entry, source, 2048 if synthetic else args.images or 2048)
+
+    scores = {prefix: {} for prefix in LABELS}
+    pictures = []
+    previous = None
+    for batch in read_samples(args, args.scored_at, (RGB, entry), device):
+        rgb = batch.values[RGB.name]
+        target = batch.values[entry.name].cpu()
+        methods = run_methods(args, entry, model, batch, blind, rgb[:1] if previous is None else previous)
+        for prefix, (maps, valid, mode) in methods.items():
+            for i, name in enumerate(batch.names):
+                if prefix == "shuffled_" and batch.indices[i] == 0:
+                    continue  # no image comes before the first
+                score, aligned, error = score_map(args, entry, name, maps[i], target[i], valid[i], mode)
+                scores[prefix][name] = score
+                if prefix == "" and len(pictures) < 6:
+                    label = f"{scoring.keys[0]} {score[0]:.3f}"
+                    pictures.append((label, paint_scored(entry, rgb[i], target[i], aligned, error, valid[i])))
+        previous = rgb[-1:]
+    return scores, pictures
+
+
+def evaluate_maps(args, model, device):
+    """depth, normal: generate the modality that the task names from images; compare the maps with the true ones."""
+    entry = MODALITIES[args.task]
+    scoring = SCORINGS[entry.encoding]
+    scores, pictures = score_methods(args, entry, model, device)
+
+    found_by = args.predictions or f"{args.steps} steps, {args.ensemble} sample(s) an image"
+    limit = f", depth up to {args.depth_max:g} m" if args.depth_max else ""
+    print(f"{found_by}; alignment: {args.align if entry is DEPTH else 'none'}")
+    print(f"{'':34}{scoring.header}")
+    print(f"{args.data}: {len(scores[''])} images scored at {args.scored_at[0]}x{args.scored_at[1]}{limit}")
+    results = {"per_image": scores[""]}
+    for prefix, label in LABELS.items():
+        if scores[prefix]:
+            row = print_row(f"  {label.format(entry.name)}", scoring, list(scores[prefix].values()))
+            results.update({f"{prefix}{key}": value for key, value in row.items()})
+
+    key = scoring.keys[0]
+    ratio = "  undefined: the baseline is exact"  # an alignment fits a pixel or two, and constant depth, exactly
+    if results[f"baseline_{key}"] >= 1e-6:
+        ratio = f"{results[key] / results[f'baseline_{key}']:7.3f}"
+    print(f"{'  ratio to the baseline':34}{ratio}")
+    return results, pictures
+
+
+# ---- follow and joint: do image and depth agree (Sec. 4.3)? ----
+
+
+def find_depth(args, judge, images):
+    """Find depth (B, 1, H, W) in images (B, 3, H, W)."""
+    same_noise = [0] * len(images)  # so that estimates differ only because the images do
+    return estimate(judge, DEPTH, images, same_noise, args, args.judge_steps)
+
+
+def report_agreement(args, pairs, labels):
+    """Print how maps agree with those that should equal them, and with those of the sample before, as a reference.
+
+    pairs holds (name, prediction (1, H, W), target (1, H, W)) of each sample. Returns the numbers for results.json.
+    """
+
+    def score(name, prediction, target):
+        surface = target > 0.01 * target.mean()  # nothing real is nearer than a hundredth of the mean
+        return score_map(args, DEPTH, name, prediction, target, surface, args.align)[0]
+
+    scoring = SCORINGS[DEPTH.encoding]
+    found_by = f"{args.judge or args.checkpoint}, {args.judge_steps} steps"
+    print(f"{len(pairs)} images at {args.size}x{args.size}, alignment: {args.align}; depth found by {found_by}")
+    print(f"{'':34}{scoring.header}")
+    results = print_row(labels[0], scoring, [score(*pair) for pair in pairs])
+    references = [score(name, map_, target) for (name, map_, _), (_, _, target) in zip(pairs[1:], pairs, strict=False)]
+    if references:
+        row = print_row(labels[1], scoring, references)
+        results.update({f"other_{key}": value for key, value in row.items()})
+    return results
+
+
+def paint_rows(names, columns):
+    """A row of the grid, (label, pictures), for each sample; columns are [(entry, values (B, C, H, W))]."""
+    return [(name[-14:], [data.paint(entry, x[i]) for entry, x in columns]) for i, name in enumerate(names)]
+
+
+def evaluate_follow(args, model, device):
+    """follow: generate images from depth; compare the depth found in them with that found in the real images."""
+    judge = open_model(args.judge, "--judge", args, device) if args.judge else model
+    size = (args.size, args.size)
+    schedule = make_schedule(
+        [m.name for m in model.network.modalities], args.steps, strength={DEPTH.name: args.strength}
+    )
+    pairs = []
+    rows = []
+    for batch in read_samples(args, size, (RGB, DEPTH), device):
+        depth = batch.values[DEPTH.name]
+        valid = batch.valid[DEPTH.name]
+        given = {DEPTH.name: (DEPTH.encode(depth, valid), valid)}
+        key = (args.seed, "follow")  # other noise than the estimates have
+        x0 = generate(model, batch.captions, batch.indices, size, key, schedule, given, args.cfg)
+
+        generated = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
+        real = batch.values[RGB.name]
+        in_generated = find_depth(args, judge, generated)
+        in_real = find_depth(args, judge, real)
+        pairs += zip(batch.names, in_generated, in_real, strict=True)
+        columns = [(RGB, generated), (RGB, real), (DEPTH, depth), (DEPTH, in_generated), (DEPTH, in_real)]
+        rows += paint_rows(batch.names[: 8 - len(rows)], columns)
+    labels = ("found in generated and real image", "the same with another real image")
+    return report_agreement(args, pairs, labels), rows
+
+
+def evaluate_joint(args, model, device):
+    """joint: generate image and depth from captions; compare the depth with that found in the image."""
+    judge = open_model(args.judge, "--judge", args, device) if args.judge else model
+    size = (args.size, args.size)
+    schedule = make_schedule([m.name for m in model.network.modalities], args.steps, args.order)
+    pairs = []
+    rows = []
+    for batch in read_samples(args, size, (RGB,), device):
+        key = (args.seed, "follow")
+        x0 = generate(model, batch.captions, batch.indices, size, key, schedule, guidance=args.cfg)
+        image = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
+        depth = DEPTH.decode(x0[DEPTH.name]).cpu()
+        in_image = find_depth(args, judge, image)
+        pairs += zip(batch.names, depth, in_image, strict=True)
+        rows += paint_rows(batch.names[: 8 - len(rows)], [(RGB, image), (DEPTH, depth), (DEPTH, in_image)])
+    labels = ("made with an image, found in it", "the same, found in another image")
+    return report_agreement(args, pairs, labels), rows
+
+
+# ---- image: images from captions ----
+
+
+def load_features(path, device):
+    """Load the TorchScript file of --features: a function as coarse_features. The file is code, which is run.
 
     It gets uint8 images (B, 3, H, W) in 0..255, as the widely used Inception file wants them, and return_features=True
-    if its forward has this argument; it returns (B, d), floating and finite, d up to 8192. It is code, which is run.
+    if its forward has this argument. It returns (B, d).
     """
     if not Path(path).is_file():
         data.fail(f"--features {path}: no such file")
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError:
+        data.fail(f"--features {path}: not a TorchScript file")
+    options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
 
     def extract(rgb):
         pictures = ((rgb.clamp(-1, 1) + 1) * 127.5).round().byte()
         with torch.no_grad():
             return network(pictures.to(device), **options).flatten(1).cpu().double()
 
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-        options = {"return_features": True} if "return_features" in str(network.forward.schema) else {}
-        found = extract(torch.linspace(-1, 1, 6).view(2, 3, 1, 1).expand(2, 3, *size))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        data.fail(f"--features {path}: not a TorchScript file of features ({type(error).__name__}: {error})")
-    if len(found) != 2 or not 1 <= found.shape[1] <= 8192 or not found.isfinite().all():
-        shape = tuple(found.shape)
-        data.fail(f"--features {path}: returned {shape} for two images; must be (2, d), finite, d from 1 to 8192")
     return extract
 
 
-class Moments:
-    """Mean (d,) and covariance (d, d) of rows that come in batches, in float64, by Chan's update."""
-
-    def __init__(self):
-        self.n, self.mean, self.scatter = 0, 0.0, 0.0
-
-    def add(self, x):
-        n, mean = self.n + len(x), x.mean(0)
-        shift, centred = mean - self.mean, x - mean
-        self.scatter = self.scatter + centred.T @ centred + torch.outer(shift, shift) * (self.n * len(x) / n)
-        self.mean, self.n = self.mean + shift * (len(x) / n), n
-
-    @property
-    def covariance(self):
-        return self.scatter / (self.n - 1)
-
-
-def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2) of two Moments; symmetric roots, so it is real."""
-    values, vectors = torch.linalg.eigh(a.covariance)
-    half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(half @ b.covariance @ half).clamp(min=0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
-
-
-def colors_in(rgb, share=0.01):
-    """Names of the world's object colours that cover at least a share of the picture (3, H, W), told by hue."""
-    hsv = lambda rgb: np.asarray(Image.fromarray(rgb).convert("HSV")).astype(int)
-    palette = hsv((np.array([list(data.COLORS.values())]) * 255).astype(np.uint8))[0, :, 0]
-    hue, saturation, value = hsv(data.paint_rgb(rgb)).reshape(-1, 3).T
-    apart = np.abs(hue[:, None] - palette)
-    nearest = np.minimum(apart, 256 - apart).argmin(1)[(saturation > 115) & (value > 40)]
-    counts = np.bincount(nearest, minlength=len(palette))
-    return {name for name, count in zip(data.COLORS, counts, strict=True) if count >= share * len(hue)}
+def evaluate_image(args, model, device):
+    """image: generate images from captions; compare them with the real images of these captions."""
+    size = (args.size, args.size)
+    world = data.SyntheticWorld("val", size, device)
+    extract = load_features(args.features, device) if args.features else coarse_features
+    schedule = make_schedule([m.name for m in model.network.modalities], args.steps, args.order)
+    captions = []
+    features = defaultdict(list)
+    colors = defaultdict(list)
+    pictures = defaultdict(list)
+    for batch in read_samples(args, size, (RGB,), device):
+        x0 = generate(model, batch.captions, batch.indices, size, args.seed, schedule, guidance=args.cfg)
+        images = {"real": batch.values[RGB.name], "generated": model.encoders.decode_image(x0[RGB.name])}
+        if args.data == "synthetic":
+            others = [index + (args.images or WORLD_IMAGES) for index in batch.indices]
+            images["other real"] = world.samples(others).values[RGB.name]
+        captions += batch.captions
+        for kind, rgb in images.items():
+            features[kind].append(extract(rgb))
+            colors[kind] += [colors_in(image) for image in rgb]
+            pictures[kind] += [data.paint(RGB, image) for image in rgb[: 8 - len(pictures[kind])]]
+    if len(captions) < 2:
+        data.fail(f"--data {args.data}: {len(captions)} image; a Frechet distance needs at least two")
+    features = {kind: torch.cat(parts) for kind, parts in features.items()}
+    return report_image(args, features, colors, captions), list(pictures.items())
 
 
-def following(seen, captions):
-    """Share of the colours that captions ask for which are among those seen: a set of names per image."""
-    asked = [(s, word) for s, line in zip(seen, captions, strict=True) for word in line.split() if word in data.COLORS]
-    return sum(word in colors for colors, word in asked) / max(len(asked), 1)
-
-
-def evaluate_image(args, model, encoders, device):
-    """Images from the captions of samples, beside their own images."""
-    size, synthetic = (args.size, args.size), args.data == "synthetic"
-    extract = load_features(args.features, device, size) if args.features else features
-    first, world = model.modalities[0].name, data.World("val", size, device)
-    levels = noise_levels([m.name for m in model.modalities], args.steps, args.order)
-    made, real, other = Moments(), Moments(), Moments()
-    colors, real_colors, asked, rows = [], [], [], [[], []]
-    for values, _, captions, _, _, indices in samples_of(args, size, device, with_depth=False):
-        text = encoders.encode_text(captions).to(device)
-        draws = data.Draws(args.seed, indices)
-        noise = {m.name: draws.randn(*m.shape(size)).to(device) for m in model.modalities}
-        created = model.sample(levels, noise, text, None, {first: args.cfg}, solver=args.solver)[first]
-        created = encoders.decode_image(created)
-        made.add(extract(created)), real.add(extract(values["rgb"]))
-        if synthetic:
-            other.add(extract(world.samples([i + (args.images or 128) for i in indices])[0]["rgb"]))
-            colors += [colors_in(x) for x in created]
-            real_colors += [colors_in(x) for x in values["rgb"]]
-        for row, pictures in zip(rows, (values["rgb"], created), strict=True):
-            row += [data.paint_rgb(x) for x in pictures[: 8 - len(row)]]
-        asked += captions
-    results = {"images": len(asked), "cfg": args.cfg, "features": args.features or "built in"}
-    if min(made.n, real.n) < 2:
-        data.fail(f"--data {args.data}: {made.n} images; a Frechet distance needs two at least")
-    print(f"{len(asked)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg}")
-    results["frechet"] = frechet_distance(made, real)
+def report_image(args, features, colors, captions):
+    """Print the Frechet distance and, in the built-in world, how prompts are followed. Returns both by name."""
+    print(
+        f"{len(captions)} images at {args.size}x{args.size}, {args.steps} steps, guidance {args.cfg.get(RGB.name, 1.0)}"
+    )
+    results = {"images": len(captions), "features": args.features or "built in"}
+    results["frechet"] = frechet_distance(features["generated"], features["real"])
     print(f"{'Frechet distance to the real images':50}{results['frechet']:8.4f}")
-    if synthetic:
-        results |= {"real_frechet": frechet_distance(other, real), "following": following(colors, asked)}
-        results["shuffled_following"] = following(colors, asked[1:] + asked[:1])
-        results["real_following"] = following(real_colors, asked)
-        print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
-        in_real = f"(real: {results['real_following']:.3f})"
-        print(f"{'requested colours that appear':50}{results['following']:8.3f}   {in_real}")
-        print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
-    return results, {"": (rows, ["real", "from its\ncaption"])}
+    if args.data != "synthetic":
+        return results
+
+    shuffled = captions[1:] + captions[:1]
+    results["real_frechet"] = frechet_distance(features["other real"], features["real"])
+    results["following"] = share_of_requested_colors(colors["generated"], captions)
+    results["real_following"] = share_of_requested_colors(colors["real"], captions)
+    results["shuffled_following"] = share_of_requested_colors(colors["generated"], shuffled)
+    print(f"{'the same of other real images':50}{results['real_frechet']:8.4f}")
+    in_real = f"(real: {results['real_following']:.3f})"
+    print(f"{'requested colours that appear':50}{results['following']:8.3f}   {in_real}")
+    print(f"{'the same against shuffled prompts':50}{results['shuffled_following']:8.3f}")
+    return results
 
 
-def open_network(path, flag, args, device):
-    """Checkpoint -> (its averaged network, its encoders), on the device. args.size, if 0, becomes its own."""
-    state = data.load_checkpoint(path, flag)
-    model = DiT(Config(**state["config"])).requires_grad_(False)
-    model.load_state_dict(state["ema"])
-    encoders = data.open_encoders(args.encoders, device, model.config, state["settings"].get("encoders", ""))
-    args.size = args.size or model.config.size
-    if args.size % model.config.patch:
-        data.fail(f"--size {args.size}: must be a multiple of the patch of {path}, {model.config.patch}")
-    if args.task != "image" and "depth" not in [m.name for m in model.modalities]:
-        data.fail(f"{flag} {path}: a text-to-image checkpoint knows no depth; give one of train_forcing.py")
-    return model.to(device), encoders
+# ---- The command line ----
 
-
-def claim_out(path):
-    """Make --out. It must be new, or empty, or hold the results.json of an older evaluation."""
-    out = data.claim_folder(path, "results.json")
-    results = out / "results.json"
-    ours = not results.exists()
-    with contextlib.suppress(ValueError):
-        ours = ours or {"task", "checkpoint"} <= data.parse_json(results.read_bytes()).keys()
-    if not ours:
-        data.fail(f"--out {path}: holds a results.json that this script has not written; choose another directory")
-    return out
+Task = namedtuple("Task", ["evaluate", "entries"])
+TASKS = {  # the function, and the modalities that a network must have
+    "depth": Task(evaluate_maps, [RGB, DEPTH]),
+    "normal": Task(evaluate_maps, [RGB, NORMAL]),
+    "image": Task(evaluate_image, [RGB]),
+    "follow": Task(evaluate_follow, [RGB, DEPTH]),
+    "joint": Task(evaluate_joint, [RGB, DEPTH]),
+}
+TASKS_OF_FLAG = {
+    "align": ("depth", "follow", "joint"),
+    "measured": ("depth",),
+    "predictions": ("depth",),
+    "strength": ("depth", "normal", "follow"),
+    "order": ("image", "joint"),
+    "judge": ("follow", "joint"),
+    "judge_steps": ("follow", "joint"),
+    "features": ("image",),
+}
 
 
 def parse():
     p = data.Flags(__doc__)
-    p.add_argument("task", choices=("depth", "image", "follow", "joint"))
+    p.add_argument("task", choices=tuple(TASKS))
     data.sampling_settings(p)
     data.source_settings(p)
-    p.setting("--images", 0, "number of images; 0 is all, or 128 of the synthetic world", data.whole(0, 10**9))
+    p.setting("--images", 0, f"number of images; 0 is all, or {WORLD_IMAGES} of the world", data.whole(0, 10**9))
     p.setting("--size", 0, "side in pixels of what the network sees, or of that area; 0 is the network's", data.SIDE)
-    size = "HxW at which depth is scored; empty is a benchmark's own, or --size squared"
-    p.setting("--score-size", "", size, data.size_text(2))
-    p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth, 16 for images", data.whole(0, 10**4))
-    measured = "depth: also complete this share of the true pixels, and score the others in their unit"
-    p.setting("--measured", 0.0, measured, data.SHARE)
-    p.setting("--strength", 1.0, "depth, follow: how far what is given is trusted: 1 is clean, 0 ignored", data.SHARE)
-    p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or rgb,depth or depth,rgb")
+    p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth and normal, else 16", data.whole(0, 10**4))
+    p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
+    p.setting("--strength", 1.0, "trust in the input, of depth, normal, follow: 1 is clean, 0 ignored", data.SHARE)
+    p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or names, such as depth,rgb")
     p.setting("--judge", "", "follow, joint: checkpoint that finds depth in images; empty is the one that made them")
-    steps = "follow, joint: sampling steps of the depth that is found"
-    p.setting("--judge-steps", I2D_STEPS, steps, data.whole(1, 10**4))
-    modes = "none", "scale", "affine", "lstsq"
-    p.setting("--align", "affine", f"of depth, before it is scored: {', '.join(modes)}", data.one_of(*modes))
-    p.setting("--predictions", "", "DIR of another model's depth, NAME.npy, .pfm or .png, to score instead")
-    p.setting("--save-predictions", "", "new or empty DIR to write unaligned depth to; NAME.npy has --data's NAME")
-    p.setting("--features", "", "TorchScript features of the Frechet distance, a file of code that is run: trust it")
+    p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
+    modes = ("none", "scale", "affine")
+    p.setting("--align", "affine", f"alignment of depth before it is scored: {', '.join(modes)}", data.one_of(*modes))
+    p.setting("--predictions", "", "depth: DIR of another model's NAME.npy, .pfm or .png, to score instead")
+    p.setting("--features", "", "image: TorchScript features of the Frechet distance; the file is run, so trust it")
     p.setting("--seed", 0, "of the noise", data.SEED)
-    out = "new, empty or an older evaluation's directory, whose files are replaced; runs/evaluate-TASK if not given"
-    p.setting("--out", "", out)
+    p.setting("--out", "", "directory, new, empty or of an older evaluation; runs/evaluate-TASK if not given")
     args = p.parse_args()
     data.check_depth_range(args)
-    args.steps = args.steps or (I2D_STEPS if args.task == "depth" else 16)
-    uses = dict.fromkeys(("judge", "judge_steps"), AGREEMENT)
-    uses |= {"measured": ["depth"], "strength": ["depth", "follow"], "order": ["image", "joint"]}
-    for flag, tasks in uses.items():
-        given = getattr(args, flag)
-        if given != p.get_default(flag) and (args.task not in tasks or args.predictions):
-            name = flag.replace("_", "-")
-            data.fail(f"--{name} {given}: for {' and '.join(tasks)}, and without --predictions; leave it out")
-    if args.predictions and (args.save_predictions or args.task == "image"):
-        data.fail("--predictions: cannot go with --save-predictions, nor with image")
+    for name, tasks in TASKS_OF_FLAG.items():
+        value = getattr(args, name)
+        if value != p.get_default(name) and args.task not in tasks:
+            data.fail(f"--{name.replace('_', '-')} {value}: only for the task {' or '.join(tasks)}")
+    if args.predictions and not Path(args.predictions).is_dir():
+        data.fail(f"--predictions {args.predictions}: no such directory")
     return args
 
 
-def check_predictions(args):
-    """Refuse saved maps that are not there, or whose size is not known."""
-    if not Path(args.predictions).is_dir():
-        data.fail(f"--predictions {args.predictions}: no such directory")
-    own_size = args.task == "depth" and (args.score_size or all(map(benchmark, args.data.split(","))))
-    if not args.size and not own_size:
+def complete_settings(args, model):
+    """The settings, with the defaults that depend on the task, the network and the benchmark."""
+    settings = argparse.Namespace(**vars(args))
+    settings.out = args.out or f"runs/evaluate-{args.task}"
+    settings.steps = args.steps or (I2D_STEPS if args.task in ("depth", "normal") else 16)
+    if model is not None:
+        settings.size = args.size or model.network.config.size
+        settings.order = data.parse_order(args.order, [m.name for m in model.network.modalities])
+        for entry in TASKS[args.task].entries:
+            if isinstance(settings.order, list) and entry.name not in settings.order:
+                data.fail(f"--order {args.order}: {entry.name}, which is scored, would stay noise; add it")
+
+    size, depth_max = BENCHMARKS.get(Path(args.data).name.lower(), ((settings.size, settings.size), 0.0))
+    settings.scored_at = size
+    settings.depth_max = args.depth_max or depth_max
+    if 0 in size:
         data.fail(f"--predictions {args.predictions}: give --size, the side at which their depth is scored")
-
-
-def check_order(args, model):
-    """Refuse an order by which a modality that is scored stays pure noise."""
-    scored = [m.name for m in model.modalities[: 1 if args.task == "image" else 2]]
-    if isinstance(args.order, list) and args.task in ("image", "joint"):
-        for name in scored:
-            if name not in args.order:
-                data.fail(f"--order {','.join(args.order)}: {name}, which is scored, would stay noise; add it")
+    return settings
 
 
 def main():
     args = parse()
     device = data.pick_device(args.device)
-    model = encoders = None
-    if args.predictions:
-        check_predictions(args)
-    else:
-        model, encoders = open_network(args.checkpoint, "--checkpoint", args, device)
-        args.order = data.parse_order(args.order, [m.name for m in model.modalities])
-        check_order(args, model)
-    out = claim_out(args.out or f"runs/evaluate-{args.task}")
-    if args.save_predictions:
-        data.claim_folder(args.save_predictions, flag="--save-predictions")
-    tasks = {"depth": evaluate_depth, "image": evaluate_image} | dict.fromkeys(AGREEMENT, evaluate_agreement)
-    results, grids = tasks[args.task](args, model, encoders, device)
+    model = None if args.predictions else open_model(args.checkpoint, "--checkpoint", args, device)
+    args = complete_settings(args, model)
+    out = data.claim_folder(args.out, "results.json")
+    if (out / "results.json").exists() and b'"checkpoint": ' not in (out / "results.json").read_bytes():
+        data.fail(f"--out {out}: holds a results.json that this script has not written; choose another directory")
+    results, pictures = TASKS[args.task].evaluate(args, model, device)
     data.write_json(out / "results.json", {**vars(args), **results})
-    for name, (rows, labels) in grids.items():
-        if rows:
-            data.write_image(out / f"grid{name.replace('/', '-')}.png", data.draw_grid(rows, labels))
+    labels, rows = zip(*pictures, strict=True)
+    data.write_image(out / "grid.png", data.draw_grid(rows, labels))
     print(f"wrote {out / 'results.json'}")
 
 

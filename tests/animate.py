@@ -1,64 +1,69 @@
-"""Draw how samples lose their noise, as an animated GIF: the frames of README's gallery.
+"""Draw how samples lose their noise in each order, as a GIF: the image above, its depth below.
 
-    python tests/animate.py --prompt "a red ball in a room" --order depth,rgb --out depth-first.gif
-
-The samples are those of sample.py with the same prompt, order and seed.
+python tests/animate.py --prompt "a red ball in a room" --order rgb,depth --out runs/rgb-first.gif
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import JOINT, make_schedule
 
-FRAMES = 40
+STEPS = 50
+MAX_FRAMES = 40
+GUIDANCE = 3.0
+FRAME_TIME = 80  # milliseconds
+LAST_FRAME_TIME = 2000
 
 
-def paint_noisy(m, x):
-    """x_t of a modality (C, H, W) -> picture (H, W, 3)."""
-    if m.encoding == "relative depth":
-        return data.paint_depth(1 / (2.05 - x.clamp(0, 2)))  # brightness is linear in contracted depth
-    return data.paint(m, x)
+def parse():
+    p = data.Flags(__doc__)
+    p.setting("--checkpoint", data.NANO, "checkpoint of train_forcing.py")
+    p.setting("--prompt", "a small red ball left of a tall blue pillar in a room", "what the image shows")
+    p.setting("--order", "joint", "joint, log2(alpha), or names such as depth,rgb")
+    p.setting("--count", 3, "number of samples, side by side", data.whole(1, 16))
+    p.setting("--out", "runs/animation.gif", "file to write")
+    return p.parse_args()
 
 
-def sample_frames(network, encoders, args):
-    """Generate samples. Returns x_t after every step, a list of {m: (B, C, H, W)}."""
-    size = (network.config.size, network.config.size)
-    names = [m.name for m in network.modalities]
-    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
-    rng = data.PerSampleRNG("sample", range(args.seed, args.seed + args.count))
-    noise = {m.name: rng.randn(*m.shape(size)) for m in network.modalities}
-    text = encoders.encode_text([args.prompt] * args.count)
-    frames = []
-    network.sample(make_schedule(names, args.steps, order), noise, text, guidance=args.cfg, callback=frames.append)
-    return frames
+def draw_frame(network, x):
+    """A picture of the values x {m: (B, C, H, W)} in the middle of sampling."""
+    rows = []
+    for m in network.modalities:
+        shown = x[m.name]
+        if m.encoding == "relative depth":
+            shown = 1 / (2.05 - shown.clamp(0, 2))  # brightness is then linear in contracted depth
+        rows.append([data.paint(m, values) for values in shown])
+    return data.draw_grid(rows, cell=96)
 
 
 def main():
-    p = data.Flags(__doc__)
-    p.setting("--checkpoint", data.NANO, "checkpoint of a training script")
-    p.setting("--cfg", "3", "as in sample.py", data.by_modality(data.number(0, 100)))
-    p.setting("--prompt", "", "what the image shows")
-    p.setting("--order", "joint", "as in sample.py")
-    p.setting("--count", 3, "number of samples", data.whole(1, 16))
-    p.setting("--steps", 50, "sampling steps of each modality in turn", data.whole(1, 1000))
-    p.setting("--seed", 0, "seed of the first sample's noise", data.SEED)
-    p.setting("--out", "animation.gif", "file to write")
-    args = p.parse_args()
-    network, _ = data.open_network(args.checkpoint)
-    encoders = data.PixelsAndBytes(network.config.text_length)
+    args = parse()
+    network, _ = data.open_network(args.checkpoint, "--checkpoint")
+    names = [m.name for m in network.modalities]
+    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
+    size = (network.config.size, network.config.size)
 
-    frames = sample_frames(network, encoders, args)
-    stride = -(-len(frames) // FRAMES)
-    pictures = []
-    for frame in [*frames[::stride], frames[-1]]:
-        rows = [[paint_noisy(m, x) for x in frame[m.name]] for m in network.modalities]
-        pictures.append(data.draw_grid(rows, cell=96))
-    durations = [80] * (len(pictures) - 1) + [2000]  # milliseconds: the last frame stays longer
-    data.write_image(args.out, pictures[0], save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    rng = data.PerSampleRNG("sample", range(args.count))  # as sample.py, so the samples are the same
+    noise = {m.name: rng.randn(*m.shape(size)) for m in network.modalities}
+    text = data.PixelsAndBytes(network.config.text_length).encode_text([args.prompt] * args.count)
+    schedule = make_schedule(names, STEPS, order)
+    guidance = {names[0]: GUIDANCE}
+    frames = []
+    network.sample(schedule, noise, text, guidance=guidance, callback=frames.append)
+
+    every = -(-len(frames) // MAX_FRAMES)
+    pictures = [draw_frame(network, x) for x in [*frames[::every], frames[-1]]]
+    times = [FRAME_TIME] * (len(pictures) - 1) + [LAST_FRAME_TIME]
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    options = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0}
+    data.write_image(out, pictures[0], **options)
 
 
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     data.run_script(main)

@@ -38,12 +38,12 @@ from model import (
     distillation_weight,
     draw_noise_levels,
     matmul_peak,
-    memory_plan,
     noise_levels,
     scored,
     training_cost,
     velocity_loss,
 )
+from plan_memory import memory_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that the device's name contains counts
@@ -397,7 +397,7 @@ def planned_gib(args, batch_size, taught):
     half = args.device.type == "cuda"
     size = args.config.size, args.config.size
     joint = args.config.with_modalities(RGB, DEPTH)
-    plans = memory_plan(joint, size, batch_size, 1, taught=args.config if taught else None, half=half)
+    plans = memory_plan(joint, size, batch_size, 1, teacher_config=args.config if taught else None, half=half)
     return sum(plans[False, args.checkpoint_activations].values()) / 2**30
 
 

@@ -89,7 +89,6 @@ NUMBERS = {
     evaluate: {
         "--images": "-1 0.5",
         "--size": "-1 65536",
-        "--score-size": "wide 1 0x16 65536",
         "--steps": "-1",
         "--judge-steps": "0",
         "--measured": "2 -0.1 nan",
@@ -100,8 +99,7 @@ NUMBERS = {
         "--seed": "-1",
         "--workers": "-1",
         "--depth-scale": "nan",
-        "--align": "best",
-        "--solver": "rk4",
+        "--align": "best lstsq",
     },
     data: {
         "--count": "0 -1 nan 1000000000",
@@ -187,12 +185,15 @@ FLAGS = [
     (evaluate, "depth --checkpoint {t2i}", "no depth"),
     (evaluate, "depth --checkpoint {forcing} --judge {forcing}", "--judge"),
     (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured 0.5"),
-    (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "it is no pixel"),
+    (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "keeps no pixel"),
+    (evaluate, "normal --checkpoint {forcing}", "no normal"),
+    (evaluate, "normal --checkpoint {forcing} --align none", "--align none"),
+    (evaluate, "depth --checkpoint {forcing} --features {tmp}/features.pt", "only for the task image"),
     (evaluate, "depth --checkpoint {forcing} --size 30", "--size 30"),
     (evaluate, "depth --checkpoint {forcing} --data nowhere", "nowhere: unknown source"),
-    (evaluate, "depth --checkpoint {forcing} --data {folder},{folder}", "two folders"),
+    (evaluate, "depth --checkpoint {forcing} --data {folder},{folder}", "unknown source"),
     (evaluate, "depth --checkpoint {forcing} --out {tmp}/text.png", "text.png"),
-    (evaluate, "image --checkpoint {forcing} --images 1 --steps 1", "needs two"),
+    (evaluate, "image --checkpoint {forcing} --images 1 --steps 1", "at least two"),
     (data, "--out {tmp}/x --size 8 --measured 1e-9", "keeps no pixel"),
     (data, "--out {tmp}/x --size 2048 --count 100", "--count 100"),
     (data, "--out {tmp}/text.png", "text.png"),
@@ -268,25 +269,20 @@ ENCODERS = [
     (evaluate, "image --checkpoint {forcing} --features {tmp}/missing.pt", "missing.pt: no such file"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}", "--features {tmp}: no such file"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}/fifo", "fifo: no such file"),
-    (evaluate, "image --checkpoint {forcing} --features {tmp}/features0.pt", "must be (2, d), finite"),
-    (evaluate, "image --checkpoint {forcing} --features {tmp}/features1.pt", "must be (2, d), finite"),
-    (evaluate, "image --checkpoint {forcing} --features {tmp}/features2.pt", "must be (2, d), finite"),
-    (evaluate, "image --checkpoint {forcing} --features {tmp}/features3.pt", "not a TorchScript file of features"),
+    (evaluate, "image --checkpoint {forcing} --features {tmp}/good.png", "not a TorchScript file"),
 ]
 
 # ---- Saved predictions ----
 
 PREDICTED = "depth --data {folder} --size 16 --predictions {tmp}/maps-"
 PREDICTIONS = [
-    (evaluate, "depth --predictions {tmp}/maps-empty --size 16 --measured 0.5", "--measured 0.5"),
     (evaluate, "depth --predictions {tmp}/maps-empty --data {folder}", "give --size"),
-    (evaluate, "follow --predictions {tmp}/maps-empty", "give --size"),
-    (evaluate, "image --predictions {tmp}/maps-empty", "--predictions"),
-    (evaluate, "depth --predictions {tmp}/maps-empty --save-predictions {tmp}/x --size 16", "--predictions"),
+    (evaluate, "follow --predictions {tmp}/maps-empty", "only for the task depth"),
+    (evaluate, "image --predictions {tmp}/maps-empty", "only for the task depth"),
+    (evaluate, "depth --save-predictions {tmp}/x", "unrecognized arguments: --save-predictions"),
     (evaluate, "depth --predictions {tmp}/nowhere --size 16", "nowhere: no such directory"),
     (evaluate, "depth --predictions {tmp}/text.png --size 16", "text.png: no such directory"),
-    (evaluate, "follow --predictions {tmp}/maps-empty --size 16", "no map for 000000"),
-    (evaluate, PREDICTED + "one-pixel --score-size 1", "--score-size 1: must be"),
+    (evaluate, "depth --predictions {tmp}/maps-empty --size 16", "no map for 000000"),
     *[
         (evaluate, PREDICTED + kind, says)
         for kind, says in {
@@ -298,7 +294,7 @@ PREDICTIONS = [
             "colour": "000000.npy",
             "words": "000000.npy",
             "nan": "not finite",
-            "wide": "of another shape than its image",
+            "wide": "another shape than its image",
             "text": "000000.npy",
         }.items()
     ],
@@ -506,23 +502,6 @@ ROWS = [
 # ---- What the rows name ----
 
 
-class Features(torch.nn.Module):
-    """Feature extractors that are none: what they return for images depends on kind."""
-
-    def __init__(self, kind: int):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self.kind == 0:
-            return torch.zeros(1, 8)
-        if self.kind == 1:
-            return torch.full((len(images), 8), float("nan"))
-        if self.kind == 2:
-            return torch.zeros(len(images), 10000)
-        return torch.zeros(2, 3) @ torch.zeros(2, 3)
-
-
 def png_header(width, height):
     """A PNG that declares a size and holds no pixels."""
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -716,10 +695,6 @@ def files(tmp_path_factory):
     write_images(tmp), write_maps(tmp), write_sources(tmp), write_predictions(tmp), write_checkpoints(tmp)
     for i, (change, _) in enumerate(PLUG_INS):
         (tmp / f"plug-in{i}.py").write_text((ROOT / "tests/toy_encoders.py").read_text() + change + "\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for kind in range(4):
-            torch.jit.script(Features(kind)).save(tmp / f"features{kind}.pt")
     (tmp / "latin.txt").write_bytes(b"caf\xe9"), (tmp / "bell.txt").write_bytes(b"a red ball\na\x07ball\n")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
         patch.setattr(train_t2i, "picture", lambda *args: None)

@@ -1,6 +1,7 @@
 """Checkpoints, run directories, files: what is damaged, foreign or in use is refused in one line, and nothing lost."""
 
 import contextlib
+import errno
 import os
 import pickle
 import resource
@@ -15,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import evaluate
 import sample
 import train_forcing
 import train_t2i
-from model import DEPTH, RGB, Config, DiT, Modality
+from model import DEPTH, NORMAL, RGB, Config, DiT, Modality
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 1000 --warmup 2"
@@ -31,8 +31,8 @@ SMALL = Config(width=64, depth=1, head=16, patch=4, size=16, decoder_depth=1, te
 
 def run(script, line, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
-    if hasattr(script, "picture"):
-        monkeypatch.setattr(script, "picture", lambda *args: None)
+    if hasattr(script, "draw_samples"):
+        monkeypatch.setattr(script, "draw_samples", lambda *args: None)
     data.run_script(script.main)
 
 
@@ -53,12 +53,11 @@ def written(folder):
 # ---- Checkpoints: one loader ----
 
 
-def checkpoint(config=SMALL):
+def checkpoint(config=SMALL, step=3):
     torch.manual_seed(0)
     network = DiT(config)
-    state = {"config": asdict(config), "settings": {}, "step": 3, "model": network.state_dict()}
-    optimizers = [optimizer.state_dict() for optimizer in network.configure_optimizers(1e-3)]
-    return state | {"ema": dict(network.state_dict()), "optimizers": optimizers, "sums": {}, "skipped": 0}
+    state = {"config": asdict(config), "settings": {}, "step": step, "skipped": 0, "optimizer": {}}
+    return state | {"model": network.state_dict(), "ema": dict(network.state_dict())}
 
 
 def with_weight(change):
@@ -113,13 +112,13 @@ STATES = {  # what is done to a checkpoint: what the line says
     "config key unknown": (with_config(experts=8), "experts"),
     "width negative": (with_config(width=-64), "width is -64"),
     "width huge": (with_config(width=1 << 40), "width is"),
-    "more than the file holds": (with_config(width=1 << 16, head=64), "more than the file holds"),
-    "deeper than the file": (with_config(depth=900, width=1 << 14), "more than the file holds"),
+    "wider than its weights": (with_config(width=1 << 16, head=64), "has shape"),
+    "deeper than its weights": (with_config(depth=900), "lacks blocks.1"),
     "width a float": (with_config(width=64.0), "width is 64.0"),
     "depth a string": (with_config(depth="1"), "depth is '1'"),
     "patch a boolean": (with_config(patch=True), "patch is True"),
-    "width without heads": (with_config(width=96), "multiple of 4 x head"),
-    "text cut": (with_config(text_length=9), "text_length 9"),
+    "width without heads": (with_config(width=96), "of 4 x head"),
+    "text cut": (with_config(text_length=9), "text_length is 9"),
     "no modalities": (with_config(modalities=[]), "modalities must be"),
     "modalities a number": (with_config(modalities=3), "config"),
     "twice the same": (with_config(modalities=[asdict(RGB)] * 2), "different names"),
@@ -139,7 +138,7 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(case, tmp_path, capsys):
     state = checkpoint()
     change(state)
     torch.save(state, tmp_path / "last.pt")
-    refused(capsys, says, data.load_checkpoint, tmp_path / "last.pt", "--init")
+    refused(capsys, says, data.open_network, tmp_path / "last.pt", "--init")
 
 
 def stored(content):
@@ -192,7 +191,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     FILES[case](tmp_path / "last.pt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(capsys, "last.pt", data.load_checkpoint, tmp_path / "last.pt")
+    refused(capsys, "last.pt", data.open_network, tmp_path / "last.pt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
@@ -205,24 +204,22 @@ def test_a_tensor_larger_than_its_file_takes_no_memory(tmp_path, capsys):
     state = {"config": config, "settings": {}, "ema": {n: torch.zeros(1).expand(w.shape) for n, w in shapes.items()}}
     torch.save(state, tmp_path / "last.pt")
     assert (tmp_path / "last.pt").stat().st_size < 100_000
-    refused(capsys, "more than the file holds", data.load_checkpoint, tmp_path / "last.pt")
+    refused(capsys, "not contiguous", data.open_network, tmp_path / "last.pt")
 
 
-def test_the_network_of_the_repository_and_a_run_without_counts_load(tmp_path):
-    assert data.load_checkpoint(data.NANO)["ema"]["text_tokenizer.bias"].dtype == torch.float16
-    state = checkpoint()
-    del state["sums"], state["skipped"]  # as older runs have it
-    torch.save(state, tmp_path / "last.pt")
-    assert data.newest_checkpoint(tmp_path)[1]["skipped"] == 0
+def test_the_network_of_the_repository_loads():
+    network, state = data.open_network(data.NANO)
+    assert state["ema"]["text_tokenizer.bias"].dtype == torch.float16
+    assert network.text_tokenizer.bias.dtype == torch.float32 and not network.text_tokenizer.bias.requires_grad
 
 
 # ---- --init ----
 
 INITS = {
-    "first not rgb": ([Modality("grey", 3)], "its modalities are grey"),
-    "an unknown third": ([RGB, DEPTH, Modality("normal", 3)], "its modalities are rgb, depth, normal"),
-    "another second": ([RGB, Modality("normal", 1)], "its modalities are rgb, normal"),
-    "depth of another encoding": ([RGB, Modality("depth", 1, decoder_depth=1)], "its modalities are rgb, depth"),
+    "first not rgb": ([Modality("grey", 3, id=0)], "its modalities are grey"),
+    "a third": ([RGB, DEPTH, NORMAL], "its modalities are rgb, depth, normal"),
+    "another second": ([RGB, Modality("normal", 1, id=2)], "its modalities are rgb, normal"),
+    "depth of another encoding": ([RGB, Modality("depth", 1, id=1, decoder_depth=1)], "its modalities are rgb, depth"),
 }
 
 
@@ -249,7 +246,11 @@ def test_warm_start_takes_over_all_modalities_or_the_first():
     grown = DiT(both)
     grown.warm_start(whole.state_dict())
     assert all(torch.equal(value, grown.state_dict()[name]) for name, value in whole.state_dict().items())
-    part = {name: value for name, value in whole.state_dict().items() if name != "mixers.rgb_to_depth.mlp.0.weight"}
+    part = {
+        name: value
+        for name, value in whole.state_dict().items()
+        if name != "cross_time_embedders.rgb_to_depth.mlp.0.weight"
+    }
     with pytest.raises(ValueError, match="rgb_to_depth"):
         grown.warm_start(part)
 
@@ -272,20 +273,31 @@ def copy_run(ran, out):
     return out
 
 
+def with_optimizer(change):
+    """Change the state of one parameter in the optimizer."""
+    return lambda state: change(state["optimizer"]["state"]["text_tokenizer.bias"])
+
+
+def huge(dtype=torch.float32):
+    """A tensor of one number, expanded to 2^33."""
+    return torch.zeros(1, dtype=dtype).expand(1 << 33)
+
+
 TRAINING = {
     "no model": lambda state: state.pop("model"),
-    "no optimizers": lambda state: state.pop("optimizers"),
+    "no optimizer": lambda state: state.pop("optimizer"),
     "no step": lambda state: state.pop("step"),
     "step a word": lambda state: state.update(step="two"),
     "model not finite": lambda state: state["model"]["text_tokenizer.bias"].fill_(torch.nan),
-    "too few optimizers": lambda state: state["optimizers"].pop(),
-    "optimizer a number": lambda state: state["optimizers"].__setitem__(0, 3),
-    "optimizer empty": lambda state: state["optimizers"].__setitem__(0, {}),
-    "another shape": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(1).expand(1 << 33)),
-    "larger": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(1).half().expand(1 << 33)),
-    "more parameters": lambda state: state["optimizers"][0]["state"].update({999: {"step": torch.tensor(1.0)}}),
-    "average not finite": lambda state: state["optimizers"][0]["state"][0]["exp_avg"].fill_(torch.inf),
-    "sums of another kind": lambda state: state.update(sums={"loss": 3}),
+    "average not finite": lambda state: state["ema"]["text_tokenizer.bias"].fill_(torch.nan),
+    "optimizer a number": lambda state: state.update(optimizer=3),
+    "optimizer empty": lambda state: state.update(optimizer={}),
+    "a parameter missing": lambda state: state["optimizer"]["state"].pop("text_tokenizer.bias"),
+    "more parameters": lambda state: state["optimizer"]["state"].update(more={"step": torch.tensor(1.0)}),
+    "another shape": with_optimizer(lambda slots: slots.update(exp_avg=huge())),
+    "larger": with_optimizer(lambda slots: slots.update(exp_avg=huge(torch.half))),
+    "moment not finite": with_optimizer(lambda slots: slots["exp_avg"].fill_(torch.inf)),
+    "moment a number": with_optimizer(lambda slots: slots.update(exp_avg=3)),
 }
 
 
@@ -297,6 +309,49 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(case, ran, t
     torch.save(state, out / "step-0000002.pt")
     refused(capsys, "--resume", run, train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
     assert [row["step"] for row in data.read_rows(out / "metrics.jsonl")] == [1, 2]
+
+
+def as_an_earlier_version_saved(state, network):
+    """The checkpoint with a list of optimizers, by index, and with the names that weights had."""
+
+    def old_name(name):
+        if name.startswith("cross_time_embedders."):
+            return name.replace("cross_time_embedders.", "mixers.", 1)
+        return name.replace("time_embedders.", "timesteps.", 1)
+
+    state = dict(state)
+    merged = state.pop("optimizer")
+    names = {p: name for name, p in network.named_parameters()}
+    state["optimizers"] = []
+    for optimizer in network.configure_optimizers(1e-3):
+        own = [names[p] for p in optimizer.param_groups[0]["params"]]
+        group = next(group for group in merged["param_groups"] if group["params"] == own)
+        slots = {index: merged["state"][name] for index, name in enumerate(own)}
+        state["optimizers"].append({"state": slots, "param_groups": [group | {"params": list(range(len(own)))}]})
+    for part in ("model", "ema"):
+        state[part] = {old_name(name): value for name, value in state[part].items()}
+    return state | {"sums": {"loss_rgb": torch.ones(2)}}
+
+
+def test_a_run_of_an_earlier_version_goes_on_bit_for_bit(ran, tmp_path, monkeypatch):
+    copies = [copy_run(ran, tmp_path / name) for name in ("new", "old")]
+    state = torch.load(ran / "last.pt", weights_only=True)
+    network = DiT(Config(**state["config"]))
+    torch.save(as_an_earlier_version_saved(state, network), copies[1] / "step-0000002.pt")
+    for out in copies:
+        run(train_t2i, f"--resume --steps 4 --out {out}", monkeypatch)
+    new, old = (torch.load(out / "last.pt", weights_only=True) for out in copies)
+    for part in ("model", "ema"):
+        assert all(torch.equal(old[part][name], value) for name, value in new[part].items())
+
+
+def test_probabilities_of_an_earlier_version_are_read(tmp_path, monkeypatch):
+    settings = {"p_i2d": 0.25, "p_d2i": 0.5, "solver": "heun", "dry_run": 0}
+    data.write_json(tmp_path / "config.json", settings)
+    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--out", str(tmp_path)])
+    assert train_forcing.parse().p_clean == {"rgb": 0.25, "depth": 0.5}
+    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--p-clean", "depth=0.1", "--out", str(tmp_path)])
+    assert train_forcing.parse().p_clean == {"depth": 0.1}
 
 
 CONFIGS = {
@@ -360,15 +415,14 @@ def test_resuming_ignores_malformed_rows(ran, tmp_path, monkeypatch):
 def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatch, capsys):
     """All further steps are skipped, and the good one stays, though just one is kept."""
     out = copy_run(ran, tmp_path / "run")
-    load = data.resume
+    load = data.Run.resume
 
-    def resume(out, wanted, rank, model, ema, optimizers):
-        found = load(out, wanted, rank, model, ema, optimizers)
+    def resume(self):
+        load(self)
         with torch.no_grad():
-            model.text_tokenizer.weight.fill_(torch.inf)
-        return found
+            self.model.text_tokenizer.weight.fill_(torch.inf)
 
-    monkeypatch.setattr(data, "resume", resume)
+    monkeypatch.setattr(data.Run, "resume", resume)
     with pytest.raises(SystemExit) as stopped:
         run(train_t2i, f"--resume --steps 8 --checkpoint-every 1 --keep 1 --out {out}", monkeypatch)
     lines = capsys.readouterr().err.splitlines()
@@ -376,7 +430,7 @@ def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatc
     assert any("step 7: no checkpoint, since this step was skipped" in line for line in lines)
     assert any("step 8: no checkpoint, since weights are not finite" in line for line in lines)
     assert [path.name for path in data.list_checkpoints(out)] == ["step-0000002.pt"]
-    assert data.newest_checkpoint(out)[1]["step"] == 2
+    assert data.newest_checkpoint(out)["step"] == 2
 
 
 def test_a_skipped_last_step_loses_nothing(tmp_path, monkeypatch):
@@ -385,26 +439,72 @@ def test_a_skipped_last_step_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * next(norms))
     run(train_t2i, f"{QUICK} --steps 4 --checkpoint-every 2 --keep 1 --out {tmp_path}/run", monkeypatch)
     assert [path.name for path in data.list_checkpoints(tmp_path / "run")] == ["step-0000002.pt", "step-0000004.pt"]
-    state = data.newest_checkpoint(tmp_path / "run")[1]
+    state = data.newest_checkpoint(tmp_path / "run")
     assert (state["step"], state["skipped"]) == (4, 1)
-    assert state["optimizers"][0]["state"][0]["step"] == 3
+    assert state["optimizer"]["state"]["text_tokenizer.bias"]["step"] == 3
 
 
-@pytest.mark.parametrize("which", ["model", "ema"])
-def test_weights_that_are_not_finite_are_not_saved(which, capsys):
-    networks = {name: DiT(SMALL) for name in ("model", "ema")}
-    assert data.worth_saving(3, False, 0, *networks.values())
-    assert not data.worth_saving(3, True, 0, *networks.values())
-    networks[which].text_tokenizer.bias.data[3] = torch.nan
-    assert not data.worth_saving(3, False, 0, *networks.values())
-    assert "step 3: no checkpoint, since weights are not finite" in capsys.readouterr().err
+def test_an_average_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys):
+    """Nor is a model that is not: see above."""
+    update = data.Run.update_weights
+
+    def update_weights(self):
+        update(self)
+        self.ema.text_tokenizer.bias.data[3] = torch.nan
+
+    monkeypatch.setattr(data.Run, "update_weights", update_weights)
+    with pytest.raises(SystemExit):
+        run(train_t2i, f"{QUICK} --steps 1 --out {tmp_path}/run", monkeypatch)
+    assert "step 1: no checkpoint, since weights are not finite" in capsys.readouterr().err
+    assert not data.list_checkpoints(tmp_path / "run")
+
+
+def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
+    for step in (9, 10, 10_000_000, 10_000_001):
+        assert data.save_checkpoint(tmp_path, checkpoint(step=step), keep=2)
+        assert data.read_checkpoint(tmp_path / "last.pt")["step"] == step
+    names = ["step-10000000.pt", "step-10000001.pt"]
+    assert [path.name for path in data.list_checkpoints(tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", *names]
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "text"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tmp_path, capsys):
+    for step in (1, 2):
+        state = checkpoint(step=step)
+        state["model"]["text_tokenizer.weight"].fill_(2.0)
+        data.save_checkpoint(tmp_path, state, keep=2)
+    path = tmp_path / "step-0000002.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000] ^= 1
+    path.write_bytes({"cut": content[:-100], "one bit": content, "empty": b"", "text": b"hello"}[damage])
+    refused(capsys, "last.pt: damaged", data.open_network, tmp_path / "last.pt")
+    assert data.newest_checkpoint(tmp_path)["step"] == 1
+    assert "step-0000002.pt is damaged" in capsys.readouterr().err
+    (tmp_path / "step-0000001.pt").write_bytes(b"")
+    refused(capsys, "step-0000002.pt is damaged", data.newest_checkpoint, tmp_path)
+    assert data.newest_checkpoint(tmp_path / "nothing here") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
+    assert data.save_checkpoint(tmp_path, checkpoint(step=1), keep=1)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert not data.save_checkpoint(tmp_path, checkpoint(step=2), keep=1)
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_only_what_a_run_has_written_is_counted_and_removed(tmp_path):
     (tmp_path / "step-best.pt").write_bytes(b"mine")
     (tmp_path / "step-0000001-copy.pt").write_bytes(b"mine")
     for step in (1, 2, 3):
-        data.save_checkpoint(tmp_path, checkpoint() | {"step": step}, keep=1)
+        data.save_checkpoint(tmp_path, checkpoint(step=step), keep=1)
     names = {"last.pt", "step-0000001-copy.pt", "step-0000003.pt", "step-best.pt"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -499,34 +599,6 @@ def test_a_layout_on_a_disk_that_fills_up_has_no_index(tmp_path, monkeypatch, ca
     assert not (tmp_path / "x/metadata.jsonl").exists()
 
 
-def test_saved_predictions_replace_nothing(weights, tmp_path, monkeypatch, capsys):
-    """Neither what is there, nor, by names that lead out, what is elsewhere."""
-    Image.fromarray(np.full((16, 16, 3), 99, np.uint8)).save(tmp_path / "a.png")
-    np.save(tmp_path / "truth.npy", np.ones((16, 16), np.float32))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "maps").mkdir()
-    (tmp_path / "maps/000000.npy").write_text("mine")
-    line = command(evaluate, tmp_path / "out", weights)
-    refused(
-        capsys,
-        "maps: already holds 000000.npy",
-        run,
-        evaluate,
-        f"{line} --save-predictions {tmp_path}/maps",
-        monkeypatch,
-    )
-    assert (tmp_path / "maps/000000.npy").read_text() == "mine"
-
-    found = {"rgb": torch.zeros(1, 3, 16, 16), "depth": torch.ones(1, 1, 16, 16)}
-    valid = {"rgb": None, "depth": torch.ones(1, 1, 16, 16) > 0}
-    monkeypatch.setattr(data, "in_order", lambda *args: iter([(found, valid, [""], ["../../truth"], [(16, 16)])]))
-    monkeypatch.setattr(evaluate, "blind_map", lambda *args: torch.ones(1, 16, 16))
-    before = written(tmp_path)
-    line = f"{line} --save-predictions {tmp_path}/new/maps"
-    refused(capsys, "../../truth leads out of it", run, evaluate, line, monkeypatch)
-    assert written(tmp_path) == before
-
-
 # ---- What the machine lacks ----
 
 
@@ -605,7 +677,7 @@ def test_pictures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, monkeypatch, c
     def picture(*args):
         raise next(problems)
 
-    monkeypatch.setattr(train_t2i, "picture", picture)
+    monkeypatch.setattr(train_t2i, "draw_samples", picture)
     train_t2i.main()
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
     assert len(said) == 2 and "CUDA out of memory.); training goes on" in said[0] and "cuDNN" in said[1]

@@ -14,55 +14,65 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from layouts import world_samples, write_folder, write_shards
+from PIL import Image
 
 import data
-import model
 import train_forcing
 import train_t2i
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 8 --log-every 1 --sample-every 1000 --warmup 2"
-FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double"
+FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double\n"
+EAGER = "import functools\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+RESTARTING = [*LAUNCHER, "--max-restarts", "1"]
+NO_PICTURES = "import {0}\n{0}.draw_samples = lambda *args: None\n"
 
-
-averaged = []  # of each run in this process, its EMA
+averaged = []  # the EMA of each run in this process
 
 
 def run(script, line, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
-    monkeypatch.setattr(script, "picture", lambda ema, *rest: averaged.append(ema))
+    monkeypatch.setattr(script, "draw_samples", lambda ema, *rest: averaged.append(ema))
     script.main()
 
 
-def start(script, line, changes="", ranks=1):
-    """The script in a process of its own, or in two under torchrun, after some lines of Python."""
+def start(script, line, changes="", launcher=(sys.executable,), after=NO_PICTURES):
+    """Start the script in a process of its own, or in two under LAUNCHER, after some lines of Python."""
     code = f"import os, runpy, signal, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport data, model\n{changes}\n"
-    code += f"import {script}\n{script}.picture = lambda *args: None\n{script}.main()\n"
+    code += f"{after.format(script)}\nimport {script}\n{script}.main()\n"
     out = re.search(r"--out (\S+)", line)[1]
     Path(f"{out}.py").write_text(code)
-    launcher = (
-        LAUNCHER if ranks == 2 else [*LAUNCHER, "--max-restarts", "1"] if ranks == "2, again" else [sys.executable]
-    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, f"{out}.py", *line.split()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
+def in_step(number, what, rank=None):
+    """Lines that do something in the backward pass of a step, on one rank or on all."""
+    condition = f"self.step == {number - 1}"
+    if rank is not None:
+        condition += f" and self.rank == {rank}"
+    return f"""
+import multiprocessing
+whole = data.Run.backward
+def backward(self, loss):
+    if {condition}:
+        {what}
+    whole(self, loss)
+data.Run.backward = backward
+"""
+
+
 def finish(process):
     """(exit code, what was printed)."""
     printed, _ = process.communicate(timeout=200)
     return process.returncode, printed
-
-
-def write_files(out, flags, monkeypatch):
-    """The built-in world as files."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["data.py", *f"--out {out} --size 16 {flags}".split()])
-        data.main()
 
 
 def rows(out):
@@ -96,7 +106,7 @@ def t2i(tmp_path_factory):
 # ---- Correct at any world size ----
 
 
-@pytest.mark.parametrize(("stage", "flags"), [("train_t2i", ""), ("train_forcing", "--shard")])
+@pytest.mark.parametrize(("stage", "flags"), [("train_t2i", ""), ("train_forcing", "--shard --checkpoint-activations")])
 def test_a_batch_may_be_split_in_any_way(stage, flags, t2i, tmp_path, monkeypatch):
     """In float64, with uneven sparse masks: the same losses and weights after three steps, EMA, clipping, teacher and
     all, from one rank, from parts that checkpoint activations, and from the parts of two ranks, plain or sharded. The
@@ -106,10 +116,12 @@ def test_a_batch_may_be_split_in_any_way(stage, flags, t2i, tmp_path, monkeypatc
     if stage == "train_forcing":
         line += f" --init {t2i}"
     else:
-        write_files(tmp_path / "files", "--layout shards --count 150", monkeypatch)
+        write_shards(tmp_path / "files", world_samples("train", (16, 16), 150))
         line += f" --data {tmp_path}/files/{{000..001}}.tar --workers 0"
         flags = "--workers 1"
-    assert finish(start(stage, f"{line} --grad-accum 2 {flags} --out {tmp_path}/ranks", FLOAT64, ranks=2))[0] == 0
+    line_of_two = f"{line} --grad-accum 2 {flags} --out {tmp_path}/ranks"
+    code, printed = finish(start(stage, line_of_two, FLOAT64, LAUNCHER))
+    assert code == 0, printed
     script = {"train_t2i": train_t2i, "train_forcing": train_forcing}[stage]
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
@@ -132,7 +144,7 @@ def test_ranks_exchange_gradients_once_a_step_and_hold_them_once(tmp_path):
     count = """
 from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-begin, clip, loss = DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.velocity_loss
+begin, clip, loss = DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.squared_error
 parameters, reduced, beside = [], [], []
 def hook(group, bucket):
     reduced.append(bucket.index())
@@ -148,9 +160,9 @@ def step(*args):
     os.write(1, f"reduced {reduced.count(0)} beside {beside}\\n".encode())
     reduced.clear(), beside.clear()
     return clip(*args)
-DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.velocity_loss = wrap, step, part
+DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.squared_error = wrap, step, part
 """
-    code, printed = finish(start("train_t2i", f"{QUICK} --steps 3 --grad-accum 4 --out {tmp_path}/a", count, ranks=2))
+    code, printed = finish(start("train_t2i", f"{QUICK} --steps 3 --grad-accum 4 --out {tmp_path}/a", count, LAUNCHER))
     assert code == 0, printed
     found = re.findall(r"reduced (\d+) beside (.*)", printed)
     assert len(found) == 6 and {times for times, _ in found} == {"1"}
@@ -159,37 +171,66 @@ DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.velocity
 
 def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeypatch):
     """Rank 1 alone is signalled in step 2: both stop after step 3. That checkpoint is damaged, so both go on from step
-    2, with sharded optimizers; after step 4 one rank goes on with whole ones. All as if one had taken the five steps.
+    2, with sharded weights; after step 4 one rank goes on with whole ones. All as if one had taken the five steps.
     """
-    stop = """
-whole = model.breakdown
-def breakdown(*args):
-    breakdown.calls += 1
-    if breakdown.calls == 2 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return whole(*args)
-breakdown.calls, model.breakdown = 0, breakdown
-"""
+    signalled = "os.kill(os.getpid(), signal.SIGTERM)"
     line = f"{QUICK} --steps 5 --checkpoint-every 1 --keep 9"
-    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/a", stop, ranks=2))
-    assert code == 0 and "stopped by a signal after step 3 of 5" in printed
+    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/a", in_step(2, signalled, rank=1), LAUNCHER))
+    assert code == 0 and "stopped by a signal after step 3 of 5" in printed, printed
     damaged = tmp_path / "a/step-0000003.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
-    again = start("train_t2i", f"--resume --shard --out {tmp_path}/a", stop.replace("== 2", "== 1"), ranks=2)
+    again = start("train_t2i", f"--resume --shard --out {tmp_path}/a", in_step(3, signalled, rank=1), LAUNCHER)
     code, printed = finish(again)
-    assert code == 0 and "step-0000003.pt is damaged" in printed and "after step 4 of 5" in printed
+    assert code == 0 and "step-0000003.pt is damaged" in printed and "after step 4 of 5" in printed, printed
     run(train_t2i, f"--resume --no-shard --out {tmp_path}/a", monkeypatch)
-    assert [(row["ranks"], row["step"]) for row in data.read_rows(tmp_path / "a/starts.jsonl")] == [
-        (2, 0),
-        (2, 2),
-        (1, 4),
-    ]
+    starts = data.read_rows(tmp_path / "a/starts.jsonl")
+    assert [(row["ranks"], row["step"]) for row in starts] == [(2, 0), (2, 2), (1, 4)]
     run(train_t2i, f"{line} --out {tmp_path}/one", monkeypatch)
     for step, row in losses(tmp_path / "one").items():
         assert losses(tmp_path / "a")[step] == pytest.approx(row, rel=1e-3, abs=1e-4)
-    one, other, before = weights(tmp_path / "one"), weights(tmp_path / "a"), weights(tmp_path / "one", 1)
+    one = weights(tmp_path / "one")
+    other = weights(tmp_path / "a")
+    before = weights(tmp_path / "one", 1)
     for k in one:
         assert (one[k] - other[k]).norm() <= 0.02 * (one[k] - before[k]).norm() + 1e-7, k
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_other_stopped(optimizer, t2i, tmp_path):
+    """In float64: two steps of two sharded ranks, two of one rank, two of two sharded ranks, against six of one."""
+    line = f"{QUICK} --init {t2i} --optimizer {optimizer} --steps 6 --checkpoint-every 1 --keep 9"
+    stop = "self.caught_signals.append(signal.SIGTERM)"
+    out = f"--out {tmp_path}/a"
+    legs = [
+        start("train_forcing", f"{line} --out {tmp_path}/one", FLOAT64),
+        start("train_forcing", f"{line} --shard {out}", FLOAT64 + in_step(1, stop), LAUNCHER),
+    ]
+    assert [finish(leg)[0] for leg in legs] == [0, 0]
+    assert finish(start("train_forcing", f"--resume --no-shard {out}", FLOAT64 + in_step(3, stop)))[0] == 0
+    assert finish(start("train_forcing", f"--resume --shard {out}", FLOAT64, LAUNCHER))[0] == 0
+    starts = data.read_rows(tmp_path / "a/starts.jsonl")
+    assert [(row["ranks"], row["step"]) for row in starts] == [(2, 0), (1, 2), (2, 4)]
+    expected = losses(tmp_path / "one")
+    for step, row in losses(tmp_path / "a").items():
+        assert row == pytest.approx(expected[step], rel=1e-9, abs=1e-12)
+    for step in (3, "last"):
+        expected = weights(tmp_path / "one", step)
+        for k, v in weights(tmp_path / "a", step).items():
+            torch.testing.assert_close(v, expected[k], rtol=0, atol=1e-9, msg=k)
+
+
+def test_sharded_ranks_compile_and_draw_pictures_together(t2i, tmp_path):
+    """After a picture the averaged weights are parts again: the next step moves them, and the next picture shows it."""
+    line = f"{QUICK} --init {t2i} --steps 2 --sample-every 1"
+    pictures = {}
+    for name, flags, launcher in (("one", "", [sys.executable]), ("two", "--shard --compile", LAUNCHER)):
+        code, printed = finish(start("train_forcing", f"{line} {flags} --out {tmp_path}/{name}", EAGER, launcher, ""))
+        assert code == 0 and "not written" not in printed, printed
+        samples = tmp_path / name / "samples"
+        pictures[name] = [np.asarray(Image.open(samples / f"{step:07}.png")).astype(int) for step in (1, 2)]
+    for one, two in zip(pictures["one"], pictures["two"], strict=True):
+        assert np.abs(one - two).max() <= 8
+    assert np.abs(pictures["two"][0] - pictures["two"][1]).max() > 8
 
 
 # ---- Hard to kill ----
@@ -200,21 +241,21 @@ def forcing(out, t2i, steps=4, more=""):
 
 
 def broken(calls):
-    """Lines that make velocity_loss infinite in the calls of these numbers, on rank 1 of two."""
+    """Lines that make squared_error infinite in the calls of these numbers, on rank 1 of two."""
     return f"""
 import itertools
-counter, whole = itertools.count(1), model.velocity_loss
-def velocity_loss(x0_hat, x0, t, *rest):
-    total = whole(x0_hat, x0, t, *rest)
+counter, whole = itertools.count(1), model.squared_error
+def squared_error(x0_hat, x0, mask):
+    total = whole(x0_hat, x0, mask)
     bad = next(counter) in {calls} and int(os.environ.get("RANK", 1)) == 1
-    return torch.where(t > 0, torch.inf, total) if bad else total
-model.velocity_loss = velocity_loss
+    return torch.where(mask.flatten(1).any(1), torch.inf, total) if bad else total
+model.squared_error = squared_error
 """
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(t2i, tmp_path):
     """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3. Neither of these is saved."""
-    two = start("train_forcing", forcing(tmp_path / "a", t2i, 4), broken((4, 8)), ranks=2)
+    two = start("train_forcing", forcing(tmp_path / "a", t2i, 4), broken((4, 8)), LAUNCHER)
     code, printed = finish(two)
     assert code == 0 and len(re.findall(r"step \d+ skipped", printed)) == 2
     assert re.search(r"step 2 skipped, not finite: loss_rgb, ", printed)
@@ -223,7 +264,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(t2i, tmp_path):
     assert [path.name for path in data.list_checkpoints(tmp_path / "a")] == ["step-0000001.pt", "step-0000004.pt"]
     assert "step 3: no checkpoint, since this step was skipped" in printed
     state = torch.load(tmp_path / "a/last.pt", weights_only=True)
-    assert state["step"] == 4 and state["optimizers"][0]["state"][0]["step"] == 2  # those skipped left no trace
+    steps = {slots["step"].item() for slots in state["optimizer"]["state"].values() if "step" in slots}
+    assert state["step"] == 4 and steps == {2}  # those skipped left no trace
     assert all(v.isfinite().all() for v in weights(tmp_path / "a").values())
 
 
@@ -246,7 +288,7 @@ def wait_for_step(out, step, process):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_end_the_run(number, code, tmp_path, monkeypatch):
     """Sent to all its processes, as schedulers and Ctrl-C do: those that load data too."""
-    write_files(tmp_path / "files", "--count 8", monkeypatch)
+    write_folder(tmp_path / "files", world_samples("train", (16, 16), 8))
     line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 1 --out {tmp_path}/a"
     process = start("train_t2i", line)
     wait_for_step(tmp_path / "a", 3, process)
@@ -257,23 +299,25 @@ def test_signals_save_and_end_the_run(number, code, tmp_path, monkeypatch):
     assert step == max(rows(tmp_path / "a")) == torch.load(tmp_path / "a/last.pt", weights_only=True)["step"] < 4000
 
 
-def test_a_row_may_span_a_stop(tmp_path, monkeypatch):
-    """Stopped between two rows of metrics.jsonl, a run loses none of what the next row sums up."""
+def test_a_checkpoint_ends_a_row(tmp_path, monkeypatch):
+    """Stopped between two rows of metrics.jsonl, a run writes what it has, and goes on with a new row."""
     line = f"{QUICK} --steps 6 --log-every 3"
     run(train_t2i, f"{line} --out {tmp_path}/whole", monkeypatch)
-    whole, calls = train_t2i.scored, itertools.count(1)
+    original = train_t2i.loss_mask
+    calls = itertools.count(1)
 
-    def scored(*args):
+    def loss_mask(*args):
         if next(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole(*args)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_t2i, "scored", scored)
+        patch.setattr(train_t2i, "loss_mask", loss_mask)
         run(train_t2i, f"{line} --out {tmp_path}/cut", patch)
-    assert not rows(tmp_path / "cut") and torch.load(tmp_path / "cut/last.pt", weights_only=True)["step"] == 2
+    assert list(rows(tmp_path / "cut")) == [2] and torch.load(tmp_path / "cut/last.pt", weights_only=True)["step"] == 2
     run(train_t2i, f"--resume --out {tmp_path}/cut", monkeypatch)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert list(rows(tmp_path / "cut")) == [2, 3, 6] and list(rows(tmp_path / "whole")) == [3, 6]
+    assert losses(tmp_path / "cut")[6] == losses(tmp_path / "whole")[6]
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
@@ -310,32 +354,18 @@ ENDS = {  # what happens in the second step
 }
 
 
-def in_step_2(what):
-    """Lines that do something in the second step of stage 1."""
-    return f"""
-import multiprocessing
-whole = model.breakdown
-def breakdown(*args):
-    breakdown.calls += 1
-    if breakdown.calls == 2:
-        {what}
-    return whole(*args)
-breakdown.calls, model.breakdown = 0, breakdown
-"""
-
-
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("end", ENDS)
 def test_processes_that_load_data_end_with_the_one_that_trains(end, tmp_path, monkeypatch):
-    write_files(tmp_path / "files", "--count 8", monkeypatch)
+    write_folder(tmp_path / "files", world_samples("train", (16, 16), 8))
     line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --out {tmp_path}/a"
-    assert ends_with_all_its_workers(start("train_t2i", line, in_step_2(ENDS[end])), 40) != 0
+    assert ends_with_all_its_workers(start("train_t2i", line, in_step(2, ENDS[end])), 40) != 0
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_rank_waits_no_longer_than_it_should_for_one_that_stopped(tmp_path, monkeypatch):
-    write_files(tmp_path / "files", "--count 8", monkeypatch)
+    write_folder(tmp_path / "files", world_samples("train", (16, 16), 8))
     line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --timeout 6 --out {tmp_path}"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
@@ -345,7 +375,7 @@ def test_a_rank_waits_no_longer_than_it_should_for_one_that_stopped(tmp_path, mo
     ranks = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        stop = in_step_2("os.kill(os.getpid(), signal.SIGSTOP)") if rank == "1" else ""
+        stop = in_step(2, "os.kill(os.getpid(), signal.SIGSTOP)") if rank == "1" else ""
         ranks.append(start("train_t2i", f"{line}/{rank}", stop))
     try:
         assert ends_with_all_its_workers(ranks[0], 40) not in (0, None)
@@ -399,35 +429,15 @@ def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch, capsys
 
 def test_a_rank_that_dies_takes_the_job_down_and_torchrun_starts_it_again(tmp_path, monkeypatch):
     """Killed in its third step, rank 1 ends the job; the second try goes on from step 2 and computes what one would."""
-    die = """
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    whole = model.breakdown
-    def breakdown(m, totals, counts, t):
-        breakdown.calls += 1
-        if breakdown.calls == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return whole(m, totals, counts, t)
-    breakdown.calls, model.breakdown = 0, breakdown
-"""
-    line = f"{QUICK} --steps 4 --checkpoint-every 1 --shard"
-    process = start("train_t2i", f"{line} --out {tmp_path}/a", die, ranks="2, again")
-    assert finish(process)[0] == 0
+    first_try = 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), signal.SIGKILL)'
+    die = in_step(3, first_try, rank=1)
+    line = f"{QUICK} --steps 4 --checkpoint-every 1 --shard --resume"
+    assert finish(start("train_t2i", f"{line} --out {tmp_path}/a", die, RESTARTING))[0] == 0
     assert [row["step"] for row in data.read_rows(tmp_path / "a/starts.jsonl")] == [0, 2]
-    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/b", die, ranks=2))
+    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/b", die, LAUNCHER))
     assert code != 0 and re.search(r"rank\s*: 1", printed) and "SIGKILL" in printed  # and long before --timeout
     run(train_t2i, f"{line} --out {tmp_path}/one", monkeypatch)
     assert losses(tmp_path / "a")[4]["loss"] == pytest.approx(losses(tmp_path / "one")[4]["loss"], rel=1e-4)
-
-
-def test_torchrun_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
-    """A second try of a start that was refused, since --out holds another run, is refused as well."""
-    starts = tmp_path / "starts.jsonl"
-    assert not data.tried_again(tmp_path)
-    for parent, torchrun, again in ((data.parent(), "id", True), ("host:1", "id", False), (data.parent(), None, False)):
-        starts.write_text(f'{{"parent": "{parent}"}}\n')
-        with monkeypatch.context() as patch:
-            patch.setenv("TORCHELASTIC_RUN_ID", torchrun) if torchrun else None
-            assert data.tried_again(tmp_path) == again
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_never_begun_anew(tmp_path, monkeypatch, capsys):
@@ -500,63 +510,3 @@ def test_blocks_compile_without_breaks_and_once(t2i, tmp_path, monkeypatch):
     run(train_forcing, f"{QUICK} --steps 3 --init {t2i} --out {tmp_path}/b", monkeypatch)
     for step, row in losses(tmp_path / "b").items():
         assert losses(tmp_path / "a")[step] == pytest.approx(row, rel=1e-4, abs=1e-5)
-
-
-def test_a_row_says_by_mode_and_noise_level_what_a_batch_lost():
-    t = {"rgb": torch.tensor([0.0, 0.3, 1.0, 0.5]), "depth": torch.tensor([0.2, 0.25, 0.0, 0.9])}
-    totals, counts = torch.tensor([1.0, 10.0, 0.0, 1000.0]), torch.tensor([1, 2, 0, 4])
-    found = {group: pair.tolist() for group, pair in model.breakdown("depth", totals, counts, t).items()}
-    assert found == {
-        "": [1011, 7],
-        "_given_rgb": [1, 1],
-        "_joint": [1010, 6],
-        "_t0-0.25": [11, 3],
-        "_t0.25-0.5": [0, 0],
-        "_t0.5-0.75": [0, 0],
-        "_t0.75-1": [1000, 4],
-    }
-    totals[1] = float("nan")
-    found = {group for group, pair in model.breakdown("depth", totals, counts, t).items() if pair[0].isnan()}
-    assert found == {"", "_joint", "_t0-0.25"}
-    assert not any("joint" in group for group in model.breakdown("rgb", totals, counts, {"rgb": t["rgb"]}))
-
-
-def test_the_plan_counts_what_training_keeps():
-    """Weights by hand; activations linear in images, against a count while training for real."""
-    config = model.PRESETS["nano"].with_modalities(model.RGB, model.DEPTH)
-    plans = model.memory_plan(config, (32, 32), 8, 4, "muon", model.PRESETS["nano"], half=False)
-    network = model.DiT(config)
-    bytes_of = lambda tensors: sum(v.numel() * v.element_size() for v in tensors)
-    whole = bytes_of(network.parameters())
-    plain, sharded, again = plans[False, False], plans[True, False], plans[False, True]
-    assert plain["gradients"] == plain["EMA"] == whole
-    assert plain["weights"] == pytest.approx(whole, rel=0.01)  # and RoPE's tables
-    assert plain["teacher"] == bytes_of(model.DiT(model.PRESETS["nano"]).parameters())
-    assert sharded["optimizer"] == plain["optimizer"] / 4 and again["activations"] < 0.25 * plain["activations"]
-    optimizers = network.configure_optimizers(1e-3)
-    inputs = model.example(config, (32, 32), 8)[1]
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        x0_hat = network(*inputs)
-    for parameter in network.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert plain["activations"] == pytest.approx(found, rel=0.02)
-    sum(x.sum() for x in x0_hat.values()).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    states = [v for o in optimizers for state in o.state.values() for v in state.values() if v.ndim > 0]
-    assert plain["optimizer"] == bytes_of(states)
-
-
-def test_the_3b_preset_fits_eight_gpus_of_80_gb():
-    teacher = model.PRESETS["3b"]
-    config = teacher.with_modalities(model.RGB, model.DEPTH)
-    plans = model.memory_plan(config, (256, 256), 16, 8, "muon", teacher)
-    total = {flags: sum(parts.values()) / 2**30 for flags, parts in plans.items()}
-    assert total[True, True] < 72 < total[False, True] < total[True, False]  # of about 79 GiB
