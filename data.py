@@ -1492,7 +1492,10 @@ def by_modality(read_number):
             if name not in MODALITIES or name in numbers:
                 known = ", ".join(MODALITIES)
                 raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5,depth=0.2, of {known}")
-            numbers[name] = read_number(value)
+            try:
+                numbers[name] = read_number(value)
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{text}: {str(error).partition(': ')[2]}") from None
         return numbers
 
     return read
@@ -1902,10 +1905,10 @@ def read_checkpoint(path, keys=INFERENCE_KEYS):
 
 def open_network(path, flag="--checkpoint"):
     """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
-    if path == NANO:
-        log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
+    if path == NANO:
+        log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     try:
         state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state

@@ -447,8 +447,6 @@ class Config:
             raise ValueError(
                 f"head is {self.head}, must be a multiple of 16, and width of 4 x head: it is {self.width}"
             )
-        if not self.text_dim and self.text_length % TEXT_PATCH:
-            raise ValueError(f"text_length is {self.text_length}, must be a multiple of {TEXT_PATCH} bytes")
         names = {m.name for m in self.modalities}
         ids = {m.id for m in self.modalities}
         if not 0 < len(names) == len(ids) == len(self.modalities) <= 8:
@@ -622,6 +620,8 @@ class DiT(nn.Module):
         values_per_token = {m.name: m.channels * (config.patch // m.stride) ** 2 for m in self.modalities}
         pairs = list(itertools.permutations(names, 2))
 
+        if not config.text_dim and config.text_length % TEXT_PATCH:
+            raise ValueError(f"text_length is {config.text_length}, must be a multiple of {TEXT_PATCH} bytes")
         self.text_bytes = None if config.text_dim else nn.Embedding(256, 32)
         self.text_tokenizer = nn.Linear(config.text_dim or 32 * TEXT_PATCH, width)
         self.tokenizers = nn.ModuleDict({name: nn.Linear(values_per_token[name], width) for name in names})

@@ -259,7 +259,6 @@ def main():
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
-    run = data.Run(args, device)
     torch.manual_seed(args.seed)
     network = DiT(config)
     if init is not None:
@@ -271,6 +270,7 @@ def main():
     def draw(network):
         return draw_samples(network, encoders, args, device)
 
+    run = data.Run(args, device)
     run.start(network, draw, teacher)
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)

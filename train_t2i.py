@@ -114,13 +114,14 @@ def main():
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
-    run = data.Run(args, device)
     torch.manual_seed(args.seed)
+    network = DiT(config)
 
     def draw(network):
         return draw_samples(network, encoders, args, device)
 
-    run.start(DiT(config), draw)
+    run = data.Run(args, device)
+    run.start(network, draw)
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()

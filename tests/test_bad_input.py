@@ -46,9 +46,6 @@ NUMBERS = {
         "--clip": "-1 0 nan inf",
         "--ema": "-0.1 1.1 nan",
         "--drop-caption": "-0.1 2 nan",
-        "--depth-scale": "0 -1 nan inf",
-        "--depth-min": "-1 nan inf",
-        "--depth-max": "-1 nan inf",
         "--seed": "-1 2147483648 0.5 nan",
         "--size": "-4 65536 1e2 wide",
         "--steps": "0 -1 2.5 100000000000 many",
@@ -62,13 +59,15 @@ NUMBERS = {
         "--sample-every": "0 inf",
         "--max-skipped": "0",
         "--timeout": "0 1e9 nan",
-        "--dry-run": "-1 x",
         "--preset": "huge",
         "--optimizer": "sgd",
     },
     train_forcing: {
-        "--p-i2d": "-0.1 1.1 nan",
-        "--p-d2i": "-0.1 1.1 nan",
+        "--p-clean": "-0.1 1.1 nan rgb=2 rgb=0.1,rgb=0.1 sound=0.5 depth=",
+        "--modalities": "depth depth,rgb rgb,rgb rgb,sound rgb,",
+        "--depth-scale": "0 -1 nan inf",
+        "--depth-min": "-1 nan inf",
+        "--depth-max": "-1 nan inf",
         "--distill-hi": "-1 nan inf",
         "--distill-lo": "-1 nan inf",
         "--sparsity": "thin 0 nan 1.5 -0.5",
@@ -120,7 +119,8 @@ FLAGS = [
     (train_t2i, "--compile yes", "unrecognized arguments: yes"),
     (train_t2i, "--no-compile=1", "explicit argument"),
     (train_t2i, "--batch-size 30 --grad-accum 4 --out {tmp}/x", "--batch-size 30"),
-    (train_t2i, "--depth-min 2 --depth-max 1", "--depth-max 1.0: must be above --depth-min, 2.0"),
+    (train_t2i, "--dry-run 8", "unrecognized arguments: 8"),
+    (train_t2i, "--depth-scale 0.01", "unrecognized arguments: --depth-scale"),
     (train_t2i, "--size 30 --out {tmp}/x", "--size 30"),
     (train_t2i, "--data nowhere --out {tmp}/x", "--data nowhere: unknown source"),
     (train_t2i, "--data {tmp}/{{0..3}}.tar --out {tmp}/x", "no file {tmp}/0.tar"),
@@ -128,7 +128,9 @@ FLAGS = [
     (train_t2i, "--out {tmp}/text.png", "text.png"),
     (train_t2i, "--out {tmp}/text.png/deeper", "text.png"),
     (train_t2i, "--out /proc/none", "/proc/none"),
-    (train_forcing, "--p-i2d 0.9 --p-d2i 0.9", "--p-i2d 0.9 --p-d2i 0.9"),
+    (train_forcing, "--p-clean rgb=0.9,depth=0.9 --init none", "--p-clean: the sum of the probabilities is 1.8"),
+    (train_forcing, "--p-clean normal=0.1 --init none", "--p-clean normal=0.1: normal is not in --modalities"),
+    (train_forcing, "--depth-min 2 --depth-max 1", "--depth-max 1.0: must be above --depth-min, 2.0"),
     (train_forcing, "--distill-hi 0.1 --distill-lo 0.5", "--distill-hi 0.1: must be at least --distill-lo, 0.5"),
     (train_forcing, "--depth-min 1 --depth-max 1", "--depth-max 1.0"),
     (train_forcing, "--init {t2i} --out {run}", "already holds a run"),
@@ -697,7 +699,7 @@ def files(tmp_path_factory):
         (tmp / f"plug-in{i}.py").write_text((ROOT / "tests/toy_encoders.py").read_text() + change + "\n")
     (tmp / "latin.txt").write_bytes(b"caf\xe9"), (tmp / "bell.txt").write_bytes(b"a red ball\na\x07ball\n")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
-        patch.setattr(train_t2i, "picture", lambda *args: None)
+        patch.setattr(train_t2i, "draw_samples", lambda *args: None)
         call(train_t2i, f"{TRAIN} --steps 2 --out {tmp}/run", patch)
         call(data, f"--out {tmp}/folder --count 4 --size 16", patch)
     write_runs(tmp, tmp / "run")
