@@ -2399,7 +2399,7 @@ def paint(modality, values, valid=None):
 
 
 def enlarged(picture, side):
-    """(H, W, 3) uint8 -> Image. A small picture grows by a whole factor to about side; a large one shrinks to 2 sides."""
+    """(H, W, 3) uint8 -> Image: a small picture enlarged by a whole factor to about side, a large one shrunk."""
     image = Image.fromarray(picture)
     longer = max(image.size)
     if longer > 2 * side:
@@ -2441,7 +2441,7 @@ def draw_grid(rows, labels=(), cell=128):
 
 
 def array_bytes(values, valid):
-    """A map (C, H, W), valid (1, H, W) -> bytes of a .npy file that read_map reads: (H, W) or (H, W, C), 0 if missing."""
+    """A map (C, H, W), valid (1, H, W) -> bytes of a .npy file for read_map: (H, W) or (H, W, C), 0 where missing."""
     array = torch.where(valid, values, 0.0).movedim(0, -1).squeeze(-1)
     return to_bytes(np.save, array.cpu().numpy())
 

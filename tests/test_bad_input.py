@@ -318,7 +318,7 @@ IMAGES = [
     (sample, IMAGE + "loop.png", "loop.png"),
     (sample, IMAGE + "d.npy", "d.npy"),
     (sample, IMAGE + "large.png", "large.png"),
-    (sample, "--checkpoint {forcing} --image {tmp}/pictures --depth {tmp}/d.npy", "must be two files, or directories with equal names"),
+    (sample, "--checkpoint {forcing} --image {tmp}/pictures --depth {tmp}/d.npy", "must be two files"),
     (sample, IMAGE + "good.png --depth {tmp}/wide.npy", "shape"),
     (sample, MAP + "missing.npy", "missing.npy"),
     (sample, MAP + "text.png", "text.png"),
