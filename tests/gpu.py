@@ -9,7 +9,7 @@ if a row says FAIL. Without a GPU the parts run on the CPU.
 """
 
 import argparse
-import copy
+import contextlib
 import functools
 import gc
 import json
@@ -17,9 +17,11 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,23 +29,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-from model import (
-    DEPTH,
-    I2D_STEPS,
-    PRESETS,
-    RGB,
-    DiT,
-    corrupt,
-    distillation_weight,
-    draw_noise_levels,
-    matmul_peak,
-    noise_levels,
-    scored,
-    training_cost,
-    velocity_loss,
-)
 from plan_memory import memory_plan
+
+import data
+import train_forcing
+from model import DEPTH, I2D_STEPS, PRESETS, RGB, DiT, make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that the device's name contains counts
@@ -263,78 +253,51 @@ def evaluate_trained(args, report):
 # ---- Steps of training and sampling, in this process ----
 
 
-class Training:
-    """train_forcing.py's step on the built-in world, in three parts whose seconds are kept."""
+class Training(data.Run):
+    """The run of train_forcing.py on the built-in world. A call takes one step and keeps the seconds of its parts."""
 
     def __init__(self, args, batch_size, taught, checkpointing=False):
-        self.device = args.device
-        self.batch_size = batch_size
-        base = args.config
-        self.config = base.with_modalities(RGB, DEPTH)
-        self.world = data.World("train", (base.size, base.size), self.device)
-        self.seconds = {"data": [], "network": [], "optimizer": []}
-        self.step = 0
-        with torch.device(self.device):
-            self.model = DiT(self.config)
-            self.teacher = DiT(base).requires_grad_(False) if taught else None
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizers = self.model.configure_optimizers(1e-4)
-        if taught and self.device.type == "cuda":
-            for matrix in self.teacher.matrices():
-                matrix.data = matrix.data.bfloat16()
-        if not args.eager:
-            self.model.compile_blocks()
-            if taught:
-                self.teacher.compile_blocks()
+        flags = ["--out", tempfile.mkdtemp(dir=args.work), "--batch-size", str(batch_size)]
+        flags += ["--size", str(args.config.size), "--no-compile" if args.eager else "--compile"]
+        for never in ("--steps", "--log-every", "--checkpoint-every", "--sample-every"):
+            flags += [never, str(10**9)]
         if checkpointing:
-            self.model.checkpoint_activations()
+            flags.append("--checkpoint-activations")
+        sys.argv = ["train_forcing.py", *flags]
+        super().__init__(train_forcing.parse(), args.device)
+        for number in (signal.SIGTERM, signal.SIGINT):  # by these gpu.sh stops a part
+            signal.signal(number, signal.SIG_DFL)
 
-    def timed(self, name, work, *inputs):
-        begin = synchronized(self.device)
-        result = work(*inputs)
-        self.seconds[name].append(synchronized(self.device) - begin)
-        return result
+        config = args.config.with_modalities(RGB, DEPTH)
+        with torch.device(args.device):
+            network = DiT(config)
+            teacher = DiT(args.config).requires_grad_(False) if taught else None
+        with contextlib.redirect_stdout(sys.stderr):
+            self.start(network, None, teacher)
+        self.encoders = data.open_encoders("", args.device, config)
+        world = data.SyntheticWorld("train", (config.size, config.size), args.device)
+        self.batches = data.training_batches(world, self.args, 0, self.rank, self.ranks, args.device)
+        self.seconds = {"data": [], "network": [], "optimizer": []}
 
     def __call__(self):
-        batch = self.timed("data", self.draw)
-        self.timed("network", self.learn, *batch)
-        self.timed("optimizer", self.update)
-        self.step += 1
+        self.stopping = False
+        self.begin = synchronized(self.device)
+        train_forcing.train(self, self.batches, self.encoders, self.args)
 
-    def draw(self):
-        """Samples, noise levels and noise."""
-        indices = data.training_indices(0, self.step, self.batch_size)
-        values, valid, captions = self.world.samples(indices)
-        draws = data.Draws(0, indices, self.device)
-        valid["depth"] = data.sparsify(valid["depth"], values["rgb"], "mixed", draws.rand)
-        x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in self.config.modalities}
-        t = draw_noise_levels(self.config.modalities, draws.rand)
-        noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m], valid[m]) for m in x0}
-        text = data.encode_text(captions, self.config.text_length).to(self.device)
-        return x0, valid, t, noisy, text
+    def note_seconds(self, part):
+        end = synchronized(self.device)
+        self.seconds[part].append(end - self.begin)
+        self.begin = end
 
-    def learn(self, x0, valid, t, noisy, text):
-        """Losses, and the backward pass."""
-        x0_hat = self.model(noisy, t, text)
-        loss = 0
-        for m in x0:
-            count = scored(x0[m], t[m], valid[m]).sum().clamp(min=1)
-            loss = loss + velocity_loss(x0_hat[m], x0[m], t[m], valid[m]).sum() / count
-        if self.teacher is not None:
-            with torch.no_grad():
-                target = self.teacher({"rgb": noisy["rgb"]}, {"rgb": t["rgb"]}, text)
-            weight = distillation_weight(t["depth"], 0.05, 0.5)
-            loss = loss + velocity_loss(x0_hat["rgb"], target["rgb"], t["rgb"], None, weight).sum() / x0["rgb"].numel()
-        loss.backward()
+    def sum_over_ranks(self, values):
+        self.note_seconds("data")
+        return super().sum_over_ranks(values)
 
-    def update(self):
-        """Clipped step of the optimizers, and of the averaged weights."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.01)
+    def end_step(self):
+        self.note_seconds("network")
+        super().end_step()
+        self.note_seconds("optimizer")
+        self.stopping = True
 
 
 def synchronized(device):
@@ -395,37 +358,28 @@ def speed(args, report):
 
 def planned_gib(args, batch_size, taught):
     half = args.device.type == "cuda"
-    size = args.config.size, args.config.size
+    size = (args.config.size, args.config.size)
     joint = args.config.with_modalities(RGB, DEPTH)
     plans = memory_plan(joint, size, batch_size, 1, teacher_config=args.config if taught else None, half=half)
     return sum(plans[False, args.checkpoint_activations].values()) / 2**30
 
 
 def measure_speed(args, batch_size, taught, planned):
-    device = args.device
-    size = args.config.size, args.config.size
-    peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    flops = training_cost(args.config.with_modalities(RGB, DEPTH), size)[1]  # without what checkpointing computes again
-    if taught:
-        flops += training_cost(args.config, size)[1] / 3
-
     step = Training(args, batch_size, taught, args.checkpoint_activations)
-    for _ in range(2):
+    for _ in range(2 + args.turns):
         step()
     first = step.seconds["network"][0]
-    for _ in range(args.turns):
-        step()
     medians = {name: statistics.median(found[2:]) for name, found in step.seconds.items()}
     seconds = sum(medians.values())
 
-    rate = batch_size * flops / seconds
+    rate = batch_size * step.flops / seconds  # without what checkpointing computes again
     result = f"{batch_size / seconds:.2f} images/s, {rate / 1e12:.2f} TFLOP/s, "
-    result += f"MFU {rate / peak:.3f} of its matmul ({peak / 1e12:.2f} TFLOP/s)"
-    vendor = [known for name, known in VENDOR_PEAKS.items() if name in where(device)]
+    result += f"MFU {rate / step.peak:.3f} of its matmul ({step.peak / 1e12:.2f} TFLOP/s)"
+    vendor = [known for name, known in VENDOR_PEAKS.items() if name in where(args.device)]
     if vendor:
         result += f", {rate / vendor[0]:.3f} of the vendor's {vendor[0] / 1e12:.0f}"
     result += "; ms: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in medians.items())
-    return f"{result}; first pass {first:.1f} s; peak {peak_gib(device):.2f} GiB, planned {planned:.2f}"
+    return f"{result}; first pass {first:.1f} s; peak {peak_gib(args.device):.2f} GiB, planned {planned:.2f}"
 
 
 def graphs(args, report):
@@ -475,13 +429,13 @@ def kernels(args, report):
 
 def sampler(args, model):
     """sample(steps, given, guidance), a function that makes one batch."""
-    size = args.config.size, args.config.size
+    size = (args.config.size, args.config.size)
     noise = {m.name: torch.randn(args.batch_size, *m.shape(size), device=args.device) for m in model.modalities}
     text = torch.zeros(args.batch_size, args.config.text_length, dtype=torch.uint8, device=args.device)
 
     def sample(steps, given, guidance=None):
-        levels = noise_levels(["rgb", "depth"], steps, strength=dict.fromkeys(given, 1.0))
-        model.sample(levels, noise, text, {m: (noise[m], None) for m in given}, guidance)
+        schedule = make_schedule(["rgb", "depth"], steps, strength=dict.fromkeys(given, 1.0))
+        model.sample(schedule, noise, text, {m: (noise[m], None) for m in given}, guidance)
 
     return sample
 
@@ -512,18 +466,21 @@ def sampling(args, report):
 def rendering(args, report):
     """The built-in world's scenes, and the noise of a step."""
     count = args.batch_size
-    side = args.config.size
-    world = data.World("train", (side, side), args.device)
+    size = (args.config.size, args.config.size)
+    world = data.SyntheticWorld("train", size, args.device)
+
+    def render():
+        world.samples(range(count))
 
     def draw():
-        draws = data.Draws(0, range(count), args.device)
+        rng = data.PerSampleRNG(0, range(count), args.device)
         for m in (RGB, DEPTH):
-            draws.rand()
-            draws.randn(*m.shape((side, side)))
+            rng.rand()
+            rng.randn(*m.shape(size))
 
-    for what, work in (("World.samples", lambda: world.samples(range(count))), ("Draws, image and depth", draw)):
+    for what, work in (("SyntheticWorld.samples", render), ("PerSampleRNG, image and depth", draw)):
         seconds = median_seconds(args.device, work, args.turns)
-        report.row(f"{what}, {count} at {side}", f"{1000 * seconds:.1f} ms, {count / seconds:.0f} images/s")
+        report.row(f"{what}, {count} at {size[0]}", f"{1000 * seconds:.1f} ms, {count / seconds:.0f} images/s")
 
 
 PARTS = (stages, speed, graphs, kernels, suite, sampling, evaluation, rendering, ranks, training)
