@@ -21,7 +21,7 @@ results=$(realpath -m "${RESULTS:-$here/results}")
 # learnt late, and suddenly: it has a large share, and 4,000 steps in two runs (-long) where it is measured.
 run="--batch-size 8 --lr 3e-3 --seed SEED --resume --keep 1 --sample-every 100000"
 forcing="train_forcing.py $run --steps 1200"
-modes="--p-i2d 0.25 --p-d2i 0.5"
+modes="--p-clean rgb=0.25,depth=0.5"
 alone="--distill-hi 0 --distill-lo 0"
 plain="$forcing --init @t2i/last.pt $alone $modes"
 more="train_forcing.py $run --steps 1600 $alone --sparsity dense --seed 10SEED"  # other scenes and noise
@@ -35,8 +35,8 @@ plain-2400       -             $plain --sparsity dense --steps 2400
 plain-long       -             $more --init @plain-2400/last.pt $modes
 shared-2400      shared        $plain --sparsity dense --steps 2400
 shared-long      shared        $more --init @shared-2400/last.pt $modes
-unheld-2400      -             $plain --sparsity dense --steps 2400 --p-i2d 0 --p-d2i 0
-unheld-long      -             $more --init @unheld-2400/last.pt --p-i2d 0 --p-d2i 0
+unheld-2400      -             $plain --sparsity dense --steps 2400 --p-clean rgb=0,depth=0
+unheld-long      -             $more --init @unheld-2400/last.pt --p-clean rgb=0,depth=0
 
 sparse-10        -             $plain --sparsity 0.1
 sparse-2         -             $plain --sparsity 0.02
@@ -69,8 +69,8 @@ logit-normal     logit-normal  $plain --sparsity dense
 velocity         velocity      $plain --sparsity dense
 unmixed          unmixed       $plain --sparsity dense
 zeros            zeros         $plain --sparsity 0.1
-modes-none       -             $forcing --init @t2i/last.pt $alone --p-i2d 0 --p-d2i 0 --sparsity dense
-modes-paper      -             $forcing --init @t2i/last.pt $alone --p-i2d 0.2 --p-d2i 0.2 --sparsity dense
+modes-none       -             $forcing --init @t2i/last.pt $alone --p-clean rgb=0,depth=0 --sparsity dense
+modes-paper      -             $forcing --init @t2i/last.pt $alone --p-clean rgb=0.2,depth=0.2 --sparsity dense
 "
 
 # Depth in generated images is found by a network that is not compared. In its default two steps that is smooth, and so is depth
