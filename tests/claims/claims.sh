@@ -13,7 +13,7 @@
 # assets/nano.pt. It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims
 # (WORK), with a copy of the scripts for each patch. A patch beside this file is an alternative to the method.
 #
-# Since the measurements --p-i2d and --p-d2i have become --p-clean, and the patches were remade for the scripts of today.
+# After the measurements, --p-i2d and --p-d2i became --p-clean, and the patches were remade for the scripts of today.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims
@@ -225,9 +225,12 @@ measure() {  # network, seed, measurement, command, recipe
     mkdir -p "$results/$1"
     "$python" - "$out/results.json" "$5" >"$result.new" <<'END' && mv "$result.new" "$result"
 import json, sys
-settings = ("depth_scale", "depth_min", "depth_max", "measured", "strength", "order", "cfg")  # the command has them
-numbers = {k: round(x, 6) for k, x in json.load(open(sys.argv[1])).items() if isinstance(x, float) and k not in settings}
-print(json.dumps({"made by": sys.argv[2]} | numbers, indent=1))
+settings = ("depth_scale", "depth_min", "depth_max", "measured", "strength", "order")  # the command has them
+result = {"made by": sys.argv[2]}
+for key, number in json.load(open(sys.argv[1])).items():
+    if isinstance(number, float) and key not in settings:
+        result[key] = round(number, 6)
+print(json.dumps(result, indent=1))
 END
 }
 
