@@ -112,8 +112,8 @@ def test_with_a_shared_level_what_is_given_is_noised_to_it(patched):
 def test_the_second_stage_trains_with_the_patch(patched, name, tmp_path):
     """These patches change train_forcing.py, too."""
     script = patched(name, "train_forcing.py").__file__
-    flags = ["--init", "none", "--steps", "1", "--batch-size", "2", "--sparsity", "0.1", "--out", tmp_path / "out"]
-    subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+    flags = ["--init", "none", "--size", "8", "--steps", "1", "--batch-size", "2", "--sparsity", "0.1"]
+    subprocess.run([sys.executable, script, *flags, "--out", tmp_path / "out"], check=True, capture_output=True)
     config = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["config"]
     assert config.get("shared", False) == (name == "shared")
 
@@ -368,16 +368,24 @@ def test_a_claim_is_trained_and_measured(claims, monkeypatch):
     assert json.loads((claims.repository / "tests/claims/results/short/depth.7.json").read_text())["absrel"] > 0
 
 
-def test_the_scripts_know_the_flags_of_all_commands(claims, monkeypatch):
+def table(name):
+    """Rows of the networks or the measurements of claims.sh, as lists of words."""
+    settings, _ = (CLAIMS / "claims.sh").read_text().split("\nfail() {")
+    script = f'{settings}\necho "${name}"'
+    text = subprocess.check_output(["bash", "-c", script, CLAIMS / "claims.sh"], text=True)
+    return [line.split() for line in text.splitlines() if line]
+
+
+def test_the_scripts_know_the_flags_of_all_commands(monkeypatch):
     for name in ("narrow", "wide", "detokenizer-0", "detokenizer-2"):  # of presets.patch
         monkeypatch.setitem(model.PRESETS, name, model.PRESETS["nano"])
     parse = {"train_t2i.py": train_t2i.parse, "train_forcing.py": train_forcing.parse, "evaluate.py": evaluate.parse}
-    _, _, wrong, called = claims()
-    for script, *flags in called:
+    commands = [row[2:] for row in table("networks")] + [row[3:] for row in table("measurements")]
+    for script, *flags in commands:
         if script in parse:
-            monkeypatch.setattr(sys, "argv", [script, *flags])
+            monkeypatch.setattr(sys, "argv", [script, *(flag.replace("SEED", "1") for flag in flags)])
             parse[script]()
-    assert {call[0] for call in called} == {*parse, "data.py", "drift.py"}, wrong
+    assert {script for script, *_ in commands} == {*parse, "data.py", "drift.py"}
 
 
 def test_claims_refuse_what_they_do_not_know(claims, monkeypatch):
@@ -394,20 +402,17 @@ def without_keys(cells):
 
 
 def test_all_that_the_report_shows_is_measured():
-    text = (CLAIMS / "claims.sh").read_text()
     measured = {}  # {number of the claim: {network/measurement}}
-    for line in text.split('measurements="')[1].split('"')[0].splitlines():
-        if line:
-            claims, network, name, *_ = line.split()
-            for number in claims.split(","):
-                measured.setdefault(int(number), set()).add(f"{network}/{name}")
+    for claims, network, name, *_ in table("measurements"):
+        for number in claims.split(","):
+            measured.setdefault(int(number), set()).add(f"{network}/{name}")
 
     for number, claim in enumerate(report.CLAIMS, 1):
         columns = report.pairs(claim.columns).values()
         rows = report.pairs(claim.rows).values()
-        table = {row + column for row in rows for column in columns}
+        shown = {row + column for row in rows for column in columns}
         compared = {word for word in (claim.comparisons + claim.reference).split() if report.is_cell(word)}
-        assert without_keys(compared) <= measured[number] <= without_keys(table | compared)
+        assert without_keys(compared) <= measured[number] <= without_keys(shown | compared)
         for row in rows:
             assert without_keys(row + column for column in columns) & measured[number], row
 
