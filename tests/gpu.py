@@ -1,10 +1,10 @@
-"""What this code does on a GPU, part by part, as rows of a markdown table. tests/gpu.sh runs all parts in their order.
+"""Measure this code on a GPU, part by part, as rows of a markdown table. tests/gpu.sh runs all parts.
 
     python tests/gpu.py speed --preset 370m --batch-size 16          a training step: images/s, utilization, memory
     python tests/gpu.py speed --preset small --batch-size 8 --eager  on a CPU, in float32
     python tests/gpu.py sampling --preset nano --batch-size 64       images/s of sampling, peak memory
 
-Rows go to stdout and to OUT/gpu.md as soon as they are known, what the scripts print goes to stderr. The exit code is 1
+Rows go to stdout and to OUT/gpu.md as soon as they are known. What the scripts print goes to stderr. The exit code is 1
 if a row says FAIL. Without a GPU the parts run on the CPU.
 """
 
@@ -36,7 +36,7 @@ import train_forcing
 from model import DEPTH, I2D_STEPS, PRESETS, RGB, DiT, make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
-VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that the device's name contains counts
+VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that is part of the device's name counts
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -44,10 +44,10 @@ VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name tha
     "B200": 2250e12,
     "A100": 312e12,
 }
-TOLERANCES = {"cuda": 0.01, "cpu": 0.001}  # of losses, relative. What bfloat16 rounds differently grows with the steps.
+TOLERANCES = {"cuda": 0.01, "cpu": 0.001}  # of losses, relative: the rounding of bfloat16 adds up over the steps
 LOW_RATE = 1e-3  # learning rate at which these differences stay small for 50 steps
 CPU_ABSREL = 0.058  # of assets/nano.pt by `evaluate.py depth` on a CPU
-FUSED = ("flash", "fmha", "cudnn", "efficient_attention")  # in the names of fused attention kernels
+FUSED = ("flash", "fmha", "cudnn", "efficient_attention")  # parts of the names of fused attention kernels
 WITHOUT_INDUCTOR = """
 import functools, runpy, sys, torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -57,7 +57,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Report:
-    """Rows of the table: part, what, result, and where it was found."""
+    """Writes rows of the table: part, what, result, and where it was measured."""
 
     def __init__(self, part, path, device):
         self.part = part
@@ -78,17 +78,20 @@ class Report:
 
 
 def where(device):
-    """ "device | torch | commit" of every row."""
+    """Device, version of torch and commit, as every row ends."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    commit, *dirty = data.git_commit().partition("-")
-    return f"{name} | {torch.__version__} | {commit[:12] or 'unknown'}{''.join(dirty)}"
+    commit = ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return f"{name} | {torch.__version__} | {commit or 'unknown'}"
 
 
 # ---- Scripts, each in a process of its own ----
 
 
 def command(args, name, *flags, ranks=1):
-    """The command line of a script. A toy traces and differentiates its graphs, but does not generate C++ for them."""
+    """The command line of a script. With --toy, torch.compile traces graphs but generates no C++ for them."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -122,11 +125,11 @@ def train_command(args, name, out, steps, *flags, ranks=1):
 
 def metrics(args, out):
     """The rows of a training run's metrics.jsonl."""
-    return data.read_rows(args.work / out / "metrics.jsonl")
+    return [json.loads(row) for row in (args.work / out / "metrics.jsonl").read_text().splitlines()]
 
 
 def compare_runs(args, report, what, runs):
-    """Train two runs, {name: command}; a row says how far their losses are apart, and how fast they are."""
+    """Train two runs, {name: command}. A row says how much their losses differ and how fast they are."""
     if args.toy:
         run_all(*runs.values())
     else:  # in turn, so that neither slows the other
@@ -146,7 +149,7 @@ def network_flags(args):
 
 
 def stages(args, report):
-    """Both stages compiled against eager, on the same seeds. The second stage of both starts from one checkpoint."""
+    """Compiled against eager, with the same seeds, in both stages. Both second stages start from one checkpoint."""
     steps = args.steps or 50
     init = ["--init", args.work / "t2i-eager" / "last.pt"]
     for stage, more in (("t2i", []), ("forcing", init)):
@@ -195,7 +198,7 @@ def evaluation(args, report):
 
 
 def train_for(seconds, args, name, out, flags):
-    """Train for about so many seconds: a short run tells how long a step takes, and starting and ending."""
+    """Train for about this many seconds. A short run before it measures a step, and the time to start and end."""
     if args.toy:
         run_all(train_command(args, name, out, 5, *flags))
         return
@@ -210,7 +213,7 @@ def train_for(seconds, args, name, out, flags):
 
 
 def training(args, report):
-    """A network trained for --seconds, of which the last are for its evaluation."""
+    """Train and evaluate a network in --seconds."""
     if 0 < args.seconds < 240:
         report.row(f"{args.preset}, both stages", f"skipped: {args.seconds:.0f} s left, too few")
         return
@@ -229,7 +232,7 @@ def training(args, report):
 
 
 def evaluate_trained(args, report):
-    """How good the network is that has been trained, and a picture of what it makes."""
+    """Evaluate the trained network, and keep a picture of its samples."""
     model = ["--checkpoint", args.work / "forcing" / "last.pt"]
     few = ["--images", 4, "--steps", 2] if args.toy else []
     tasks = {
@@ -265,7 +268,7 @@ class Training(data.Run):
             flags.append("--checkpoint-activations")
         sys.argv = ["train_forcing.py", *flags]
         super().__init__(train_forcing.parse(), args.device)
-        for number in (signal.SIGTERM, signal.SIGINT):  # by these gpu.sh stops a part
+        for number in (signal.SIGTERM, signal.SIGINT):  # gpu.sh stops a part at once
             signal.signal(number, signal.SIG_DFL)
 
         config = args.config.with_modalities(RGB, DEPTH)
@@ -301,14 +304,14 @@ class Training(data.Run):
 
 
 def synchronized(device):
-    """The time, in seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def median_seconds(device, work, turns):
-    """Of one call, after one that does not count."""
+    """Median seconds of a call of work. The first call does not count."""
     found = []
     for _ in range(turns + 1):
         begin = synchronized(device)
@@ -318,19 +321,19 @@ def median_seconds(device, work, turns):
 
 
 def peak_gib(device):
-    """Most memory so far: tensors on a GPU, the whole process on a CPU."""
+    """Most memory in use so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def out_of_memory(error):
-    """Whether an exception of torch, or of its compiler, says that the GPU's memory is used up."""
+    """Whether an exception of torch or of its compiler says that the GPU's memory is used up."""
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def free_memory(device):
-    """What a failed attempt held; called once its exception is gone."""
+    """Free what a failed attempt held. Call this outside of the handler of its exception."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -339,7 +342,7 @@ def free_memory(device):
 
 
 def speed(args, report):
-    """A training step with optimizers and EMA. If memory does not suffice: a quarter of the batch, then no teacher."""
+    """A training step with optimizers and EMA. If memory runs out: a quarter of the batch, then no teacher."""
     fewer = max(1, args.batch_size // 4)
     for batch_size, taught in ((args.batch_size, True), (fewer, True), (fewer, False)):
         how = f"{args.preset} at {args.config.size}, {'eager' if args.eager else 'compiled'}, {batch_size} images, "
@@ -383,7 +386,7 @@ def measure_speed(args, batch_size, taught, planned):
 
 
 def graphs(args, report):
-    """How many graphs are compiled in the first step, and after it."""
+    """Count the graphs that are compiled in the first step, and after it."""
     args.config = replace(args.config, decoder_depth=3)
     for checkpointing in (False, True):
         torch._dynamo.reset()
@@ -404,7 +407,7 @@ def graphs(args, report):
 
 
 def attention_kernels(work):
-    """Names of the attention operators and GPU kernels that work() takes."""
+    """Names of the attention operators and GPU kernels that work() uses."""
     with torch.profiler.profile() as profile:
         work()
     names = {event.key for event in profile.key_averages()}
@@ -412,7 +415,7 @@ def attention_kernels(work):
 
 
 def kernels(args, report):
-    """Attention must take a fused kernel: without one the whole matrix of scores is stored."""
+    """Attention must use a fused kernel. Without one, the whole matrix of scores is stored."""
     step = Training(args, args.batch_size, True)
     step()
     sample = sampler(args, step.ema)  # not compiled, as in sample.py
@@ -428,7 +431,7 @@ def kernels(args, report):
 
 
 def sampler(args, model):
-    """sample(steps, given, guidance), a function that makes one batch."""
+    """A function sample(steps, given, guidance) that generates one batch."""
     size = (args.config.size, args.config.size)
     noise = {m.name: torch.randn(args.batch_size, *m.shape(size), device=args.device) for m in model.modalities}
     text = torch.zeros(args.batch_size, args.config.text_length, dtype=torch.uint8, device=args.device)
@@ -497,7 +500,7 @@ def parse():
     p.add_argument("--seconds", type=float, default=0, help="training: how long (default: as short as it goes)")
     p.add_argument("--eager", action="store_true", help="speed: do not compile")
     p.add_argument("--checkpoint-activations", action="store_true", help="speed: compute blocks twice")
-    p.add_argument("--toy", action="store_true", help="no code generation, few steps: to test the parts themselves")
+    p.add_argument("--toy", action="store_true", help="few steps, no code generation: tests the parts themselves")
     p.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for gpu.md (default: %(default)s)")
     return p.parse_args()
