@@ -1,15 +1,15 @@
-"""What this code does on a GPU, part by part, as rows of a markdown table. tests/gpu.sh runs all parts in their order.
+"""Measure this code on a GPU, part by part, as rows of a markdown table. tests/gpu.sh runs all parts.
 
     python tests/gpu.py speed --preset 370m --batch-size 16          a training step: images/s, utilization, memory
     python tests/gpu.py speed --preset small --batch-size 8 --eager  on a CPU, in float32
     python tests/gpu.py sampling --preset nano --batch-size 64       images/s of sampling, peak memory
 
-Rows go to stdout and to OUT/gpu.md as soon as they are known, what the scripts print goes to stderr. The exit code is 1
+Rows go to stdout and to OUT/gpu.md as soon as they are known. What the scripts print goes to stderr. The exit code is 1
 if a row says FAIL. Without a GPU the parts run on the CPU.
 """
 
 import argparse
-import copy
+import contextlib
 import functools
 import gc
 import json
@@ -17,9 +17,11 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,26 +29,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-from model import (
-    DEPTH,
-    I2D_STEPS,
-    PRESETS,
-    RGB,
-    DiT,
-    corrupt,
-    distillation_weight,
-    draw_noise_levels,
-    matmul_peak,
-    noise_levels,
-    scored,
-    training_cost,
-    velocity_loss,
-)
 from plan_memory import memory_plan
 
+import data
+import train_forcing
+from model import DEPTH, I2D_STEPS, PRESETS, RGB, DiT, make_schedule
+
 ROOT = Path(__file__).resolve().parent.parent
-VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that the device's name contains counts
+VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that is part of the device's name counts
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -54,10 +44,10 @@ VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name tha
     "B200": 2250e12,
     "A100": 312e12,
 }
-TOLERANCES = {"cuda": 0.01, "cpu": 0.001}  # of losses, relative. What bfloat16 rounds differently grows with the steps.
+TOLERANCES = {"cuda": 0.01, "cpu": 0.001}  # of losses, relative: the rounding of bfloat16 adds up over the steps
 LOW_RATE = 1e-3  # learning rate at which these differences stay small for 50 steps
 CPU_ABSREL = 0.058  # of assets/nano.pt by `evaluate.py depth` on a CPU
-FUSED = ("flash", "fmha", "cudnn", "efficient_attention")  # in the names of fused attention kernels
+FUSED = ("flash", "fmha", "cudnn", "efficient_attention")  # parts of the names of fused attention kernels
 WITHOUT_INDUCTOR = """
 import functools, runpy, sys, torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -67,7 +57,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Report:
-    """Rows of the table: part, what, result, and where it was found."""
+    """Writes rows of the table: part, what, result, and where it was measured."""
 
     def __init__(self, part, path, device):
         self.part = part
@@ -88,17 +78,20 @@ class Report:
 
 
 def where(device):
-    """ "device | torch | commit" of every row."""
+    """Device, version of torch and commit, as every row ends."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    commit, *dirty = data.git_commit().partition("-")
-    return f"{name} | {torch.__version__} | {commit[:12] or 'unknown'}{''.join(dirty)}"
+    commit = ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return f"{name} | {torch.__version__} | {commit or 'unknown'}"
 
 
 # ---- Scripts, each in a process of its own ----
 
 
 def command(args, name, *flags, ranks=1):
-    """The command line of a script. A toy traces and differentiates its graphs, but does not generate C++ for them."""
+    """The command line of a script. With --toy, torch.compile traces graphs but generates no C++ for them."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -132,11 +125,11 @@ def train_command(args, name, out, steps, *flags, ranks=1):
 
 def metrics(args, out):
     """The rows of a training run's metrics.jsonl."""
-    return data.read_rows(args.work / out / "metrics.jsonl")
+    return [json.loads(row) for row in (args.work / out / "metrics.jsonl").read_text().splitlines()]
 
 
 def compare_runs(args, report, what, runs):
-    """Train two runs, {name: command}; a row says how far their losses are apart, and how fast they are."""
+    """Train two runs, {name: command}. A row says how much their losses differ and how fast they are."""
     if args.toy:
         run_all(*runs.values())
     else:  # in turn, so that neither slows the other
@@ -156,7 +149,7 @@ def network_flags(args):
 
 
 def stages(args, report):
-    """Both stages compiled against eager, on the same seeds. The second stage of both starts from one checkpoint."""
+    """Compiled against eager, with the same seeds, in both stages. Both second stages start from one checkpoint."""
     steps = args.steps or 50
     init = ["--init", args.work / "t2i-eager" / "last.pt"]
     for stage, more in (("t2i", []), ("forcing", init)):
@@ -205,7 +198,7 @@ def evaluation(args, report):
 
 
 def train_for(seconds, args, name, out, flags):
-    """Train for about so many seconds: a short run tells how long a step takes, and starting and ending."""
+    """Train for about this many seconds. A short run before it measures a step, and the time to start and end."""
     if args.toy:
         run_all(train_command(args, name, out, 5, *flags))
         return
@@ -220,7 +213,7 @@ def train_for(seconds, args, name, out, flags):
 
 
 def training(args, report):
-    """A network trained for --seconds, of which the last are for its evaluation."""
+    """Train and evaluate a network in --seconds."""
     if 0 < args.seconds < 240:
         report.row(f"{args.preset}, both stages", f"skipped: {args.seconds:.0f} s left, too few")
         return
@@ -239,7 +232,7 @@ def training(args, report):
 
 
 def evaluate_trained(args, report):
-    """How good the network is that has been trained, and a picture of what it makes."""
+    """Evaluate the trained network, and keep a picture of its samples."""
     model = ["--checkpoint", args.work / "forcing" / "last.pt"]
     few = ["--images", 4, "--steps", 2] if args.toy else []
     tasks = {
@@ -263,89 +256,62 @@ def evaluate_trained(args, report):
 # ---- Steps of training and sampling, in this process ----
 
 
-class Training:
-    """train_forcing.py's step on the built-in world, in three parts whose seconds are kept."""
+class Training(data.Run):
+    """The run of train_forcing.py on the built-in world. A call takes one step and keeps the seconds of its parts."""
 
     def __init__(self, args, batch_size, taught, checkpointing=False):
-        self.device = args.device
-        self.batch_size = batch_size
-        base = args.config
-        self.config = base.with_modalities(RGB, DEPTH)
-        self.world = data.World("train", (base.size, base.size), self.device)
-        self.seconds = {"data": [], "network": [], "optimizer": []}
-        self.step = 0
-        with torch.device(self.device):
-            self.model = DiT(self.config)
-            self.teacher = DiT(base).requires_grad_(False) if taught else None
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizers = self.model.configure_optimizers(1e-4)
-        if taught and self.device.type == "cuda":
-            for matrix in self.teacher.matrices():
-                matrix.data = matrix.data.bfloat16()
-        if not args.eager:
-            self.model.compile_blocks()
-            if taught:
-                self.teacher.compile_blocks()
+        flags = ["--out", tempfile.mkdtemp(dir=args.work), "--batch-size", str(batch_size)]
+        flags += ["--size", str(args.config.size), "--no-compile" if args.eager else "--compile"]
+        for never in ("--steps", "--log-every", "--checkpoint-every", "--sample-every"):
+            flags += [never, str(10**9)]
         if checkpointing:
-            self.model.checkpoint_activations()
+            flags.append("--checkpoint-activations")
+        sys.argv = ["train_forcing.py", *flags]
+        super().__init__(train_forcing.parse(), args.device)
+        for number in (signal.SIGTERM, signal.SIGINT):  # gpu.sh stops a part at once
+            signal.signal(number, signal.SIG_DFL)
 
-    def timed(self, name, work, *inputs):
-        begin = synchronized(self.device)
-        result = work(*inputs)
-        self.seconds[name].append(synchronized(self.device) - begin)
-        return result
+        config = args.config.with_modalities(RGB, DEPTH)
+        with torch.device(args.device):
+            network = DiT(config)
+            teacher = DiT(args.config).requires_grad_(False) if taught else None
+        with contextlib.redirect_stdout(sys.stderr):
+            self.start(network, None, teacher)
+        self.encoders = data.open_encoders("", args.device, config)
+        world = data.SyntheticWorld("train", (config.size, config.size), args.device)
+        self.batches = data.training_batches(world, self.args, 0, self.rank, self.ranks, args.device)
+        self.seconds = {"data": [], "network": [], "optimizer": []}
 
     def __call__(self):
-        batch = self.timed("data", self.draw)
-        self.timed("network", self.learn, *batch)
-        self.timed("optimizer", self.update)
-        self.step += 1
+        self.stopping = False
+        self.begin = synchronized(self.device)
+        train_forcing.train(self, self.batches, self.encoders, self.args)
 
-    def draw(self):
-        """Samples, noise levels and noise."""
-        indices = data.training_indices(0, self.step, self.batch_size)
-        values, valid, captions = self.world.samples(indices)
-        draws = data.Draws(0, indices, self.device)
-        valid["depth"] = data.sparsify(valid["depth"], values["rgb"], "mixed", draws.rand)
-        x0 = {m.name: m.encode(values[m.name], valid[m.name]) for m in self.config.modalities}
-        t = draw_noise_levels(self.config.modalities, draws.rand)
-        noisy = {m: corrupt(x0[m], draws.randn(*x0[m].shape[1:]), t[m], valid[m]) for m in x0}
-        text = data.encode_text(captions, self.config.text_length).to(self.device)
-        return x0, valid, t, noisy, text
+    def note_seconds(self, part):
+        end = synchronized(self.device)
+        self.seconds[part].append(end - self.begin)
+        self.begin = end
 
-    def learn(self, x0, valid, t, noisy, text):
-        """Losses, and the backward pass."""
-        x0_hat = self.model(noisy, t, text)
-        loss = 0
-        for m in x0:
-            count = scored(x0[m], t[m], valid[m]).sum().clamp(min=1)
-            loss = loss + velocity_loss(x0_hat[m], x0[m], t[m], valid[m]).sum() / count
-        if self.teacher is not None:
-            with torch.no_grad():
-                target = self.teacher({"rgb": noisy["rgb"]}, {"rgb": t["rgb"]}, text)
-            weight = distillation_weight(t["depth"], 0.05, 0.5)
-            loss = loss + velocity_loss(x0_hat["rgb"], target["rgb"], t["rgb"], None, weight).sum() / x0["rgb"].numel()
-        loss.backward()
+    def sum_over_ranks(self, values):
+        self.note_seconds("data")
+        return super().sum_over_ranks(values)
 
-    def update(self):
-        """Clipped step of the optimizers, and of the averaged weights."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.01)
+    def end_step(self):
+        self.note_seconds("network")
+        super().end_step()
+        self.note_seconds("optimizer")
+        self.stopping = True
 
 
 def synchronized(device):
-    """The time, in seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def median_seconds(device, work, turns):
-    """Of one call, after one that does not count."""
+    """Median seconds of a call of work. The first call does not count."""
     found = []
     for _ in range(turns + 1):
         begin = synchronized(device)
@@ -355,19 +321,19 @@ def median_seconds(device, work, turns):
 
 
 def peak_gib(device):
-    """Most memory so far: tensors on a GPU, the whole process on a CPU."""
+    """Most memory in use so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def out_of_memory(error):
-    """Whether an exception of torch, or of its compiler, says that the GPU's memory is used up."""
+    """Whether an exception of torch or of its compiler says that the GPU's memory is used up."""
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def free_memory(device):
-    """What a failed attempt held; called once its exception is gone."""
+    """Free what a failed attempt held. Call this outside of the handler of its exception."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -376,7 +342,7 @@ def free_memory(device):
 
 
 def speed(args, report):
-    """A training step with optimizers and EMA. If memory does not suffice: a quarter of the batch, then no teacher."""
+    """A training step with optimizers and EMA. If memory runs out: a quarter of the batch, then no teacher."""
     fewer = max(1, args.batch_size // 4)
     for batch_size, taught in ((args.batch_size, True), (fewer, True), (fewer, False)):
         how = f"{args.preset} at {args.config.size}, {'eager' if args.eager else 'compiled'}, {batch_size} images, "
@@ -395,41 +361,32 @@ def speed(args, report):
 
 def planned_gib(args, batch_size, taught):
     half = args.device.type == "cuda"
-    size = args.config.size, args.config.size
+    size = (args.config.size, args.config.size)
     joint = args.config.with_modalities(RGB, DEPTH)
     plans = memory_plan(joint, size, batch_size, 1, teacher_config=args.config if taught else None, half=half)
     return sum(plans[False, args.checkpoint_activations].values()) / 2**30
 
 
 def measure_speed(args, batch_size, taught, planned):
-    device = args.device
-    size = args.config.size, args.config.size
-    peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    flops = training_cost(args.config.with_modalities(RGB, DEPTH), size)[1]  # without what checkpointing computes again
-    if taught:
-        flops += training_cost(args.config, size)[1] / 3
-
     step = Training(args, batch_size, taught, args.checkpoint_activations)
-    for _ in range(2):
+    for _ in range(2 + args.turns):
         step()
     first = step.seconds["network"][0]
-    for _ in range(args.turns):
-        step()
     medians = {name: statistics.median(found[2:]) for name, found in step.seconds.items()}
     seconds = sum(medians.values())
 
-    rate = batch_size * flops / seconds
+    rate = batch_size * step.flops / seconds  # without what checkpointing computes again
     result = f"{batch_size / seconds:.2f} images/s, {rate / 1e12:.2f} TFLOP/s, "
-    result += f"MFU {rate / peak:.3f} of its matmul ({peak / 1e12:.2f} TFLOP/s)"
-    vendor = [known for name, known in VENDOR_PEAKS.items() if name in where(device)]
+    result += f"MFU {rate / step.peak:.3f} of its matmul ({step.peak / 1e12:.2f} TFLOP/s)"
+    vendor = [known for name, known in VENDOR_PEAKS.items() if name in where(args.device)]
     if vendor:
         result += f", {rate / vendor[0]:.3f} of the vendor's {vendor[0] / 1e12:.0f}"
     result += "; ms: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in medians.items())
-    return f"{result}; first pass {first:.1f} s; peak {peak_gib(device):.2f} GiB, planned {planned:.2f}"
+    return f"{result}; first pass {first:.1f} s; peak {peak_gib(args.device):.2f} GiB, planned {planned:.2f}"
 
 
 def graphs(args, report):
-    """How many graphs are compiled in the first step, and after it."""
+    """Count the graphs that are compiled in the first step, and after it."""
     args.config = replace(args.config, decoder_depth=3)
     for checkpointing in (False, True):
         torch._dynamo.reset()
@@ -450,7 +407,7 @@ def graphs(args, report):
 
 
 def attention_kernels(work):
-    """Names of the attention operators and GPU kernels that work() takes."""
+    """Names of the attention operators and GPU kernels that work() uses."""
     with torch.profiler.profile() as profile:
         work()
     names = {event.key for event in profile.key_averages()}
@@ -458,7 +415,7 @@ def attention_kernels(work):
 
 
 def kernels(args, report):
-    """Attention must take a fused kernel: without one the whole matrix of scores is stored."""
+    """Attention must use a fused kernel. Without one, the whole matrix of scores is stored."""
     step = Training(args, args.batch_size, True)
     step()
     sample = sampler(args, step.ema)  # not compiled, as in sample.py
@@ -474,14 +431,14 @@ def kernels(args, report):
 
 
 def sampler(args, model):
-    """sample(steps, given, guidance), a function that makes one batch."""
-    size = args.config.size, args.config.size
+    """A function sample(steps, given, guidance) that generates one batch."""
+    size = (args.config.size, args.config.size)
     noise = {m.name: torch.randn(args.batch_size, *m.shape(size), device=args.device) for m in model.modalities}
     text = torch.zeros(args.batch_size, args.config.text_length, dtype=torch.uint8, device=args.device)
 
     def sample(steps, given, guidance=None):
-        levels = noise_levels(["rgb", "depth"], steps, strength=dict.fromkeys(given, 1.0))
-        model.sample(levels, noise, text, {m: (noise[m], None) for m in given}, guidance)
+        schedule = make_schedule(["rgb", "depth"], steps, strength=dict.fromkeys(given, 1.0))
+        model.sample(schedule, noise, text, {m: (noise[m], None) for m in given}, guidance)
 
     return sample
 
@@ -512,18 +469,21 @@ def sampling(args, report):
 def rendering(args, report):
     """The built-in world's scenes, and the noise of a step."""
     count = args.batch_size
-    side = args.config.size
-    world = data.World("train", (side, side), args.device)
+    size = (args.config.size, args.config.size)
+    world = data.SyntheticWorld("train", size, args.device)
+
+    def render():
+        world.samples(range(count))
 
     def draw():
-        draws = data.Draws(0, range(count), args.device)
+        rng = data.PerSampleRNG(0, range(count), args.device)
         for m in (RGB, DEPTH):
-            draws.rand()
-            draws.randn(*m.shape((side, side)))
+            rng.rand()
+            rng.randn(*m.shape(size))
 
-    for what, work in (("World.samples", lambda: world.samples(range(count))), ("Draws, image and depth", draw)):
+    for what, work in (("SyntheticWorld.samples", render), ("PerSampleRNG, image and depth", draw)):
         seconds = median_seconds(args.device, work, args.turns)
-        report.row(f"{what}, {count} at {side}", f"{1000 * seconds:.1f} ms, {count / seconds:.0f} images/s")
+        report.row(f"{what}, {count} at {size[0]}", f"{1000 * seconds:.1f} ms, {count / seconds:.0f} images/s")
 
 
 PARTS = (stages, speed, graphs, kernels, suite, sampling, evaluation, rendering, ranks, training)
@@ -540,7 +500,7 @@ def parse():
     p.add_argument("--seconds", type=float, default=0, help="training: how long (default: as short as it goes)")
     p.add_argument("--eager", action="store_true", help="speed: do not compile")
     p.add_argument("--checkpoint-activations", action="store_true", help="speed: compute blocks twice")
-    p.add_argument("--toy", action="store_true", help="no code generation, few steps: to test the parts themselves")
+    p.add_argument("--toy", action="store_true", help="few steps, no code generation: tests the parts themselves")
     p.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for gpu.md (default: %(default)s)")
     return p.parse_args()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gpu
@@ -89,6 +90,19 @@ def arguments(tmp_path):
     args.config = gpu.PRESETS["nano"]
     args.device = torch.device("cpu")
     return args, gpu.Report("speed", tmp_path / "gpu.md", args.device)
+
+
+def test_a_call_of_training_takes_one_step_and_times_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # Training sets it
+    args, _ = arguments(tmp_path)
+    args.work = tmp_path
+    args.config = replace(args.config, size=8)
+    training = gpu.Training(args, batch_size=2, taught=True)
+    training()
+    training()
+    assert training.step == 2
+    assert {name: len(found) for name, found in training.seconds.items()} == {"data": 2, "network": 2, "optimizer": 2}
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_out_of_memory_is_a_row_and_less_is_tried(tmp_path, monkeypatch):

@@ -4,24 +4,30 @@
 #   tests/claims/claims.sh             what has no result yet, three seeds, one command after the other
 #   tests/claims/claims.sh --list      what is done, and what is left
 #   tests/claims/claims.sh 3 7         these claims alone
-#   SEEDS=1 OMP_NUM_THREADS=1 tests/claims/claims.sh      seed 1 alone (on two cores, a call for each seed is a little faster)
-#   RESULTS=runs/again tests/claims/claims.sh 8           afresh: the committed results leave nothing to do (all: 8 hours)
+#   SEEDS=1 OMP_NUM_THREADS=1 tests/claims/claims.sh      seed 1 alone; a call for each seed is a little faster
+#   RESULTS=runs/again tests/claims/claims.sh 8           again, since the committed results leave nothing to do
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
-# It can be stopped at any time and goes on where it was. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json, with
-# all commands that made it; when these, a patch or assets/nano.pt have changed it is made again (not when the scripts have: then
-# delete it). Networks and logs are in runs/claims (WORK), with a copy of the scripts for each patch. An alternative to the method
-# is a patch beside this file.
+# You can stop it at any time and start it again. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json and
+# names the commands that made it. It is made again if one of them changes, or a line that a patch adds, or
+# assets/nano.pt. It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims
+# (WORK), with a copy of the scripts for each patch. A patch beside this file is an alternative to the method.
+#
+# After the measurements, --p-i2d and --p-d2i became --p-clean, and the patches were remade for the scripts of today.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-here=tests/claims work=$(realpath -m "${WORK:-runs/claims}") python=${PYTHON:-python} seeds=${SEEDS:-0 1 2}
+here=tests/claims
+work=$(realpath -m "${WORK:-runs/claims}")
+python=${PYTHON:-python}
+seeds=${SEEDS:-0 1 2}
 results=$(realpath -m "${RESULTS:-$here/results}")
 
-# Small batches: at equal samples they learn more here. Dense depth, and no teacher unless it is the question. Depth-to-image is
-# learnt late, and suddenly: it has a large share, and 4,000 steps in two runs (-long) where it is measured.
+# Small batches learn more here at equal samples. Depth is dense and there is no teacher unless that is the question.
+# Image from depth is learnt late and suddenly: it has a large share, and 4,000 steps in two runs (-long) where it is
+# measured.
 run="--batch-size 8 --lr 3e-3 --seed SEED --resume --keep 1 --sample-every 100000"
 forcing="train_forcing.py $run --steps 1200"
-modes="--p-i2d 0.25 --p-d2i 0.5"
+modes="--p-clean rgb=0.25,depth=0.5"
 alone="--distill-hi 0 --distill-lo 0"
 plain="$forcing --init @t2i/last.pt $alone $modes"
 more="train_forcing.py $run --steps 1600 $alone --sparsity dense --seed 10SEED"  # other scenes and noise
@@ -35,8 +41,8 @@ plain-2400       -             $plain --sparsity dense --steps 2400
 plain-long       -             $more --init @plain-2400/last.pt $modes
 shared-2400      shared        $plain --sparsity dense --steps 2400
 shared-long      shared        $more --init @shared-2400/last.pt $modes
-unheld-2400      -             $plain --sparsity dense --steps 2400 --p-i2d 0 --p-d2i 0
-unheld-long      -             $more --init @unheld-2400/last.pt --p-i2d 0 --p-d2i 0
+unheld-2400      -             $plain --sparsity dense --steps 2400 --p-clean rgb=0,depth=0
+unheld-long      -             $more --init @unheld-2400/last.pt --p-clean rgb=0,depth=0
 
 sparse-10        -             $plain --sparsity 0.1
 sparse-2         -             $plain --sparsity 0.02
@@ -69,12 +75,12 @@ logit-normal     logit-normal  $plain --sparsity dense
 velocity         velocity      $plain --sparsity dense
 unmixed          unmixed       $plain --sparsity dense
 zeros            zeros         $plain --sparsity 0.1
-modes-none       -             $forcing --init @t2i/last.pt $alone --p-i2d 0 --p-d2i 0 --sparsity dense
-modes-paper      -             $forcing --init @t2i/last.pt $alone --p-i2d 0.2 --p-d2i 0.2 --sparsity dense
+modes-none       -             $forcing --init @t2i/last.pt $alone --p-clean rgb=0,depth=0 --sparsity dense
+modes-paper      -             $forcing --init @t2i/last.pt $alone --p-clean rgb=0.2,depth=0.2 --sparsity dense
 "
 
-# Depth in generated images is found by a network that is not compared. In its default two steps that is smooth, and so is depth
-# generated late in few steps. So that smoothness does not pass for agreement, it is found in 32 steps in $joint.
+# Depth in generated images is found by a network that is not compared. In its default two steps this depth is smooth,
+# and so is depth that is generated late in few steps. $joint finds it in 32 steps, so that smoothness is no agreement.
 depth="evaluate.py depth --images 256"
 follow="evaluate.py follow --judge assets/nano.pt"
 joint="evaluate.py joint --steps 32 --judge assets/nano.pt --judge-steps 32"
@@ -161,7 +167,7 @@ needed_by() { grep -o '@[^ /]*' <<<"$1" | tr -d @ || true; }
 recipe() {  # patch, command -> all that leads to what it makes, in a line
     local other
     for other in $(needed_by "$2"); do recipe "$(patch_of "$other")" "$(command_of "$other")"; done
-    [ "$1" = - ] || echo -n "$1.patch $(cksum <"$here/$1.patch" | cut -d ' ' -f 1): "
+    [ "$1" = - ] || echo -n "$1.patch $(grep '^+' "$here/$1.patch" | cksum | cut -d ' ' -f 1): "
     [[ $2 != *assets/nano.pt* ]] || echo -n "nano.pt $(cksum <assets/nano.pt | cut -d ' ' -f 1): "
     echo -n "$2; "
 }
@@ -183,7 +189,7 @@ code() {  # patch -> a folder with the scripts as they are now, patched
 run() {  # patch, seed, folder for what it writes, command
     local folder other words i
     for other in $(needed_by "$4"); do train "$other" "$2"; done
-    folder=$(code "$1") || fail "$here/$1.patch no longer applies to the scripts; mend it"
+    folder=$(code "$1") || fail "$here/$1.patch does not apply to the scripts; make it anew"
     read -ra words <<<"${4//SEED/$2}"
     for i in "${!words[@]}"; do
         if [[ ${words[i]} == @* ]]; then
@@ -219,13 +225,18 @@ measure() {  # network, seed, measurement, command, recipe
     mkdir -p "$results/$1"
     "$python" - "$out/results.json" "$5" >"$result.new" <<'END' && mv "$result.new" "$result"
 import json, sys
-settings = ("depth_scale", "depth_min", "depth_max", "measured", "strength", "order", "cfg")  # the command has them
-numbers = {k: round(x, 6) for k, x in json.load(open(sys.argv[1])).items() if isinstance(x, float) and k not in settings}
-print(json.dumps({"made by": sys.argv[2]} | numbers, indent=1))
+settings = ("depth_scale", "depth_min", "depth_max", "measured", "strength", "order")  # the command has them
+result = {"made by": sys.argv[2]}
+for key, number in json.load(open(sys.argv[1])).items():
+    if isinstance(number, float) and key not in settings:
+        result[key] = round(number, 6)
+print(json.dumps(result, indent=1))
 END
 }
 
-list= chosen= child=
+list=
+chosen=
+child=
 for word in "$@"; do
     case $word in
     --list) list=yes ;;
@@ -241,7 +252,8 @@ for seed in $seeds; do
     [ -n "$list" ] || flock -n "$lock" || fail "another call is at work on seed $seed"
 done
 trap '[ -z "$child" ] || kill "$child" 2>/dev/null; wait; exit 143' TERM INT
-done=0 left=0
+done=0
+left=0
 while read -r claims network name command; do
     [ -n "$claims" ] || continue
     [ -z "$chosen" ] || grep -q "[$chosen]" <<<"$claims" || continue
