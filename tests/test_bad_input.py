@@ -172,9 +172,6 @@ FLAGS = [
     (evaluate, "joint --checkpoint {forcing} --order 99", "--order 99"),
     (evaluate, "joint --checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
     (evaluate, "image --checkpoint {t2i} --order rgb,depth", "--order rgb,depth"),
-    (evaluate, "image --checkpoint {forcing} --order depth", "--order depth: rgb, which is scored, would stay noise"),
-    (evaluate, "joint --checkpoint {forcing} --order rgb", "--order rgb: depth, which is scored, would stay noise"),
-    (evaluate, "joint --checkpoint {forcing} --order depth", "--order depth: rgb, which is scored, would stay noise"),
     (evaluate, "joint --checkpoint {forcing} --order=", "--order"),
     (evaluate, "follow --checkpoint {forcing} --judge {t2i}", "no depth"),
     (evaluate, "follow --checkpoint {t2i}", "no depth"),
@@ -184,7 +181,7 @@ FLAGS = [
     (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "keeps no pixel"),
     (evaluate, "normal --checkpoint {forcing}", "no normal"),
     (evaluate, "normal --checkpoint {forcing} --align none", "--align none"),
-    (evaluate, "depth --checkpoint {forcing} --features {tmp}/features.pt", "only for the task image"),
+    (evaluate, "depth --checkpoint {forcing} --features {tmp}/features.pt", "the task depth does not use it"),
     (evaluate, "depth --checkpoint {forcing} --size 30", "--size 30"),
     (evaluate, "depth --checkpoint {forcing} --data nowhere", "nowhere: unknown source"),
     (evaluate, "depth --checkpoint {forcing} --data {folder},{folder}", "unknown source"),
@@ -254,7 +251,6 @@ ENCODERS = [
     (evaluate, "image --checkpoint {forcing} --features {tmp}/text.png", "--features {tmp}/text.png"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}/missing.pt", "missing.pt: no such file"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}", "--features {tmp}: no such file"),
-    (evaluate, "image --checkpoint {forcing} --features {tmp}/fifo", "fifo: no such file"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}/good.png", "not a TorchScript file"),
 ]
 
@@ -262,25 +258,23 @@ ENCODERS = [
 
 PREDICTED = "depth --data {folder} --size 16 --predictions {tmp}/maps-"
 PREDICTIONS = [
-    (evaluate, "depth --predictions {tmp}/maps-empty --data {folder}", "give --size"),
-    (evaluate, "follow --predictions {tmp}/maps-empty", "only for the task depth"),
-    (evaluate, "image --predictions {tmp}/maps-empty", "only for the task depth"),
-    (evaluate, "depth --save-predictions {tmp}/x", "unrecognized arguments: --save-predictions"),
-    (evaluate, "depth --predictions {tmp}/nowhere --size 16", "nowhere: no such directory"),
-    (evaluate, "depth --predictions {tmp}/text.png --size 16", "text.png: no such directory"),
-    (evaluate, "depth --predictions {tmp}/maps-empty --size 16", "no map for 000000"),
+    (evaluate, "depth --predictions {tmp}/maps-empty --data {folder}", "requires --size"),
+    (evaluate, "follow --predictions {tmp}/maps-empty", "the task follow does not use it"),
+    (evaluate, "image --predictions {tmp}/maps-empty", "the task image does not use it"),
+    (evaluate, "depth --predictions {tmp}/nowhere --size 16", "nowhere/000000.png: No such file"),
+    (evaluate, "depth --predictions {tmp}/maps-empty --size 16", "000000.png: No such file"),
     *[
         (evaluate, PREDICTED + kind, says)
         for kind, says in {
-            "empty": "no map for 000000",
+            "empty": "000000.png: No such file",
             "no-byte": "000000.npy",
             "no-pixel": "000000.npy",
             "no-row": "000000.npy",
             "one-pixel": "has shape (1, 1)",
             "colour": "000000.npy",
             "words": "000000.npy",
-            "nan": "not finite",
-            "wide": "another shape than its image",
+            "nan": "000000.npy",
+            "wide": "has shape (16, 24)",
             "text": "000000.npy",
         }.items()
     ],
