@@ -11,11 +11,10 @@
     python evaluate.py joint --order -5                       do image and depth agree when generated together?
 
 AbsRel is the mean of |p - g| / g, and delta1 the share of pixels with max(p/g, g/p) < 1.25, over the valid pixels of an
-image and after alignment. Every score is a mean over images with its 95% bootstrap interval. The other rows of a table
-are references to compare it with. Each run prints a table and writes results.json and grid.png.
+image and after alignment. A table has the mean over images and its 95% bootstrap interval, of the model and of
+references. Each run prints a table and writes results.json and grid.png.
 """
 
-import math
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
@@ -73,11 +72,10 @@ def align_affine(p, g):
 
     scale = 0.0
     if np.ptp(p) > 0:
-        reach = np.ptp(g) / np.ptp(p)
-        while slope(-reach) > 0 or slope(reach) < 0:
-            reach *= 2
-        low = -reach
-        high = reach
+        high = np.ptp(g) / np.ptp(p)
+        while slope(-high) > 0 or slope(high) < 0:
+            high *= 2
+        low = -high
         for _ in range(64):
             scale = (low + high) / 2
             if slope(scale) > 0:
@@ -106,14 +104,13 @@ def align_map(prediction, target, valid, mode="affine"):
 def depth_metrics(prediction, target, valid, mode="affine"):
     """Score one depth map; prediction, target and valid are (1, H, W).
 
-    Returns ((AbsRel, delta1), aligned prediction (1, H, W), error (1, H, W) to paint). A negative prediction lies
-    outside delta1.
+    Returns ((AbsRel, delta1), aligned prediction (1, H, W), error (1, H, W) to paint).
     """
     aligned = align_map(prediction, target, valid, mode)
     p = aligned[valid].double()
     g = target[valid].double()
     absrel = ((p - g).abs() / g).mean()
-    ratio = torch.maximum(p / g, g / p.clamp(min=1e-9))
+    ratio = torch.maximum(p / g, g / p.clamp(min=1e-9))  # large where p is negative
     delta1 = (ratio < 1.25).double().mean()
 
     error = (aligned - target).abs() / target.clamp(min=1e-6)
@@ -139,10 +136,7 @@ METRICS = {  # by encoding: the function, and the keys of its two scores in resu
 
 
 def coarse_features(rgb):
-    """Features that need no network, (B, 3, H, W) in [-1, 1] -> (B, 80) float64: colours and edges on a coarse grid.
-
-    They are the mean colours of 4 x 4 cells, and the mean absolute differences of grey in them, across and down.
-    """
+    """Mean colours of 4 x 4 cells and mean absolute differences of grey in them: (B, 3, H, W) -> (B, 80) float64."""
     grey = rgb.mean(1, keepdim=True)
     across = grey.diff(dim=3).abs()[:, :, 1:]
     down = grey.diff(dim=2).abs()[..., 1:]
@@ -192,7 +186,6 @@ def share_of_requested_colors(found, captions):
 
 def bootstrap_interval(values, draws=2000):
     """Values of n images -> [low, high], the 95% bootstrap interval of their mean."""
-    values = np.asarray(values)
     chosen = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
     return np.percentile(values[chosen].mean(1), (2.5, 97.5)).tolist()
 
@@ -217,25 +210,17 @@ def open_model(path, flag, args, device):
     return Model(network.to(device), encoders)
 
 
-def images_per_batch(args):
-    """How many images fill --batch-size: an ensemble has several samples of an image, and guidance doubles them."""
-    guided = args.task in ("image", "follow", "joint") and any(scale != 1 for scale in args.cfg.values())
-    copies = 2 if guided else 1
-    return max(1, args.batch_size // max(copies, args.ensemble))
-
-
 def read_samples(args, modalities, device):
     """Iterate over the batches to evaluate, at args.map_size, with the values of some modalities."""
     source = data.open_source(args, "val", args.map_size, modalities, device)
-    return data.in_order(source, args.images or None, images_per_batch(args), device, args.workers)
+    guided = args.task in ("image", "follow", "joint") and any(scale != 1 for scale in args.cfg.values())
+    samples_per_image = max(args.ensemble, 2 if guided else 1)  # guidance predicts with the caption, and without
+    images_per_batch = max(1, args.batch_size // samples_per_image)
+    return data.in_order(source, args.images or None, images_per_batch, device, args.workers)
 
 
 def generate(model, captions, indices, size, key, schedule, given=None, guidance=None):
-    """Sample all modalities of the network for B captions: {m: (B, C, h, w)}, to be decoded.
-
-    The noise of a sample follows from key and its index alone, whatever batch it is in. schedule, given and guidance
-    are as in DiT.sample.
-    """
+    """Sample all modalities for B captions, each on noise of its (key, index): {m: (B, C, h, w)}, to be decoded."""
     device = next(model.network.parameters()).device
     rng = data.PerSampleRNG(key, indices)
     noise = {m.name: rng.randn(*m.shape(size)).to(device) for m in model.network.modalities}
@@ -257,15 +242,14 @@ def estimate(model, modality, rgb, indices, args, steps, strength=1.0):
 
     schedule = make_schedule([m.name for m in model.network.modalities], steps, strength={RGB.name: strength})
     members = [index + (k << 32) for index in indices for k in range(args.ensemble)]
-    captions = [""] * len(members)
-    x0 = generate(model, captions, members, size, args.seed, schedule, {RGB.name: (image, None)})
+    x0 = generate(model, [""] * len(members), members, size, args.seed, schedule, {RGB.name: (image, None)})
 
     maps = modality.decode(x0[modality.name]).cpu().unflatten(0, (-1, args.ensemble))  # (B, ensemble, C, h, w)
     median = torch.from_numpy(np.median(maps.numpy(), axis=1))
     return modality.finish(F.interpolate(median, full_size, mode="bilinear"))
 
 
-# ---- depth and normal: maps from images ----
+# ---- depth, normal, follow, joint: scores of maps ----
 
 BENCHMARKS = {  # last part of --data: size of its maps (MoGe's, except for ScanNet), largest depth in metres or 0
     "nyuv2": ((480, 640), 10.0),
@@ -273,6 +257,14 @@ BENCHMARKS = {  # last part of --data: size of its maps (MoGe's, except for Scan
     "eth3d": ((1365, 2048), 0.0),
     "scannet": ((480, 640), 10.0),
     "diode": ((768, 1024), 350.0),
+}
+LABELS = {  # prefix of the keys in results.json: row of the table
+    "": "this model",
+    "completed_": "completed by it, not aligned",
+    "filled_": "measured alone, not aligned",
+    "baseline_": "mean map, without the image",
+    "shuffled_": "from the image of another sample",
+    "other_": "against another sample",
 }
 Prediction = namedtuple("Prediction", ["maps", "target", "valid", "align"])  # three (B, C, H, W); mode of align
 
@@ -295,15 +287,14 @@ def mean_map(args, modality):
 def load_map(args, name):
     """Read the depth map NAME.npy or NAME.png of --predictions, of the size that is scored: (1, H, W)."""
     path = Path(args.predictions, f"{name}.npy")
-    scale = 1.0
     if not path.is_file():
         path = path.with_suffix(".png")
-        scale = args.depth_scale
+    scale = args.depth_scale if path.suffix == ".png" else 1.0
     try:
         with data.reading(path):
             depth, _ = data.read_map(DEPTH, path.name, data.read_file(path), scale=scale)
             if depth.shape[:2] != args.map_size:
-                raise data.BadSample(f"has shape {depth.shape[:2]}; must have that of the target, {args.map_size}")
+                raise data.BadSample(f"has shape {depth.shape[:2]}; must have that of the true map, {args.map_size}")
     except data.BadSample as error:
         data.fail(f"--predictions {error}")
     return torch.from_numpy(depth).movedim(-1, 0)
@@ -320,15 +311,14 @@ def complete(args, maps, target, valid, indices):
     if not measured.flatten(1).any(1).all() or not rest.flatten(1).any(1).all():
         data.fail(f"--measured {args.measured}: a sample keeps no pixel, or all of them; give another share")
 
-    predictions = {}
-    for prefix, relative in {"completed_": maps, "filled_": torch.ones_like(target)}.items():
-        completed = complete_depth(relative, target, measured)
-        predictions[prefix] = Prediction(completed, target, rest, "none")
-    return predictions
+    def completed(relative):
+        return Prediction(complete_depth(relative, target, measured), target, rest, "none")
+
+    return {"completed_": completed(maps), "filled_": completed(torch.ones_like(target))}
 
 
 def predict_from_images(args, model, device):
-    """depth, normal: estimate maps of images. Yields (batch, images, {prefix in results.json: Prediction})."""
+    """depth, normal: estimate maps of images. Yields (batch, images, {prefix: Prediction})."""
     modality = MODALITIES[args.task]
     world = data.SyntheticWorld("val", args.map_size, device)
     mean = mean_map(args, modality)
@@ -344,19 +334,16 @@ def predict_from_images(args, model, device):
         predictions = {"": Prediction(maps, target, valid, args.align)}
         predictions["baseline_"] = Prediction(mean.expand_as(maps), target, valid, args.align)
         if args.data == "synthetic" and not args.predictions:
-            other_rgb = world.samples([max(index - 1, 0) for index in batch.indices]).values[RGB.name]
-            others = estimate(model, modality, other_rgb, batch.indices, args, args.steps, args.strength)
-            predictions["shuffled_"] = Prediction(others, target, valid, args.align)
+            other_rgb = world.samples([max(i - 1, 0) for i in batch.indices]).values[RGB.name]
+            maps_of_others = estimate(model, modality, other_rgb, batch.indices, args, args.steps, args.strength)
+            predictions["shuffled_"] = Prediction(maps_of_others, target, valid, args.align)
         if args.measured:
             predictions.update(complete(args, maps, target, valid, batch.indices))
         yield batch, rgb, predictions
 
 
-# ---- follow and joint: do image and depth agree (Sec. 4.3)? ----
-
-
 def predict_agreement(args, model, device):
-    """follow, joint: generate images, and let the judge estimate their depth. Yields as predict_from_images.
+    """follow, joint: generate images, and let the judge estimate their depth (Sec. 4.3). Yields the same.
 
     follow generates images from depth: the depth in them should be the depth in the real images. joint generates images
     and depth from captions: this depth should be the depth in the images.
@@ -370,42 +357,30 @@ def predict_agreement(args, model, device):
         same_noise = [0] * len(images)  # so that estimates differ only because the images do
         return estimate(judge, DEPTH, images, same_noise, args, args.judge_steps)
 
-    last_target = None
+    last_target = torch.zeros(1, 1, *args.map_size)
     for batch in read_samples(args, (RGB, DEPTH), device):
         given = {}
-        if strength:
+        if args.task == "follow":
             valid = batch.valid[DEPTH.name]
             given[DEPTH.name] = (DEPTH.encode(batch.values[DEPTH.name], valid), valid)
         x0 = generate(model, batch.captions, batch.indices, args.map_size, key, schedule, given, args.cfg)
+
         image = RGB.finish(model.encoders.decode_image(x0[RGB.name]))
+        estimated = estimate_depth(image)
         if args.task == "follow":
-            depth = estimate_depth(image)
+            depth = estimated
             target = estimate_depth(batch.values[RGB.name])
         else:
             depth = DEPTH.decode(x0[DEPTH.name]).cpu()
-            target = estimate_depth(image)
+            target = estimated
 
-        if last_target is None:
-            last_target = target[:1]
-        previous = torch.cat([last_target, target[:-1]])
+        other_target = torch.cat([last_target, target[:-1]])
         last_target = target[-1:]
         predictions = {}
-        for prefix, other in {"": target, "other_": previous}.items():
-            surface = other > 0.01 * other.mean((1, 2, 3), keepdim=True)  # nothing real is nearer than that
-            predictions[prefix] = Prediction(depth, other, surface, args.align)
+        for prefix, truth in {"": target, "other_": other_target}.items():
+            surface = truth > 0.01 * truth.mean((1, 2, 3), keepdim=True)  # nothing real is nearer than that
+            predictions[prefix] = Prediction(depth, truth, surface, args.align)
         yield batch, image, predictions
-
-
-# ---- Tables of scored maps ----
-
-LABELS = {  # by prefix
-    "": "this model",
-    "completed_": "completed by it, not aligned",
-    "filled_": "measured alone, not aligned",
-    "baseline_": "mean map, without the image",
-    "shuffled_": "from the image of another sample",
-    "other_": "against another sample",
-}
 
 
 def score_map(args, modality, name, prediction, target, valid, mode):
@@ -413,7 +388,7 @@ def score_map(args, modality, name, prediction, target, valid, mode):
     if not valid.any():
         data.fail(f"--data {args.data}: {name} has no valid {modality.name}; leave it out")
     scores, aligned, error = METRICS[modality.encoding].measure(prediction, target, valid, mode)
-    if not all(math.isfinite(score) for score in scores):
+    if not np.isfinite(scores).all():
         data.fail(f"{args.predictions or args.checkpoint}: {modality.name} of {name} has no finite score")
     return scores, aligned, error
 
@@ -422,24 +397,23 @@ def evaluate_maps(args, model, device):
     """depth, normal, follow, joint: score the maps that the task predicts."""
     task = TASKS[args.task]
     modality = task.modalities[1]
-    scores = defaultdict(list)  # {prefix: [two scores of each sample]}
+    scores = defaultdict(list)  # {prefix: [two scores of each image]}
     per_image = {}
-    pictures = []
+    pictures = {}
     for batch, images, predictions in task.predict(args, model, device):
-        for i, name in enumerate(batch.names):
-            for prefix, p in predictions.items():
+        for prefix, (maps, target, valid, mode) in predictions.items():
+            for i, name in enumerate(batch.names):
                 if batch.indices[i] == 0 and prefix in ("shuffled_", "other_"):
                     continue  # they use the sample before
-                score, aligned, error = score_map(args, modality, name, p.maps[i], p.target[i], p.valid[i], p.align)
+                score, aligned, error = score_map(args, modality, name, maps[i], target[i], valid[i], mode)
                 scores[prefix].append(score)
                 if prefix == "":
                     per_image[name] = score
                     if len(pictures) < 6:
-                        row = paint_row(modality, images[i], p.target[i], aligned, error, p.valid[i])
-                        pictures.append((f"{name[-14:]}\n{score[0]:.3f}", row))
+                        row = paint_row(modality, images[i], target[i], aligned, error, valid[i])
+                        pictures[f"{name[-14:]}\n{score[0]:.3f}"] = row
 
-    height, width = args.map_size
-    print(f"{args.data}: {len(per_image)} images, scored at {height}x{width}; {args.predictions or args.checkpoint}")
+    print(f"{args.data}: {len(per_image)} images of size {args.map_size}; {args.predictions or args.checkpoint}")
     results = print_table(METRICS[modality.encoding].keys, scores)
     return {"per_image": per_image, **results}, pictures
 
@@ -452,19 +426,17 @@ def paint_row(modality, rgb, target, aligned, error, valid):
 
 
 def print_table(keys, scores):
-    """Print a row of means and intervals for each prefix. Returns {prefix + key: number} for results.json."""
+    """Print means and intervals of scores {prefix: [two scores of each image]}. Returns {prefix + key: number}."""
     print(f"{'':34}" + "".join(f"{key + '  95% interval':26}" for key in keys))
     results = {}
-    for prefix, label in LABELS.items():
-        if not scores[prefix]:
-            continue
-        line = f"{label:34}"
-        for key, values in zip(keys, np.transpose(scores[prefix]), strict=True):
+    for prefix, scores_of_images in scores.items():
+        results[f"{prefix}images"] = len(scores_of_images)
+        line = f"{LABELS[prefix]:34}"
+        for key, values in zip(keys, np.transpose(scores_of_images), strict=True):
             low, high = bootstrap_interval(values)
             results[f"{prefix}{key}"] = float(values.mean())
             results[f"{prefix}{key}_95"] = [low, high]
             line += f"{values.mean():7.4f} [{low:.4f}, {high:.4f}]  "
-        results[f"{prefix}images"] = len(scores[prefix])
         print(line)
     return results
 
@@ -503,17 +475,16 @@ def evaluate_image(args, model, device):
         x0 = generate(model, batch.captions, batch.indices, args.map_size, args.seed, schedule, guidance=args.cfg)
         images = {"real": batch.values[RGB.name], "generated": model.encoders.decode_image(x0[RGB.name])}
         if args.data == "synthetic":
-            others = [index + args.images for index in batch.indices]
-            images["other real"] = world.samples(others).values[RGB.name]
+            images["other real"] = world.samples([i + args.images for i in batch.indices]).values[RGB.name]
         captions += batch.captions
         for kind, rgb in images.items():
             features[kind].append(extract(rgb))
             colors[kind] += [colors_in(image) for image in rgb]
             pictures[kind] += [data.paint(RGB, image) for image in rgb[: 8 - len(pictures[kind])]]
     if len(captions) < 2:
-        data.fail(f"--images {args.images}: a Frechet distance needs at least two images")
+        data.fail(f"--images {args.images}: {len(captions)} is too few; a Frechet distance needs at least two")
     features = {kind: torch.cat(parts) for kind, parts in features.items()}
-    return report_image(args, features, colors, captions), list(pictures.items())
+    return report_image(args, features, colors, captions), pictures
 
 
 def report_image(args, features, colors, captions):
@@ -582,9 +553,9 @@ def complete_settings(args, model):
         args.size = args.size or model.network.config.size
         args.order = data.parse_order(args.order, [m.name for m in model.network.modalities])
 
-    benchmark = Path(args.data).name.lower()
-    map_size, depth_max = BENCHMARKS.get(benchmark, ((args.size, args.size), 0.0))
-    args.map_size = map_size if args.task in ("depth", "normal") else (args.size, args.size)
+    own_size = (args.size, args.size)
+    map_size, depth_max = BENCHMARKS.get(Path(args.data).name.lower(), (own_size, 0.0))
+    args.map_size = map_size if args.task in ("depth", "normal") else own_size
     args.depth_max = args.depth_max or depth_max
     if 0 in args.map_size:
         data.fail(f"--predictions {args.predictions}: requires --size, the side of the maps")
@@ -593,16 +564,13 @@ def complete_settings(args, model):
 def main():
     args = parse()
     device = data.pick_device(args.device)
-    model = None
-    if not args.predictions:
-        model = open_model(args.checkpoint, "--checkpoint", args, device)
+    model = None if args.predictions else open_model(args.checkpoint, "--checkpoint", args, device)
     complete_settings(args, model)
     out = data.claim_folder(args.out, "results.json")
 
     results, pictures = TASKS[args.task].evaluate(args, model, device)
     data.write_json(out / "results.json", {**vars(args), **results})
-    labels, rows = zip(*pictures, strict=True)
-    data.write_image(out / "grid.png", data.draw_grid(rows, labels))
+    data.write_image(out / "grid.png", data.draw_grid(list(pictures.values()), list(pictures)))
     print(f"wrote {out / 'results.json'}")
 
 
