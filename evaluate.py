@@ -409,9 +409,9 @@ def evaluate_maps(args, model, device):
                 scores[prefix].append(score)
                 if prefix == "":
                     per_image[name] = score
-                    if len(pictures) < 6:
-                        row = paint_row(modality, images[i], target[i], aligned, error, valid[i])
-                        pictures[f"{name[-14:]}\n{score[0]:.3f}"] = row
+                if prefix == "" and len(pictures) < 6:
+                    label = f"{name[-14:]}\n{score[0]:.3f}"
+                    pictures[label] = paint_row(modality, images[i], target[i], aligned, error, valid[i])
 
     print(f"{args.data}: {len(per_image)} images of size {args.map_size}; {args.predictions or args.checkpoint}")
     results = print_table(METRICS[modality.encoding].keys, scores)
@@ -537,9 +537,10 @@ def parse():
     p.setting("--out", "", "directory, new, empty or of an older evaluation; runs/evaluate-TASK if empty")
     args = p.parse_args()
     data.check_depth_range(args)
-    for flag in sorted(set().union(*(task.flags for task in TASKS.values())) - TASKS[args.task].flags):
-        if getattr(args, flag) != p.get_default(flag):
-            data.fail(f"--{flag} {getattr(args, flag)}: the task {args.task} does not use it; leave it out")
+    for task in TASKS.values():
+        for flag in task.flags - TASKS[args.task].flags:
+            if getattr(args, flag) != p.get_default(flag):
+                data.fail(f"--{flag} {getattr(args, flag)}: the task {args.task} does not use it; leave it out")
     return args
 
 

@@ -137,11 +137,8 @@ def resize_map(m, values, valid, size):
 
 def list_jobs(stem, paths, args):
     """The samples of one input: args.count for every prompt."""
-    seed = args.seed
-    prefix = ""
-    if stem:
-        seed += zlib.crc32(stem.encode())  # so that no two inputs share their noise
-        prefix = f"{stem}-"
+    prefix = f"{stem}-" if stem else ""
+    seed = args.seed + zlib.crc32(stem.encode())  # no two inputs share their noise; the CRC of an empty stem is 0
     jobs = []
     for i in range(len(args.prompt) * args.count):
         jobs.append(Job(f"{prefix}{i:03}", args.prompt[i // args.count], (seed + i) % 2**31, paths))
@@ -270,8 +267,8 @@ class Sampler:
             x = F.interpolate(x, inputs.shape, mode="bicubic" if m.encoding == "plain" else "bilinear")
         x = m.finish(x)
         if name == DEPTH.name and self.completes_depth:
-            measured, valid = inputs.maps[name]
-            x = complete_depth(x, measured.expand_as(x), valid.expand_as(x))
+            depth, valid = inputs.maps[name]
+            x = complete_depth(x, depth.expand_as(x), valid.expand_as(x))
         return x
 
 
