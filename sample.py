@@ -117,7 +117,7 @@ def read_inputs(paths, sampler):
             shape = valid.shape
             maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
     except data.BadSample as error:
-        data.fail(str(error))
+        data.fail(f"--{FLAGS[name]} {error}")
 
     side = math.prod(sampler.size) ** 0.5
     size = sampler.network.config.fit(*shape, side)  # the aspect of the files, at the area of --size
