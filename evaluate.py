@@ -201,9 +201,8 @@ def open_model(path, flag, args, device):
     """Load a checkpoint's averaged network and its encoders onto the device. Exit code 2 if it cannot do the task."""
     network, state = data.open_network(path, flag)
     encoders = data.open_encoders(args.encoders, device, network.config, state["settings"].get("encoders", ""))
-    names = [m.name for m in network.modalities]
     for modality in TASKS[args.task].modalities:
-        if modality.name not in names:
+        if modality.name not in [m.name for m in network.modalities]:
             data.fail(f"{flag} {path}: has no {modality.name}; train it with --modalities rgb,{modality.name}")
     if args.size % network.config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch size of {path}, {network.config.patch}")
@@ -311,10 +310,8 @@ def complete(args, maps, target, valid, indices):
     if not measured.flatten(1).any(1).all() or not rest.flatten(1).any(1).all():
         data.fail(f"--measured {args.measured}: a sample keeps no pixel, or all of them; give another share")
 
-    def completed(relative):
-        return Prediction(complete_depth(relative, target, measured), target, rest, "none")
-
-    return {"completed_": completed(maps), "filled_": completed(torch.ones_like(target))}
+    relative = {"completed_": maps, "filled_": torch.ones_like(target)}
+    return {key: Prediction(complete_depth(x, target, measured), target, rest, "none") for key, x in relative.items()}
 
 
 def predict_from_images(args, model, device):
@@ -415,7 +412,8 @@ def evaluate_maps(args, model, device):
 
     print(f"{args.data}: {len(per_image)} images of size {args.map_size}; {args.predictions or args.checkpoint}")
     results = print_table(METRICS[modality.encoding].keys, scores)
-    return {"per_image": per_image, **results}, pictures
+    results["per_image"] = per_image
+    return results, pictures
 
 
 def paint_row(modality, rgb, target, aligned, error, valid):
@@ -502,7 +500,8 @@ def report_image(args, features, colors, captions):
     print(f"{args.data}: {len(captions)} images; {args.checkpoint}")
     for key, score in scores.items():
         print(f"{key:34}{score:7.4f}")
-    return {"images": len(captions), "features": args.features or "built in", **scores}
+    scores["images"] = len(captions)
+    return scores
 
 
 # ---- The command line ----
@@ -569,8 +568,9 @@ def main():
     complete_settings(args, model)
     out = data.claim_folder(args.out, "results.json")
 
-    results, pictures = TASKS[args.task].evaluate(args, model, device)
-    data.write_json(out / "results.json", {**vars(args), **results})
+    scores, pictures = TASKS[args.task].evaluate(args, model, device)
+    results = vars(args) | scores
+    data.write_json(out / "results.json", results)
     data.write_image(out / "grid.png", data.draw_grid(list(pictures.values()), list(pictures)))
     print(f"wrote {out / 'results.json'}")
 
