@@ -410,7 +410,7 @@ def evaluate_maps(args, model, device):
                     label = f"{name[-14:]}\n{score[0]:.3f}"
                     pictures[label] = paint_row(modality, images[i], target[i], aligned, error, valid[i])
 
-    print(f"{args.data}: {len(per_image)} images of size {args.map_size}; {args.predictions or args.checkpoint}")
+    print(f"{args.data}: {len(scores[''])} images of size {args.map_size}; {args.predictions or args.checkpoint}")
     results = print_table(METRICS[modality.encoding].keys, scores)
     results["per_image"] = per_image
     return results, pictures
