@@ -1,13 +1,12 @@
 """Where samples come from, how they are kept on disk, and how they are drawn as pictures. --data chooses one source:
 
     synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
-    DIR with metadata.jsonl     rows with file_name and text, and depth_file_name, normal_file_name, mask_file_name or
-                                depth_scale where they exist
+    DIR with metadata.jsonl     rows with file_name and text, and depth_file_name or normal_file_name where they exist
     DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
-    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm, key.normal.npy
+    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt, key.depth.png|npy, key.normal.npy
 
-Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. Depth is missing
-where it is not above 0, not finite, masked out, or outside of --depth-min..--depth-max.
+Depth is a 16-bit PNG (times --depth-scale), MoGe's log-coded PNG, or .npy. It may be sparse: it is missing where it is
+not above 0, not finite, or outside of --depth-min..--depth-max.
 
     python data.py --out runs/world --count 8       look at the world: pictures, depth, normals, captions
 """
@@ -25,7 +24,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -34,7 +32,6 @@ import platform
 import random
 import re
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -44,7 +41,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +59,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from model import (
@@ -142,12 +139,9 @@ PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). List
 }
 
 
-def to_int64(bits):
-    """A number from 0 to 2^64 - 1 -> the int64 of the same bits. torch multiplies and adds int64 modulo 2^64."""
-    return bits - (1 << 64) if bits >> 63 else bits
-
-
-GOLDEN = to_int64(0x9E3779B97F4A7C15)  # SplitMix64's step from one state to the next
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Its constants are less by 2^64 here, so
+# that they fit into int64: torch adds and multiplies int64 modulo 2^64.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
 def shift_right(z, count):
@@ -156,16 +150,16 @@ def shift_right(z, count):
 
 
 def split_mix(z):
-    """SplitMix64's hash of its states: int64 of any shape -> random bits, int64 of that shape, equal on any device."""
-    z = (z ^ shift_right(z, 30)) * to_int64(0xBF58476D1CE4E5B9)
-    z = (z ^ shift_right(z, 27)) * to_int64(0x94D049BB133111EB)
+    """SplitMix64's hash of states: int64 of any shape -> int64 of that shape, each of 64 random bits."""
+    z = (z ^ shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ shift_right(z, 27)) * (0x94D049BB133111EB - (1 << 64))
     return z ^ shift_right(z, 31)
 
 
 def draw_parameters(split, indices):
-    """{name: float32 of shape (B,), or (B, columns)} of PARAMETERS. A scene does not depend on its batch."""
+    """Draw {name: float32 of shape (B,), or (B, columns)} of PARAMETERS. A scene does not depend on its batch."""
     counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
-    seed = to_int64(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))
+    seed = SPLITS[split] * (0xD1B54A32D192ED03 - (1 << 64))
     bits = split_mix((counter + seed) * GOLDEN)
     uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1)
 
@@ -231,9 +225,8 @@ def draw_scenes(split, indices):
     scenes["wall_color"] = wall_color * drawn["wall_brightness"][:, None]
 
     outside = scenes["outside"].long()[:, None]
-    left, right, back, front, top = (
-        drawn[name].gather(1, outside)[:, 0] for name in ("left", "right", "back", "front", "top")
-    )
+    sides = ("left", "right", "back", "front", "top")
+    left, right, back, front, top = (drawn[name].gather(1, outside)[:, 0] for name in sides)
     low = torch.stack([-left, 0 * top, -back], 1)
     high = torch.stack([right, top, front], 1)
     centre, half = place_objects(scenes, drawn)
@@ -260,8 +253,14 @@ def describe_object(scenes, i, k):
     return " ".join([article, *words])
 
 
-def describe_pair(scenes, i, first, second):
-    """Two objects and how they are arranged, in words. The first is left of the second."""
+def arrange_objects(scenes, i, objects):
+    """How the objects of scene i are arranged, in words. objects are their descriptions, from left to right."""
+    if len(objects) == 1:
+        return objects[0]
+    if len(objects) == 3:
+        return f"{objects[0]} left of {objects[1]} and {objects[2]}"
+
+    first, second = objects
     relation = scenes["relation"][i]
     gap = float(scenes["centre"][i, 1, 2] - scenes["centre"][i, 0, 2])
     if relation < 0.4 and abs(gap) > 0.8:
@@ -272,13 +271,7 @@ def describe_pair(scenes, i, first, second):
 def caption(scenes, i):
     """What scene i of draw_scenes shows, in words: objects, how they are arranged, where, and on which floor."""
     objects = [describe_object(scenes, i, k) for k in range(scenes["count"][i])]
-    if len(objects) == 1:
-        content = objects[0]
-    elif len(objects) == 2:
-        content = describe_pair(scenes, i, *objects)
-    else:
-        content = f"{objects[0]} left of {objects[1]} and {objects[2]}"
-
+    content = arrange_objects(scenes, i, objects)
     floor = FLOORS[scenes["floor"][i]]
     if scenes["outside"][i]:
         return f"{content} on open ground" if floor == "plain" else f"{content} on open {floor} ground"
@@ -291,6 +284,11 @@ def caption(scenes, i):
 def normalize(v):
     """v (3, ...) divided by its length. (F.normalize is several times slower over a leading dimension.)"""
     return v / v.square().sum(0).sqrt()
+
+
+def per_scene_vector(v):
+    """(B, 3) -> (3, B, 1, 1)."""
+    return v.movedim(-1, 0)[..., None, None]
 
 
 def rotate_y(v, angle):
@@ -317,11 +315,6 @@ def camera_rays(scenes, height, width):
     direction = torch.stack([x, pitch.cos() * y - pitch.sin(), pitch.cos() + pitch.sin() * y])
     origin = per_scene_vector(F.pad(scenes["height"][:, None], (1, 1)))
     return origin, direction
-
-
-def per_scene_vector(v):
-    """(B, 3) -> (3, B, 1, 1)."""
-    return v.movedim(-1, 0)[..., None, None]
 
 
 def intersect(origin, direction, solids):
@@ -365,7 +358,7 @@ def surface_geometry(point, index, solids):
     """
     hit = {}
     for name, value in solids.items():
-        hit[name] = value.take_along_dim(index.expand(*value.shape[:-2], *index.shape[-2:]), -2)
+        hit[name] = value.take_along_dim(index.expand(*value.shape[:-2], 1, -1), -2)
     local = rotate_y(point - hit["centre"], -hit["angle"]) / hit["half"]
 
     on_quadric = (hit["quadric"] * local * local).sum(0) > 0.998
@@ -511,17 +504,10 @@ def sensor_mask(rgb, pattern, rand):
 
 
 # ---- Files ----
-# Images, depth maps and normals as they are published, read into arrays and cropped and resized together.
-# A file may be damaged or hostile: nothing is unpickled, and nothing is read whose header declares gigabytes.
+# Images, depth maps and normals as they are published, read into arrays, and cropped and resized together.
 
-MAX_BYTES = 1 << 28  # of a file
-MAX_PIXELS = 64_000_000  # of an image or a map
-MAX_HEADER = 1 << 20  # bytes of a name in a tar file
-MAX_CAPTION = 1 << 16  # bytes
-MAX_SHARDS = 1_000_000
 IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # of the many that Pillow would try
 
 
 class BadSample(ValueError):
@@ -530,115 +516,53 @@ class BadSample(ValueError):
 
 @contextlib.contextmanager
 def reading(name):
-    """Turn any exception of the block into a BadSample whose message begins with name, and silence warnings.
+    """Turn any exception of the block into a BadSample whose message begins with name.
 
-    numpy and Pillow raise exceptions of many kinds for damaged files.
+    numpy, Pillow and tarfile raise exceptions of many kinds for damaged files.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except Exception as error:
-        problem = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BadSample(f"{name}: {problem or type(error).__name__}") from None
-
-
-def read_file(path, folder=None):
-    """Bytes of a regular file. With a folder, path is relative to it and must not lead out of it."""
-    path = os.path.abspath(os.path.join(folder or "", str(path)))
-    if folder and not path.startswith(os.path.join(os.path.abspath(folder), "")):
-        raise BadSample(f"leads out of {folder}")
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadSample("not a regular file")
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise BadSample(error.strerror) from None
-    if len(content) > MAX_BYTES:
-        raise BadSample(f"larger than {MAX_BYTES >> 20} MiB")
-    return content
-
-
-def check_pixels(shape):
-    if math.prod(shape) > MAX_PIXELS:
-        raise BadSample(f"has {math.prod(shape):,} pixels; at most {MAX_PIXELS:,} are read")
-
-
-def open_image(content, formats=IMAGE_FORMATS):
-    """Bytes of an image -> a Pillow image, of which only the header has been read yet."""
-    image = Image.open(io.BytesIO(content), formats=formats)
-    check_pixels(image.size)
-    return image
+        problem = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise BadSample(f"{name}: {problem}") from None
 
 
 def read_png(content, scale):
-    """16-bit grey PNG (H, W) -> value * scale, unless its text fields say otherwise.
+    """Bytes of a 16-bit grey PNG -> depth (H, W): its values times scale, or what MoGe's text fields say.
 
-    sample.py writes the fields scale and unit. MoGe writes near and far: its codes are 0 for unknown, 65535 for
-    infinite, and else near^(1-k) far^k with k = (value - 1) / 65533.
+    The fields near and far mean that a value v is near^(1-k) far^k with k = (v - 1) / 65533. 0 is unknown, and 65535 is
+    infinite. Early files of MoGe also have a field unit, in metres.
     """
-    image = open_image(content, ("PNG",))
+    image = Image.open(io.BytesIO(content), formats=["PNG"])
     if not image.mode.startswith("I"):
-        reason = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
-        raise BadSample(f"a PNG of mode {image.mode} {reason}; give 16-bit grey, .npy or .pfm")
+        raise BadSample(f"a PNG of mode {image.mode} is a picture, not depth; must be 16-bit grey, or give .npy")
     codes = np.asarray(image)
     if "near" not in image.info:
-        has_scale = "scale" in image.info and "unit" in image.info
-        return codes * np.float32(image.info["scale"] if has_scale else scale)
+        return codes * np.float32(scale)
 
-    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # early files have a unit
+    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))
     depths = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
     depths[0] = 0
     depths[65535] = np.inf
     return depths[codes]
 
 
-def read_npy(content, scale=1.0):
-    """.npy array of numbers, times scale."""
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file)
-    check_pixels(shape)
-    if dtype.kind not in "fiu":
-        raise BadSample(f"holds {dtype}; must hold real numbers")
-    return np.load(io.BytesIO(content), allow_pickle=False) * np.float32(scale)
-
-
-def read_pfm(content, scale):
-    """One-channel PFM of either byte order, whose rows go from the bottom up, times scale."""
-    header = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", content)
-    if not header:
-        raise BadSample("not a one-channel PFM")
-    width = int(header[1])
-    height = int(header[2])
-    check_pixels((height, width))
-    dtype = "<f4" if header[3] else ">f4"
-    rows = np.frombuffer(content, dtype, width * height, header.end()).reshape(height, width)
-    return rows[::-1] * np.float32(scale)
-
-
-MAPS = {"png": read_png, "npy": read_npy, "pfm": read_pfm}
-
-
-def suffix_of(name):
-    return name.rpartition(".")[2].lower()
-
-
 def read_array(name, content, scale=1.0):
-    """Bytes of a .png, .npy or .pfm file -> (H, W) float32, times scale."""
-    values = MAPS[suffix_of(name)](content, scale)
-    if values.ndim > 2:
-        values = values.squeeze()  # (1, height, width), say
+    """Bytes of a .png or .npy file -> (H, W) float32. The values of a PNG are multiplied by scale."""
+    if name.lower().endswith(".png"):
+        values = read_png(content, scale)
+    else:
+        values = np.load(io.BytesIO(content), allow_pickle=False)
+    if values.ndim == 3:
+        values = values.squeeze()  # (1, H, W) or (H, W, 1)
     if values.ndim != 2:
         raise BadSample(f"has shape {values.shape}; must be (height, width)")
-    return values.astype(np.float32, copy=False)
+    return values.astype(np.float32)
 
 
 def read_image(name, content, **_):
-    image, whole = load_image(content)
-    return image / np.float32(127.5) - 1, np.ones(whole, bool)
+    image, shape = load_image(content)
+    return image / np.float32(127.5) - 1, np.ones(shape, bool)
 
 
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
@@ -648,7 +572,7 @@ def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
 
 
 def read_normals(name, content, **_):
-    vectors = read_npy(content).astype(np.float32)
+    vectors = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
     if vectors.ndim != 3 or vectors.shape[2] != 3:
         raise BadSample(f"has shape {vectors.shape}; must be (height, width, 3)")
     length = np.linalg.norm(vectors, axis=2)
@@ -667,72 +591,65 @@ class Format:
 
 FORMATS = {  # for each key of model.ENCODINGS
     "plain": Format(IMAGES, read_image),
-    "relative depth": Format(tuple(MAPS), read_depth),
+    "relative depth": Format(("png", "npy"), read_depth),
     "unit vectors": Format(("npy",), read_normals, mirror=(-1, 1, 1)),
 }
 
 
-def read_map(modality, name, content, mask=None, **depth_options):
+def read_map(modality, name, content, **depth_options):
     """Bytes of a modality's file -> values (H, W, C) float32, valid (H, W) bool.
 
-    mask: bytes of an image, which is 0 at missing pixels. depth_options are the scale and range of read_depth.
+    depth_options: the scale of a PNG, and the range from low to high outside of which depth is missing.
     """
     format = FORMATS[modality.encoding]
-    if suffix_of(name) not in format.suffixes:
+    if Path(name).suffix[1:].lower() not in format.suffixes:
         raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
     values, valid = format.read(name, content, **depth_options)
-    if values.shape[2] != modality.channels:
-        raise BadSample(f"has {values.shape[2]} channels; {modality.name} has {modality.channels}")
-    if mask is not None:
-        mask, shape = load_image(mask)
-        if shape != valid.shape:
-            raise BadSample(f"has shape {valid.shape}, its mask {shape}")
-        valid = valid & mask.any(2)
     if not valid.any():
-        raise BadSample("no valid pixel: none is above 0, finite, in range and unmasked")
+        raise BadSample("no valid pixel: none is above 0, finite and in range")
     return values, valid
 
 
 def load_image(content, size=None, position=(0.5, 0.5)):
-    """Bytes of an image -> (image (H, W, 3) uint8, (height, width) of the whole picture), cropped and resized to size.
+    """Bytes of an image -> (image (H, W, 3) uint8, (height, width) of the file), cropped and resized to size.
 
-    Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
+    The image is upright by EXIF, antialiased, and white where it is transparent. position is that of crop_box, central
+    by default. A JPEG is decoded at a reduced scale, twice size or more.
     """
-    image = open_image(content)
-    orientation = image.getexif().get(0x0112, 1)
-    whole = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+    image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientation, by a quarter
+    shape = image.size if is_turned else image.size[::-1]
     if size:
-        shrink = 2 * max(size[0] / whole[0], size[1] / whole[1])
+        shrink = 2 * max(size[0] / shape[0], size[1] / shape[1])
         image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+
+    ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     elif image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    image = image.convert("RGB")
     if size:
-        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], whole, size, position))
-    return np.asarray(image), whole
+        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], shape, size, position))
+    return np.array(image), shape
 
 
-def crop_box(shape, whole, size, position=(0.5, 0.5)):
+def crop_box(shape, image_shape, size, position=(0.5, 0.5)):
     """(left, top, right, bottom) of the largest crop that has the aspect of size (H, W).
 
-    position: where it lies, 0 to 1 down and across the room that is left. The box is in pixels of a map of shape
-    (h, w), which may have another resolution than its whole picture, but must have the same aspect.
+    position: where the crop lies, from 0 to 1, down and across the room that is left. The box is in pixels of a map of
+    shape (h, w). The map may have another resolution than its image, of image_shape, but must have the same aspect.
     """
-    y_scale = shape[0] / whole[0]
-    x_scale = shape[1] / whole[1]
-    rounding = max(1, x_scale, y_scale) * (1 / whole[0] + 1 / whole[1])
+    y_scale = shape[0] / image_shape[0]
+    x_scale = shape[1] / image_shape[1]
+    rounding = max(1, x_scale, y_scale) * (1 / image_shape[0] + 1 / image_shape[1])
     if abs(x_scale - y_scale) > rounding:
-        raise BadSample(f"has another shape than its image: {tuple(shape)} instead of {tuple(whole)}")
-    scale = min(whole[0] / size[0], whole[1] / size[1])
+        raise BadSample(f"has another shape than its image: {tuple(shape)} instead of {tuple(image_shape)}")
+    scale = min(image_shape[0] / size[0], image_shape[1] / size[1])
     height = size[0] * scale
     width = size[1] * scale
-    top = max(whole[0] - height, 0) * position[0]
-    left = max(whole[1] - width, 0) * position[1]
+    top = max(image_shape[0] - height, 0) * position[0]
+    left = max(image_shape[1] - width, 0) * position[1]
     right = min((left + width) * x_scale, shape[1])
     bottom = min((top + height) * y_scale, shape[0])
     return left * x_scale, top * y_scale, right, bottom
@@ -748,29 +665,25 @@ def nearest(values, valid, size, box):
     cell_height = (bottom - top) / size[0]
     cell_width = (right - left) / size[1]
 
-    # First the pixel under the centre of each cell, which is the answer wherever it is valid.
+    # Where the pixel under a cell's centre is valid, it is the answer.
     rows = (top + (np.arange(size[0]) + 0.5) * cell_height).astype(int)
     columns = (left + (np.arange(size[1]) + 0.5) * cell_width).astype(int)
     out = values[rows[:, None], columns]
     found = valid[rows[:, None], columns]
 
-    # Where is each pixel of the box, in cells? Those that are valid, in a cell without an answer, compete for it.
+    # Where are the pixels of the box, in cells? Those that are valid compete for the cells without an answer.
     y = (np.arange(values.shape[0]) + 0.5 - top) / cell_height
     x = (np.arange(values.shape[1]) + 0.5 - left) / cell_width
     rows = slice(*np.searchsorted(y, (0, size[0])))
     columns = slice(*np.searchsorted(x, (0, size[1])))
-    y = y[rows]
-    x = x[columns]
-    cell_row = y.astype(int)
-    cell_column = x.astype(int)
-    needed = ~found[cell_row[:, None], cell_column]
-    r, c = np.nonzero(valid[rows, columns] & needed)
+    cell_row = y[rows].astype(int)
+    cell_column = x[columns].astype(int)
+    r, c = np.nonzero(valid[rows, columns] & ~found[cell_row[:, None], cell_column])
 
     # From far to near: of several assignments to a cell the last one stays.
-    y_distance = (y - cell_row - 0.5) * cell_height
-    x_distance = (x - cell_column - 0.5) * cell_width
-    distance = y_distance[r] ** 2 + x_distance[c] ** 2
-    order = np.argsort(-distance, kind="stable")
+    y_distance = (y[rows] - cell_row - 0.5) * cell_height
+    x_distance = (x[columns] - cell_column - 0.5) * cell_width
+    order = np.argsort(-(y_distance[r] ** 2 + x_distance[c] ** 2), kind="stable")
     r = r[order]
     c = c[order]
     out[cell_row[r], cell_column[c]] = values[rows, columns][r, c]
@@ -780,7 +693,8 @@ def nearest(values, valid, size, box):
 
 # ---- Sources ----
 # Where samples come from: the synthetic world, a folder, or tar shards. All give Batches of the wanted modalities.
-# Files are shuffled by a function of (seed, epoch), so that resuming finds its place without reading.
+
+ATTEMPTS = 10  # samples that training tries in place of one that cannot be read
 
 
 @dataclass
@@ -790,16 +704,17 @@ class Batch:
     values: dict  # {modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length
     valid: dict  # {modality: (B, 1, H, W) bool, or None if all pixels are valid}
     captions: list
-    indices: list  # in training global ones, for PerSampleRNG
+    indices: list  # of the samples, for PerSampleRNG; in training those of training_indices
     names: list
-    shapes: list  # (height, width) of the whole pictures, before they were cropped and resized
+    shapes: list  # (height, width) of the image files, before they were cropped and resized
 
 
 class SyntheticWorld:
     """The synthetic world as a source: it has a sample for every index."""
 
     modalities = ("rgb", "depth", "normal")
-    entries = range(1 << 32)
+    listing = range(1 << 32)
+    shards = ()
 
     def __init__(self, split, size, device="cpu"):
         self.split = split
@@ -816,38 +731,33 @@ class SyntheticWorld:
         return Batch(values, valid, captions, list(indices), names, [self.size] * len(indices))
 
     def load(self, parts, workers, device):
-        """Yields (Batch, problems) for each of the parts, which are sequences of indices."""
-        for indices in parts:
-            yield self.samples(indices), []
+        """Yields a Batch for each of the parts, which are sequences of indices."""
+        return map(self.samples, parts)
 
 
-WINDOW = 8  # shards whose samples are shuffled together
-ATTEMPTS = 10  # samples that are tried in place of one that cannot be read
+@dataclass
+class FilePart:
+    """A file, or a member of a tar file."""
+
+    name: str  # as the folder or the tar file lists it
+    path: str | Path
+    start: int = 0
+    size: int = -1  # bytes; -1 is up to the end
+
+    def read(self):
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
 
 
 @dataclass
 class SampleFiles:
-    """A sample as a folder or a shard lists it. None of its files has been read yet."""
+    """The files of a sample. None of them has been read yet."""
 
     name: str
     where: str  # what messages about the sample begin with
-    problem: str = ""  # why it cannot be used
-    files: dict = field(default_factory=dict)  # {"image", "mask", "txt", "json" or a modality: name of its file}
-    read: Callable = None  # name of a file -> its bytes
-    row: dict = field(default_factory=dict)  # of metadata.jsonl
-
-    def read_text(self):
-        """(caption, depth_scale), each None if there is none."""
-        row = self.row
-        text = row.get("text")
-        if "json" in self.files:
-            with reading("json"):
-                row = parse_json(self.read(self.files["json"]))
-            text = row.get("caption")
-        if "txt" in self.files:
-            with reading("txt"):
-                text = self.read(self.files["txt"]).decode()
-        return text, row.get("depth_scale")
+    files: dict  # {"image", "txt" or a modality: FilePart}
+    text: str = ""  # the caption, unless a file holds it
 
 
 class Files(Dataset):
@@ -855,316 +765,239 @@ class Files(Dataset):
 
     So the samples of a step do not depend on the number of ranks, --workers or --grad-accum.
 
-    entries: for each sample its SampleFiles, or of shards the array of index_shards, once they have been counted.
+    listing: the SampleFiles of a folder, or (shard, offset) of each sample in shards, (n, 2), once they are counted.
     """
 
-    def __init__(self, args, training, size, modalities, entries=None, shards=()):
+    attempts = ATTEMPTS
+
+    def __init__(self, args, training, size, modalities, listing=(), shards=()):
         self.args = args
         self.training = training
         self.size = size
         self.modalities = modalities
-        self.entries = entries
+        self.listing = listing
         self.shards = shards
-        self.first = args.seed << 32 if training else 0  # in training, indices are global
 
-    def open_sample(self, epoch, position):
-        """The SampleFiles at a position of an epoch."""
-        entry = self.entries[epoch_order(self, epoch)[position]]
+    def sample_files(self, number):
+        """The SampleFiles of a sample, by its number in the listing."""
         if not self.shards:
-            return entry
-        shard, offset = entry.tolist()
-        return next(list_shard(self.shards[shard], offset))[1]
+            return self.listing[number]
+        shard, offset = self.listing[number].tolist()
+        with reading(self.shards[shard]):
+            return next(list_shard(self.shards[shard], offset))[1]
 
     def __getitem__(self, index):
-        """((maps {modality: (H, W, C)}, masks {modality: (H, W)}, caption, index, name, shape), None) of a sample.
+        """A sample as read_sample returns it, with its index. If it cannot be read, the next of the epoch replaces it.
 
-        If it cannot be read, (a substitute, the problem). In training the substitute is the next sample of the epoch
-        that can be read, or a grey image after so many ATTEMPTS. Otherwise it is None.
+        Returns the last BadSample if no attempt succeeds. If a worker raised it, it would arrive with a traceback.
         """
-        epoch, position = divmod(index - self.first, len(self.entries))
-        problem = None
-        for attempt in range(1 + ATTEMPTS if self.training else 1):
+        count = len(self.listing)
+        epoch, position = divmod(index % SEED_STEP, count)
+        order = epoch_order(self, epoch)
+        for attempt in range(self.attempts):
             try:
-                sample = self.open_sample(epoch, (position + attempt) % len(self.entries))
+                sample = self.sample_files(order[(position + attempt) % count])
                 with reading(sample.where):
-                    maps, masks, text, shape = self.decode(sample, epoch)
-                return (maps, masks, text, index, sample.name, shape), problem
+                    return {"index": index, **self.read_sample(sample, epoch)}
             except BadSample as error:
-                problem = problem or str(error)
-        if not self.training:
-            return None, problem
-        maps = {self.modalities[0].name: np.full((*self.size, 3), 128, np.uint8)}
-        masks = {}
-        for m in self.modalities[1:]:
-            maps[m.name], masks[m.name] = self.missing_map(m)
-        return (maps, masks, "", index, "", self.size), problem
+                problem = error
+            if attempt + 1 < self.attempts:
+                log(f"{problem}; is replaced by the next sample")
+        return problem
 
-    def decode(self, sample, epoch):
-        """(maps, masks, caption, shape of the whole picture) of a sample: cropped, resized, and mirrored together.
+    def read_sample(self, sample, epoch):
+        """Read SampleFiles into a dictionary of maps, masks and the caption: cropped, resized, and mirrored together.
 
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        if sample.problem:
-            raise BadSample(sample.problem)
-        text, depth_scale = sample.read_text()
-        text = "" if text is None else text
-        if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
-            raise BadSample(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
+        if "image" not in sample.files:
+            raise BadSample(f"{sample.name} has no image ({', '.join(IMAGES)})")
+        caption = sample.text
+        if "txt" in sample.files:
+            with reading(sample.files["txt"].name):
+                caption = sample.files["txt"].read().decode()
         position = (0.5, 0.5)
-        mirrored = False
+        is_mirrored = False
         if self.training:
-            rng = random.Random(f"{self.args.seed} {epoch} {sample.name}".encode(errors="surrogatepass"))
+            rng = random.Random(f"{self.args.seed} {epoch} {sample.name}")
             position = (rng.random(), rng.random())
-            mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE)
+            is_mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", caption, re.IGNORECASE)
 
-        maps = {}
-        masks = {}
+        image, *others = self.modalities
         file = sample.files["image"]
-        with reading(file):
-            maps[self.modalities[0].name], whole = load_image(sample.read(file), self.size, position)
-        for m in self.modalities[1:]:
-            maps[m.name], masks[m.name] = self.load_map(sample, m, depth_scale, whole, position)
-        if mirrored:
+        with reading(file.name):
+            picture, shape = load_image(file.read(), self.size, position)
+        maps = {image.name: picture}
+        masks = {}
+        for m in others:
+            maps[m.name], masks[m.name] = self.read_modality(m, sample.files.get(m.name), shape, position)
+        if is_mirrored:
             for m in self.modalities:
-                values = maps[m.name][:, ::-1]
-                maps[m.name] = values * np.array(FORMATS[m.encoding].mirror, values.dtype)
-            masks = {name: mask[:, ::-1] for name, mask in masks.items()}
-        return maps, masks, text, whole
+                factors = np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype)
+                maps[m.name] = maps[m.name][:, ::-1] * factors
+            masks = {name: mask[:, ::-1].copy() for name, mask in masks.items()}
+        return {"maps": maps, "masks": masks, "caption": caption, "name": sample.name, "shape": shape}
 
-    def missing_map(self, modality):
-        return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
-
-    def load_map(self, sample, modality, scale, whole, position):
+    def read_modality(self, modality, file, shape, position):
         """Values (H, W, C) and mask (H, W) of a modality, which is missing if the sample has no file of it."""
-        file = sample.files.get(modality.name)
-        if not file:
-            return self.missing_map(modality)
-        with reading(file):
-            if scale is None:
-                scale = self.args.depth_scale if suffix_of(file) == "png" else 1.0
-            if type(scale) not in (int, float) or not 0 < scale < math.inf:
-                raise BadSample(f"depth_scale {scale!r} is not a positive number")
-            mask = sample.read(sample.files["mask"]) if "mask" in sample.files else None
-            limits = {"low": self.args.depth_min, "high": self.args.depth_max or math.inf}  # 0 is no limit
-            values, valid = read_map(modality, file, sample.read(file), mask, scale=scale, **limits)
-            values, valid = nearest(values, valid, self.size, crop_box(valid.shape, whole, self.size, position))
+        if file is None:
+            return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
+        high = self.args.depth_max or math.inf  # 0 is no limit
+        depth_options = {"scale": self.args.depth_scale, "low": self.args.depth_min, "high": high}
+        with reading(file.name):
+            values, valid = read_map(modality, file.name, file.read(), **depth_options)
+            box = crop_box(valid.shape, shape, self.size, position)
+            values, valid = nearest(values, valid, self.size, box)
         return np.where(valid[..., None], values, 0), valid
 
     def load(self, parts, workers, device):
-        """Yields (Batch or None, problems) for each of the parts, which are sequences of indices."""
+        """Yields a Batch for each of the parts, which are sequences of indices. A BadSample ends the program."""
+        if not len(self.listing):
+            fail(f"--data {self.args.data}: lists no samples")
         pinned = torch.device(device).type == "cuda"
-        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": keep_with_parent}
-        for loaded, problems in DataLoader(self, batch_sampler=parts, collate_fn=collate, **options):
-            if loaded is None:
-                yield None, problems
-                continue
-            maps, masks, *rest = loaded
-            values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in maps.items()}
-            valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in masks.items()}
+        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
+        for loaded in DataLoader(self, batch_sampler=parts, collate_fn=collate, **options):
+            if isinstance(loaded, BadSample):
+                fail(f"--data {loaded}")
+            values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in loaded["maps"].items()}
+            valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in loaded["masks"].items()}
             image = self.modalities[0].name
             values[image] = values[image].float() / 127.5 - 1
             valid[image] = None
-            yield Batch(values, valid, *map(list, rest)), problems
+            shapes = list(zip(*(sides.tolist() for sides in loaded["shape"]), strict=True))
+            yield Batch(values, valid, loaded["caption"], loaded["index"].tolist(), loaded["name"], shapes)
 
 
 def collate(items):
-    """Items of Files -> ((maps {m: (B, H, W, C)}, masks {m: (B, H, W)}, captions, ...) or None, problems)."""
-    samples = [sample for sample, _ in items if sample]
-    problems = [problem for _, problem in items if problem]
-    if not samples:
-        return None, problems
-    maps, masks, *rest = zip(*samples, strict=True)
-    return (stack(maps), stack(masks), *rest), problems
-
-
-def stack(dictionaries):
-    """B dictionaries of arrays -> one dictionary of tensors whose leading dimension is B."""
-    return {name: torch.from_numpy(np.stack([x[name] for x in dictionaries])) for name in dictionaries[0]}
+    """Items of Files -> one dictionary whose tensors and lists have a leading dimension B, or the first BadSample."""
+    bad = [item for item in items if isinstance(item, BadSample)]
+    return bad[0] if bad else default_collate(items)
 
 
 @functools.lru_cache(2)
 def epoch_order(source, epoch):
-    """Numbers of all samples in the order of an epoch.
-
-    In training it is computed from (seed, epoch): the shards are shuffled and taken WINDOW at a time, and the samples
-    of each window are shuffled. A folder is one window.
-    """
-    numbers = np.arange(len(source.entries))
+    """Numbers of all samples in the order of an epoch, which is random in training: a function of (seed, epoch)."""
+    count = len(source.listing)
     if not source.training:
-        return numbers
-    shards = [numbers]
-    if source.shards:
-        shards = np.split(numbers, np.flatnonzero(np.diff(source.entries[:, 0])) + 1)
-    order = np.random.default_rng([source.args.seed, epoch]).permutation(len(shards))
-    windows = []
-    for i in range(0, len(shards), WINDOW):
-        window = np.concatenate([shards[shard] for shard in order[i : i + WINDOW]])
-        rng = np.random.default_rng([source.args.seed, epoch, len(windows) + 1])
-        windows.append(window[rng.permutation(len(window))])
-    return np.concatenate(windows)
+        return np.arange(count)
+    return np.random.default_rng([source.args.seed, epoch, 1]).permutation(count)
 
 
 @functools.lru_cache(4)
-def read_index(folder):
+def list_folder(folder):
     """SampleFiles of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
-    is_moge = (folder / ".index.txt").exists()
-    path = folder / (".index.txt" if is_moge else "metadata.jsonl")
-    read = functools.partial(read_file, folder=folder)
+    path = folder / "metadata.jsonl"
+    is_moge = not path.is_file()
+    if is_moge:
+        path = folder / ".index.txt"
     samples = []
-    names = set()
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} row {number}"
-        try:
-            if is_moge:
-                name = line.decode().strip()
-                row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
-            else:
-                row = parse_json(line)
-                name = os.path.splitext(row["file_name"])[0]
-        except (ValueError, KeyError, TypeError):
-            samples.append(SampleFiles(where, where, "not UTF-8 JSON with a file_name"))
-            continue
-        files = {
-            key.removesuffix("_file_name"): str(row[key]) for key in row if key.endswith("_file_name") and row[key]
-        }
-        files["image"] = row["file_name"]
-        problem = f"names {row['file_name']} again" if name in names else ""
-        names.add(name)
-        samples.append(SampleFiles(name, where, problem, files, read, row))
+        if line.strip():
+            read = read_moge_row if is_moge else read_row
+            samples.append(read(folder, line, f"{path} row {number}"))
     return samples
 
 
-class HeaderFile(io.FileIO):
-    """A tar file whose headers are read. A damaged one may declare a name of gigabytes, which raises ReadError."""
+def read_moge_row(folder, line, where):
+    """A line of .index.txt, which names a folder -> SampleFiles."""
+    name = line.decode().strip()
+    image = FilePart(f"{name}/image.jpg", folder / name / "image.jpg")
+    depth = FilePart(f"{name}/depth.png", folder / name / "depth.png")
+    return SampleFiles(name, where, {"image": image, "depth": depth})
 
-    def read(self, size=-1):
-        if not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+
+def read_row(folder, line, where):
+    """A line of metadata.jsonl -> SampleFiles."""
+    try:
+        row = parse_json(line)
+        name = os.path.splitext(row["file_name"])[0]
+        text = row.get("text") or ""
+        if not isinstance(text, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        fail(f"--data {where}: must be a JSON dictionary with a file_name and, if it has a caption, a text")
+    files = {}
+    for key, value in row.items():
+        if key.endswith("file_name") and value:
+            kind = key.removesuffix("file_name").removesuffix("_") or "image"
+            files[kind] = FilePart(str(value), folder / str(value))
+    return SampleFiles(name, where, files, text)
 
 
-def read_headers(path, start):
-    """Yields (header, offset of the next one) of the members of a tar file from an offset on. Raises if damaged."""
-    with HeaderFile(path) as file:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # it would keep every header
-                if member.size < 0 or tar.offset <= member.offset:
-                    raise tarfile.ReadError("a member of negative size")
-                yield member, tar.offset
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError("cut short")
+# The name of a tar member: the key of its sample, up to the first dot after the last slash, and what the file is.
+MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 
 
 def list_shard(path, start=0):
     """Yields (offset, SampleFiles) of a tar file's samples from an offset on. Only headers are read.
 
-    A sample is consecutive members that share a name up to its first dot: key.jpg, key.txt, key.depth.npy ... If the
-    file is damaged, the last item stands for what is lost.
+    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ...
     """
-    name = None
-    members = {}
-    offset = end = start
-    problem = None
-    try:
-        for header, next_offset in read_headers(path, start):
-            end = next_offset
-            folder, slash, base = header.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if not stem or not suffix or header.isdir():
-                continue
-            if members and name != folder + slash + stem:
-                yield offset, shard_sample(path, name, members)
-                members = {}
-            if not members:
-                name = folder + slash + stem
-                offset = header.offset
-            members[suffix.lower()] = header
-    except Exception as error:
-        problem = f"damaged ({error}), what follows is lost"
-    if members:
-        yield offset, shard_sample(path, name, members)
-    if problem or name is None:
-        yield end, SampleFiles(str(path), path, problem or "holds no sample")
-
-
-def shard_sample(path, name, members):
-    """SampleFiles of the members {suffix: header} of a tar file."""
-    files = {}
-    for suffix in members:
-        kind, _, last = suffix.rpartition(".")
-        if not kind or last in (*IMAGES, *MAPS):
-            files.setdefault(kind or last, suffix)
-    files["image"] = next((suffix for suffix in IMAGES if suffix in members), None)
-    problem = "" if files["image"] else f"no image ({', '.join(IMAGES)})"
-    return SampleFiles(name, f"{path}: {name}", problem, files, functools.partial(read_member, path, members))
-
-
-def read_member(path, members, suffix):
-    """Bytes of one of the members {suffix: header} of a tar file."""
-    member = members[suffix]
-    if not member.isfile() or member.issparse():
-        raise BadSample(f"{member.name} is a link, a device or sparse")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise BadSample(f"{member.name} is a name that leads out")
-    if member.size > MAX_BYTES:
-        raise BadSample(f"declares {member.size} bytes")
     with open(path, "rb") as file:
-        file.seek(member.offset_data)
-        content = file.read(member.size)
-    if len(content) < member.size:
-        raise BadSample("cut short")
-    return content
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
+            for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
+                group = list(group)
+                yield group[0].offset, SampleFiles(key, path, member_files(path, group))
 
 
-def sample_offsets(path, limit=None):
-    """Offsets of the samples of a tar file, or of its first ones up to a limit."""
-    return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
+def member_files(path, members):
+    """{"image", "txt" or a modality: FilePart} of the members of a sample."""
+    files = {}
+    for member in members:
+        kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
+        if not kind:
+            kind = "image" if suffix in IMAGES else suffix
+        files.setdefault(kind, FilePart(member.name, path, member.offset_data, member.size))
+    return files
+
+
+def sample_offsets(path):
+    """Offsets of the samples of a tar file, or a BadSample if it is damaged."""
+    try:
+        with reading(path):
+            return [offset for offset, _ in list_shard(path)]
+    except BadSample as problem:
+        return problem
 
 
 def index_shards(paths, workers=0, limit=None):
     """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
-    count = functools.partial(sample_offsets, limit=limit)
-    loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=keep_with_parent)
+    options = {"num_workers": workers, "worker_init_fn": ignore_signals}
+    loader = DataLoader(paths, batch_size=None, collate_fn=sample_offsets, **options)
     index = []
     for shard, offsets in enumerate(tqdm(loader, "counting the samples of --data", delay=5, leave=False)):
+        if isinstance(offsets, BadSample):
+            fail(f"--data {offsets}")
         index += [(shard, offset) for offset in offsets]
         if limit is not None and len(index) >= limit:
             break
     return np.array(index)
 
 
-def kept_index(paths, out, workers, rank):
-    """index_shards, kept in a run directory. If a shard changes in size or time, all are counted again.
+def saved_index(paths, out, workers, rank):
+    """index_shards, saved in a run directory. If a shard changes in size or time, all are counted again.
 
     Rank 0 counts, and the others wait for its file: in a collective, they would end the run after --timeout.
     """
     states = [os.stat(path) for path in paths]
     key = hash_int64([(str(path), s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
-    kept = Path(out) / f"shards{key}.npy"
-    if rank == 0 and not kept.exists():
-        if any(Path(out).glob("shards*.npy")):
-            log("--data: shards have changed and are counted again; the order of samples may change")
-        write_bytes(kept, to_bytes(np.save, index_shards(paths, workers)))
-    while not kept.exists():
+    saved = Path(out) / f"shards{key}.npy"
+    if rank == 0 and not saved.exists():
+        write_bytes(saved, to_bytes(np.save, index_shards(paths, workers)))
+    while not saved.exists():
         time.sleep(1)
-    return np.load(kept, mmap_mode="r")
+    return np.load(saved, mmap_mode="r")
 
 
 def expand(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of ranges in braces."""
-    first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
+    first, *pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
     paths = [first]
     for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
         numbers = range(int(low), int(high) + 1)
-        if not 0 < len(numbers) * len(paths) <= MAX_SHARDS:
-            limit = f"and name at most {MAX_SHARDS:,} files"
-            fail(f"--data {pattern}: a range in braces must go from the lower number to the higher, {limit}")
         paths = [f"{path}{number:0{len(low)}}{text}" for path in paths for number in numbers]
     return paths
 
@@ -1177,33 +1010,30 @@ def open_source(args, split, size, modalities, device="cpu"):
             fail(f"--data synthetic: has no {unknown[0]}; it has {', '.join(SyntheticWorld.modalities)}")
         return SyntheticWorld(split, size, device)
 
+    training = split == "train"
     folder = Path(args.data)
-    if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
-        samples = read_index(folder)
-        if not samples:
-            fail(f"--data {args.data}: lists no samples")
-        return Files(args, split == "train", size, modalities, samples)
+    if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
+        return Files(args, training, size, modalities, list_folder(folder))
 
     shards = expand(args.data)
-    missing = next((path for path in shards if not os.path.isfile(path)), None)
-    if missing is not None:
+    missing = [path for path in shards if not os.path.isfile(path)]
+    if missing or not shards:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
-    return Files(args, split == "train", size, modalities, shards=shards)
+        fail(f"--data {args.data}: no file {''.join(missing[:1])}; must be {known}")
+    return Files(args, training, size, modalities, shards=shards)
 
 
 # ---- Batches ----
 # Which samples a step trains on, and the random numbers that belong to them: both follow from (seed, index), and not
 # from the number of ranks, of workers or of accumulation steps.
 
+SEED_STEP = 1 << 32  # between the first indices of two seeds
+
 
 def training_indices(seed, step, batch_size, rank=0, ranks=1):
-    """Global indices of the samples of one step that one rank trains on.
-
-    Another seed sees other scenes of the synthetic world, unless it is a multiple of 2^25 away.
-    """
+    """Indices of the samples of one step that one rank trains on. Runs with different seeds share no index."""
     share = batch_size // ranks
-    start = (seed << 32) + step * batch_size + rank * share
+    start = seed * SEED_STEP + step * batch_size + rank * share
     return range(start, start + share)
 
 
@@ -1216,30 +1046,30 @@ def hash_int64(key):
 class PerSampleRNG:
     """Random numbers that belong to samples: row i of a draw is a hash of (key, indices[i], number of the draw).
 
-    So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps, and on
-    every device: uniform ones to the last bit, normal ones to rounding. A draw is SplitMix64 from B starting states.
+    So noise, noise levels and masks do not depend on how a batch is split over ranks and accumulation steps. Uniform
+    numbers are equal on every device to the last bit, normal ones to rounding.
     """
 
     def __init__(self, key, indices, device="cpu"):
         indices = torch.tensor(indices, dtype=torch.int64).to(device, non_blocking=True)
-        self.streams = split_mix(indices * GOLDEN + hash_int64(key))  # (B,)
-        self.draws = 0
+        self.states = split_mix(indices * GOLDEN + hash_int64(key))  # (B,)
+        self.num_draws = 0
 
-    def bits(self, *shape):
-        """(B, *shape) int64 of 64 random bits each. Every call gives new ones."""
-        self.draws += 1
-        start = split_mix(self.streams + self.draws)  # (B,)
+    def random_bits(self, *shape):
+        """(B, *shape) int64, each of 64 random bits. Every call gives new ones."""
+        self.num_draws += 1
+        start = split_mix(self.states + self.num_draws)  # (B,)
         counter = torch.arange(math.prod(shape), device=start.device)
         return split_mix(start[:, None] + counter * GOLDEN).view(-1, *shape)
 
     def rand(self, *shape):
         """(B, *shape) from U[0, 1)."""
-        return shift_right(self.bits(*shape), 40) * 2.0**-24  # 24 bits are what float32 holds exactly
+        return shift_right(self.random_bits(*shape), 40) * 2.0**-24  # 24 bits are what float32 holds exactly
 
     def randn(self, *shape):
         """(B, *shape) from N(0, 1), by the Box-Muller transform: 64 bits give a radius and an angle, so two numbers."""
         count = math.prod(shape)
-        bits = self.bits((count + 1) // 2)
+        bits = self.random_bits((count + 1) // 2)
         radius = ((shift_right(bits, 32) + 1) * 2.0**-32).log().mul(-2).sqrt()
         angle = (bits & 0xFFFFFFFF) * (2 * math.pi * 2.0**-32)
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
@@ -1256,60 +1086,32 @@ def training_parts(args, step, rank, ranks):
 
 
 def training_batches(source, args, step, rank, ranks, device):
-    """Endless Batches of one rank, from a step on, args.grad_accum of them per step.
-
-    Samples of files that cannot be read are skipped and counted. The first ten are named, and more than 1% of them (at
-    least of 1000) end the run. Shards are counted first.
-    """
-    if source.entries is None:
-        source.entries = kept_index(source.shards, args.out, args.workers, rank)
-
-    tried = 0
-    bad = 0
-    named = set()
-    for batch, problems in source.load(training_parts(args, step, rank, ranks), args.workers, device):
-        tried += len(batch.names)
-        bad += len(problems)
-        for problem in problems:
-            if problem not in named and len(named) < 10:
-                named.add(problem)
-                log(f"skipped, {bad} of {tried} samples: {problem}")
-        if bad > max(tried, 1000) / 100:
-            share = f"{bad} of {tried} samples cannot be read, more than 1%"
-            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
-        yield batch
+    """Endless Batches of one rank, from a step on, args.grad_accum of them per step. Shards are counted first."""
+    if source.shards:
+        source.listing = saved_index(source.shards, args.out, args.workers, rank)
+    return source.load(training_parts(args, step, rank, ranks), args.workers, device)
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
     """Batches of the first count samples, or of all if count is None.
 
-    A sample of files that cannot be read ends the program with one line, or is left out if not strict.
+    A sample that cannot be read ends the program or, if not strict, is replaced by the next one, as in training.
     """
-    if source.entries is None:
-        source = copy.copy(source)
-        source.entries = index_shards(source.shards, limit=count)
-    indices = range(len(source.entries))[:count]
+    if source.shards:
+        source.listing = index_shards(source.shards, limit=count)
+    source.attempts = 1 if strict else ATTEMPTS
+    indices = range(len(source.listing))[:count]
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for batch, problems in source.load(parts, min(workers, 1), device):
-        if problems and strict:
-            fail(f"--data {problems[0]}")
-        if batch:
-            yield batch
+    return source.load(parts, min(workers, 1), device)
 
 
-def keep_with_parent(worker):
-    """Let a worker process live exactly as long as its parent, the process that trains.
+def ignore_signals(worker):
+    """Let a worker process ignore signals that end a run.
 
-    Schedulers and Ctrl-C signal both, and the parent finishes its step and saves before it ends. So the worker ignores
-    these signals, and the system kills it when its parent has ended, in whatever way.
+    Schedulers and Ctrl-C signal all processes, and the one that trains still needs its workers to finish its step.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's workers look every five seconds
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this process ends
-        forked = multiprocessing.get_start_method() == "fork"
-        if forked and os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)  # the parent has ended before that call
 
 
 @atexit.register
@@ -1317,8 +1119,7 @@ def end_workers():
     """Kill the workers: multiprocessing would send SIGTERM, which they ignore, and wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
+        worker.kill()
 
 
 # ---- Encoders ----

@@ -336,7 +336,7 @@ def ends_with_all_its_workers(process, seconds):
     """Its exit code; fails if it, or a process of its group, is alive after so many seconds."""
     try:
         code = process.wait(seconds)
-        for _ in range(100):  # those of a process that was killed are killed at once, not by it
+        for _ in range(300):  # torch's workers look every five seconds whether their parent lives
             if not alive(process.pid):
                 return code
             time.sleep(0.05)
