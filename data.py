@@ -139,8 +139,8 @@ PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). List
 }
 
 
-# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Its constants are less by 2^64 here, so
-# that they fit into int64: torch adds and multiplies int64 modulo 2^64.
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. 2^64 is taken from its constants so
+# that they fit into int64, which torch adds and multiplies modulo 2^64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
@@ -286,11 +286,6 @@ def normalize(v):
     return v / v.square().sum(0).sqrt()
 
 
-def per_scene_vector(v):
-    """(B, 3) -> (3, B, 1, 1)."""
-    return v.movedim(-1, 0)[..., None, None]
-
-
 def rotate_y(v, angle):
     """Rotate vectors v (3, ...) about the vertical axis by angle, which broadcasts."""
     cos = angle.cos()
@@ -307,14 +302,14 @@ def camera_rays(scenes, height, width):
     """
     device = scenes["fov"].device
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    tan = (scenes["fov"].view(-1, 1, 1) / 2).tan()
+    tan = (scenes["fov"] / 2).tan()
     x = ((2 * x + 1 - width) / height).flatten() * tan  # (B, 1, P)
     y = ((height - 1 - 2 * y) / height).flatten() * tan
 
-    pitch = scenes["pitch"].view(-1, 1, 1)
-    direction = torch.stack([x, pitch.cos() * y - pitch.sin(), pitch.cos() + pitch.sin() * y])
-    origin = per_scene_vector(F.pad(scenes["height"][:, None], (1, 1)))
-    return origin, direction
+    cos = scenes["pitch"].cos()
+    sin = scenes["pitch"].sin()
+    zero = torch.zeros_like(cos)
+    return torch.stack([zero, scenes["height"], zero]), torch.stack([x, cos * y - sin, cos + sin * y])
 
 
 def intersect(origin, direction, solids):
@@ -371,33 +366,29 @@ def surface_geometry(point, index, solids):
 
 def surface_colors(scenes, normal, position, depth, index):
     """Colours (3, B, 1, P) before light: a floor with its pattern, plain or striped walls, objects."""
-    tile = scenes["tile"].view(-1, 1, 1)
-    column = (position[0] / tile).floor()
-    row = (position[2] / tile).floor()
-    kind = scenes["floor"].view(-1, 1, 1)
-    checkered = torch.where(kind == FLOORS.index("checkered"), (column + row) % 2, 0.5)
-    pattern = torch.where(kind == FLOORS.index("striped"), column % 2, checkered) - 0.5
+    column = (position[0] / scenes["tile"]).floor()
+    row = (position[2] / scenes["tile"]).floor()
+    checkered = torch.where(scenes["floor"] == FLOORS.index("checkered"), (column + row) % 2, 0.5)
+    pattern = torch.where(scenes["floor"] == FLOORS.index("striped"), column % 2, checkered) - 0.5
     fading = (-((depth / 11) ** 2)).exp()  # far tiles would be smaller than pixels
     floor_shade = 1 + 0.7 * pattern * fading
 
-    stripes = scenes["striped"].view(-1, 1, 1) * ((position[1] * 2.5).floor() % 2 - 0.5)
+    stripes = scenes["striped"] * ((position[1] * 2.5).floor() % 2 - 0.5)
     is_floor = normal[1] > 0.9
     is_wall = normal[1].abs() < 0.5
     shade = torch.where(is_wall, 1 + 0.25 * stripes, 1.1)
     shade = torch.where(is_floor, floor_shade, shade)
-    floor_color = per_scene_vector(scenes["floor_color"])
-    wall_color = per_scene_vector(scenes["wall_color"])
-    room = torch.where(is_floor, floor_color, wall_color) * shade
+    room = torch.where(is_floor, scenes["floor_color"], scenes["wall_color"]) * shade
 
     palette = torch.tensor(list(COLORS.values())).to(depth.device, non_blocking=True)
-    objects = palette[scenes["color"]].movedim(-1, 0).unsqueeze(-1)  # (3, B, OBJECTS, 1)
+    objects = palette[scenes["color"][..., 0]].permute(3, 1, 0, 2)  # (3, B, OBJECTS, 1)
     objects = objects.take_along_dim(index.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2)
     return torch.where(index == ROOM, room, objects)
 
 
 def illumination(scenes, point, normal, solids):
     """Brightness (B, 1, P): ambient light, and a lamp or the sun, which objects block."""
-    to_light = per_scene_vector(scenes["light"]) - point
+    to_light = scenes["light"] - point
     near, far = intersect(point + 2e-3 * normal, to_light, solids)
     blocked = (near < far) & (far > 1e-3) & (near < 1)
     in_light = ~blocked[:, :ROOM].any(1, keepdim=True)
@@ -415,6 +406,7 @@ def render(scenes, height, width=None, device="cpu"):
     scenes = {name: value.to(device, non_blocking=True) for name, value in scenes.items()}
     solids = {name: scenes[name].movedim(-1, 0).unsqueeze(-1) for name in ("centre", "half", "quadric")}
     solids["angle"] = scenes["angle"].unsqueeze(-1)
+    scenes = {name: value.movedim(0, -1)[..., None, None] for name, value in scenes.items()}  # (..., B, 1, 1)
 
     origin, ray = camera_rays(scenes, height, width)
     depth, index = first_hit(origin, ray, solids)
@@ -423,15 +415,14 @@ def render(scenes, height, width=None, device="cpu"):
     colors = surface_colors(scenes, normal, position, depth, index)
     rgb = colors * illumination(scenes, point, normal, solids)
 
-    is_sky = scenes["outside"].view(-1, 1, 1) & (index == ROOM) & (point[1] > scenes["fence"].view(-1, 1, 1))
+    is_sky = scenes["outside"] & (index == ROOM) & (point[1] > scenes["fence"])
     sky = torch.tensor(SKY).to(device, non_blocking=True).view(3, 1, 1, 1)
     sky = sky + 0.25 * normalize(ray)[1].clamp(min=0)
     rgb = torch.where(is_sky, sky, rgb).clamp(0, 1) * 2 - 1
 
-    pitch = scenes["pitch"].view(-1, 1, 1)
-    up = pitch.cos() * normal[1] + pitch.sin() * normal[2]
-    forward = pitch.cos() * normal[2] - pitch.sin() * normal[1]
-    normal = torch.stack([normal[0], up, forward])
+    cos = scenes["pitch"].cos()
+    sin = scenes["pitch"].sin()
+    normal = torch.stack([normal[0], cos * normal[1] + sin * normal[2], cos * normal[2] - sin * normal[1]])
     maps = {"rgb": rgb, "depth": torch.where(is_sky, 0, depth)[None], "normal": torch.where(is_sky, 0, normal)}
     return {name: x.squeeze(-2).movedim(0, 1).unflatten(-1, (height, width)).contiguous() for name, x in maps.items()}
 
@@ -547,26 +538,22 @@ def read_png(content, scale):
     return depths[codes]
 
 
-def read_array(name, content, scale=1.0):
-    """Bytes of a .png or .npy file -> (H, W) float32. The values of a PNG are multiplied by scale."""
-    if name.lower().endswith(".png"):
-        values = read_png(content, scale)
-    else:
-        values = np.load(io.BytesIO(content), allow_pickle=False)
-    if values.ndim == 3:
-        values = values.squeeze()  # (1, H, W) or (H, W, 1)
-    if values.ndim != 2:
-        raise BadSample(f"has shape {values.shape}; must be (height, width)")
-    return values.astype(np.float32)
-
-
 def read_image(name, content, **_):
     image, shape = load_image(content)
     return image / np.float32(127.5) - 1, np.ones(shape, bool)
 
 
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
-    depth = read_array(name, content, scale)
+    """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W). The values of a PNG are multiplied by scale."""
+    if name.lower().endswith(".png"):
+        depth = read_png(content, scale)
+    else:
+        depth = np.load(io.BytesIO(content), allow_pickle=False)
+    if depth.ndim == 3:
+        depth = depth.squeeze()  # (1, H, W) or (H, W, 1)
+    if depth.ndim != 2:
+        raise BadSample(f"has shape {depth.shape}; must be (height, width)")
+    depth = depth.astype(np.float32)
     valid = (depth > max(low, 0)) & (depth <= high) & np.isfinite(depth)
     return depth[..., None], valid
 
@@ -736,16 +723,19 @@ class SyntheticWorld:
 
 
 @dataclass
-class FilePart:
-    """A file, or a member of a tar file."""
+class TarMember:
+    """A file in a tar file. It is read as a Path is."""
 
-    name: str  # as the folder or the tar file lists it
-    path: str | Path
-    start: int = 0
-    size: int = -1  # bytes; -1 is up to the end
+    tar: str
+    name: str
+    start: int
+    size: int
 
-    def read(self):
-        with open(self.path, "rb") as file:
+    def __str__(self):
+        return f"{self.tar}: {self.name}"
+
+    def read_bytes(self):
+        with open(self.tar, "rb") as file:
             file.seek(self.start)
             return file.read(self.size)
 
@@ -755,9 +745,8 @@ class SampleFiles:
     """The files of a sample. None of them has been read yet."""
 
     name: str
-    where: str  # what messages about the sample begin with
-    files: dict  # {"image", "txt" or a modality: FilePart}
-    text: str = ""  # the caption, unless a file holds it
+    files: dict  # {"image", "txt" or a modality: Path or TarMember}
+    text: str = ""  # the caption, unless a file "txt" holds it
 
 
 class Files(Dataset):
@@ -797,12 +786,11 @@ class Files(Dataset):
         for attempt in range(self.attempts):
             try:
                 sample = self.sample_files(order[(position + attempt) % count])
-                with reading(sample.where):
-                    return {"index": index, **self.read_sample(sample, epoch)}
+                return {"index": index, **self.read_sample(sample, epoch)}
             except BadSample as error:
                 problem = error
             if attempt + 1 < self.attempts:
-                log(f"{problem}; is replaced by the next sample")
+                log(f"{problem}; this sample is replaced by the next")
         return problem
 
     def read_sample(self, sample, epoch):
@@ -812,11 +800,11 @@ class Files(Dataset):
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
         if "image" not in sample.files:
-            raise BadSample(f"{sample.name} has no image ({', '.join(IMAGES)})")
+            raise BadSample(f"{sample.name}: has no image ({', '.join(IMAGES)})")
         caption = sample.text
         if "txt" in sample.files:
-            with reading(sample.files["txt"].name):
-                caption = sample.files["txt"].read().decode()
+            with reading(sample.files["txt"]):
+                caption = sample.files["txt"].read_bytes().decode()
         position = (0.5, 0.5)
         is_mirrored = False
         if self.training:
@@ -825,13 +813,12 @@ class Files(Dataset):
             is_mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", caption, re.IGNORECASE)
 
         image, *others = self.modalities
-        file = sample.files["image"]
-        with reading(file.name):
-            picture, shape = load_image(file.read(), self.size, position)
-        maps = {image.name: picture}
+        maps = {}
         masks = {}
+        with reading(sample.files["image"]):
+            maps[image.name], shape = load_image(sample.files["image"].read_bytes(), self.size, position)
         for m in others:
-            maps[m.name], masks[m.name] = self.read_modality(m, sample.files.get(m.name), shape, position)
+            maps[m.name], masks[m.name] = self.load_map(m, sample.files.get(m.name), shape, position)
         if is_mirrored:
             for m in self.modalities:
                 factors = np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype)
@@ -839,16 +826,15 @@ class Files(Dataset):
             masks = {name: mask[:, ::-1].copy() for name, mask in masks.items()}
         return {"maps": maps, "masks": masks, "caption": caption, "name": sample.name, "shape": shape}
 
-    def read_modality(self, modality, file, shape, position):
+    def load_map(self, modality, file, shape, position):
         """Values (H, W, C) and mask (H, W) of a modality, which is missing if the sample has no file of it."""
         if file is None:
             return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
         high = self.args.depth_max or math.inf  # 0 is no limit
         depth_options = {"scale": self.args.depth_scale, "low": self.args.depth_min, "high": high}
-        with reading(file.name):
-            values, valid = read_map(modality, file.name, file.read(), **depth_options)
-            box = crop_box(valid.shape, shape, self.size, position)
-            values, valid = nearest(values, valid, self.size, box)
+        with reading(file):
+            values, valid = read_map(modality, str(file), file.read_bytes(), **depth_options)
+            values, valid = nearest(values, valid, self.size, crop_box(valid.shape, shape, self.size, position))
         return np.where(valid[..., None], values, 0), valid
 
     def load(self, parts, workers, device):
@@ -887,42 +873,36 @@ def epoch_order(source, epoch):
 @functools.lru_cache(4)
 def list_folder(folder):
     """SampleFiles of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
-    path = folder / "metadata.jsonl"
-    is_moge = not path.is_file()
-    if is_moge:
-        path = folder / ".index.txt"
     samples = []
+    index = folder / ".index.txt"
+    if index.is_file():
+        for name in filter(None, index.read_text().splitlines()):
+            files = {"image": folder / name / "image.jpg", "depth": folder / name / "depth.png"}
+            samples.append(SampleFiles(name, files))
+        return samples
+
+    path = folder / "metadata.jsonl"
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
-            read = read_moge_row if is_moge else read_row
-            samples.append(read(folder, line, f"{path} row {number}"))
+            samples.append(read_row(folder, line, f"{path} row {number}"))
     return samples
 
 
-def read_moge_row(folder, line, where):
-    """A line of .index.txt, which names a folder -> SampleFiles."""
-    name = line.decode().strip()
-    image = FilePart(f"{name}/image.jpg", folder / name / "image.jpg")
-    depth = FilePart(f"{name}/depth.png", folder / name / "depth.png")
-    return SampleFiles(name, where, {"image": image, "depth": depth})
-
-
 def read_row(folder, line, where):
-    """A line of metadata.jsonl -> SampleFiles."""
+    """A line of metadata.jsonl -> SampleFiles. where is its name in a message."""
     try:
         row = parse_json(line)
-        name = os.path.splitext(row["file_name"])[0]
         text = row.get("text") or ""
         if not isinstance(text, str):
             raise TypeError
+        files = {"image": folder / row["file_name"]}
+        for key, value in row.items():
+            name = key.rpartition("_file_name")[0]
+            if name and value:
+                files[name] = folder / value
     except (ValueError, KeyError, TypeError):
-        fail(f"--data {where}: must be a JSON dictionary with a file_name and, if it has a caption, a text")
-    files = {}
-    for key, value in row.items():
-        if key.endswith("file_name") and value:
-            kind = key.removesuffix("file_name").removesuffix("_") or "image"
-            files[kind] = FilePart(str(value), folder / str(value))
-    return SampleFiles(name, where, files, text)
+        fail(f"--data {where}: must be a JSON dictionary with a file_name; text and file names must be strings")
+    return SampleFiles(os.path.splitext(row["file_name"])[0], files, text)
 
 
 # The name of a tar member: the key of its sample, up to the first dot after the last slash, and what the file is.
@@ -939,18 +919,18 @@ def list_shard(path, start=0):
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
             for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
-                group = list(group)
-                yield group[0].offset, SampleFiles(key, path, member_files(path, group))
+                first, *others = group
+                yield first.offset, SampleFiles(key, member_files(path, [first, *others]))
 
 
 def member_files(path, members):
-    """{"image", "txt" or a modality: FilePart} of the members of a sample."""
+    """{"image", "txt" or a modality: TarMember} of the members of a sample."""
     files = {}
     for member in members:
         kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
         if not kind:
             kind = "image" if suffix in IMAGES else suffix
-        files.setdefault(kind, FilePart(member.name, path, member.offset_data, member.size))
+        files.setdefault(kind, TarMember(path, member.name, member.offset_data, member.size))
     return files
 
 
@@ -2155,7 +2135,7 @@ class Run:
 
 # Colours of depth, from far to near: equal distances in CIELAB, and lightness that rises throughout.
 FAR_TO_NEAR = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
-ANCHORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])  # (9, 3)
+DEPTH_COLORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])  # (9, 3)
 
 
 def paint_rgb(rgb, valid=None):
@@ -2186,8 +2166,8 @@ def paint_depth(depth, valid=None):
     smallest = 1e-3 * max(np.median(depth[valid]), 1e-30)
     inverse = 1 / np.maximum(np.where(valid, depth, np.inf), smallest)
     far, near = np.percentile(inverse[valid], (2, 98))
-    level = np.clip((inverse - far) / max(near - far, 1e-9 * abs(near)), 0, 1)  # (H, W)
-    channels = [np.interp(level * (len(ANCHORS) - 1), range(len(ANCHORS)), channel) for channel in ANCHORS.T]
+    level = np.clip((inverse - far) / max(near - far, 1e-9 * abs(near)), 0, 1) * (len(DEPTH_COLORS) - 1)  # (H, W)
+    channels = [np.interp(level, range(len(DEPTH_COLORS)), channel) for channel in DEPTH_COLORS.T]
     return np.where(valid[..., None], np.stack(channels, -1), 0).astype(np.uint8)
 
 
@@ -2202,11 +2182,10 @@ def paint(modality, values, valid=None):
 def enlarged(picture, side):
     """(H, W, 3) uint8 -> Image: a small picture enlarged by a whole factor to about side, a large one shrunk."""
     image = Image.fromarray(picture)
-    longer = max(image.size)
-    if longer > 2 * side:
-        shrunk = [max(1, round(n * 2 * side / longer)) for n in image.size]
-        return image.resize(shrunk, Image.LANCZOS)
-    factor = max(1, round(side / longer))
+    if max(image.size) > 2 * side:
+        image.thumbnail((2 * side, 2 * side), Image.LANCZOS)
+        return image
+    factor = max(1, round(side / max(image.size)))
     return image.resize([n * factor for n in image.size], Image.NEAREST)
 
 
@@ -2220,20 +2199,19 @@ def draw_caption(text, width):
 
 def draw_grid(rows, labels=(), cell=128):
     """Rows of pictures (H, W, 3) uint8, each with a label on its left, as an Image. A string in a row is a caption."""
-    pictures = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
-    width = 4 + max(x.width for row in pictures for x in row if not isinstance(x, str))
-    cells = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in pictures]
+    rows = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
+    width = 4 + max(x.width for row in rows for x in row if not isinstance(x, str))
+    rows = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in rows]
 
     margin = 110 if labels else 0
-    heights = [4 + max(image.height for image in row) for row in cells]
-    canvas = Image.new("RGB", (margin + width * max(map(len, cells)), sum(heights)), "white")
-    top = 0
-    for i, row in enumerate(cells):
+    heights = [4 + max(image.height for image in row) for row in rows]
+    canvas = Image.new("RGB", (margin + width * max(map(len, rows)), sum(heights)), "white")
+    for i, row in enumerate(rows):
+        top = sum(heights[:i])
         for column, image in enumerate(row):
             canvas.paste(image, (margin + column * width, top))
         if labels:
             ImageDraw.Draw(canvas).multiline_text((4, top + 6), labels[i], fill="black", font_size=15)
-        top += heights[i]
     return canvas
 
 
@@ -2258,20 +2236,21 @@ def write_folder(out, batch):
             row[f"{m}_file_name"] = f"{name}.{m}.npy"
             content = array_bytes(batch.values[m][i], batch.valid[m][i])
             write_bytes(out / row[f"{m}_file_name"], content, sync=False)
-        rows.append(json.dumps(row))
-    write_bytes(out / "metadata.jsonl", "".join(f"{row}\n" for row in rows).encode())
+        rows.append(json.dumps(row) + "\n")
+    write_bytes(out / "metadata.jsonl", "".join(rows).encode())
 
 
 def world_grid(batch, count=8):
     """The first samples of a Batch as an Image: image, depth and normals, and depth as a sensor would have seen it."""
     rgb = batch.values["rgb"][:count]
-    depth = batch.values["depth"][:count]
+    depth = batch.values["depth"]
+    valid = batch.valid["depth"][:count]
     sensor = sensor_mask(rgb, "mixed", PerSampleRNG(0, range(len(rgb))).rand)
     rows = {
         "image": map(paint_rgb, rgb),
-        "depth": map(paint_depth, depth, batch.valid["depth"]),
-        "depth as\ntrained on": map(paint_depth, depth, batch.valid["depth"][:count] & sensor),
-        "normal": map(paint_normal, batch.values["normal"][:count], batch.valid["normal"]),
+        "depth": map(paint_depth, depth, valid),
+        "depth as\ntrained on": map(paint_depth, depth, valid & sensor),
+        "normal": map(paint_normal, batch.values["normal"], batch.valid["normal"][:count]),
     }
     return draw_grid(list(rows.values()), list(rows))
 
@@ -2284,16 +2263,12 @@ def main():
     p.setting("--count", 8, "number of samples", whole(1, 10**5))
     p.setting("--measured", 1.0, "share of the pixels that depth and normals keep", number(0, 1, above=True))
     args = p.parse_args()
-    if args.count * args.size**2 > 1 << 24:
-        fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
     out = claim_folder(args.out)
-    size = (args.size, args.size)
 
+    size = (args.size, args.size)
     batch = SyntheticWorld(args.split, size).samples(range(args.count))
-    measured = PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
-    batch.valid = {m: measured & batch.valid[m] for m in ("depth", "normal")}
-    if not batch.valid["depth"].flatten(1).any(1).all():
-        fail(f"--measured {args.measured}: a scene keeps no pixel; give a larger share")
+    kept = PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
+    batch.valid = {m: kept & batch.valid[m] for m in ("depth", "normal")}
 
     write_folder(out, batch)
     write_image(out / "grid.png", world_grid(batch))

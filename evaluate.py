@@ -303,7 +303,7 @@ def load_map(args, name, picture_size):
     try:
         with data.reading(path):
             scale = args.depth_scale if path.suffix == ".png" else 1.0
-            values = data.read_array(path.name, data.read_file(path), scale)
+            values = data.read_depth(path.name, path.read_bytes(), scale)[0][..., 0]
             if not values.size:
                 raise data.BadSample("holds no pixel")
             left, top, right, bottom = data.crop_box(values.shape, picture_size, args.scored_at)

@@ -72,7 +72,7 @@ def list_prompts(args, length):
     if args.prompts:
         try:
             with data.reading(f"--prompts {args.prompts}"):
-                lines = data.read_file(args.prompts).decode("utf-8-sig").splitlines()
+                lines = Path(args.prompts).read_bytes().decode("utf-8-sig").splitlines()
         except data.BadSample as error:
             data.fail(str(error))
         prompts += [line.strip() for line in lines if line.strip()]
@@ -139,7 +139,7 @@ def read_inputs(paths, sampler):
     maps = {}
     for name, path in paths.items():
         with data.reading(path):
-            values, valid = data.read_map(MODALITIES[name], path, data.read_file(path))
+            values, valid = data.read_map(MODALITIES[name], path, Path(path).read_bytes())
             if maps and valid.shape != shape:
                 raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
         shape = valid.shape
