@@ -59,7 +59,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model import (
@@ -108,17 +108,22 @@ OBJECTS = 3  # at most, in a scene
 ROOM = OBJECTS  # index of the room, which is the last solid: you see its floor, walls and ceiling from inside
 COLUMNS = 64  # random numbers of a scene
 
-PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). Lists of three have a column per object.
+# What is random in a scene, by name. A list of three columns has one for each object.
+CHOICES = {  # columns of the scene's random numbers, number of choices
+    "count": (3, OBJECTS),
+    "shape": ([4, 5, 6], len(SHAPES)),
+    "floor": (7, len(FLOORS)),
+    "striped": (8, 2),  # walls
+    "color": ([11, 12, 13], [8, 7, 6]),  # each among the colours that are left
+    "floor_color": (43, len(MUTED)),
+    "wall_color": (44, len(MUTED)),
+}
+RANGES = {  # columns of the scene's random numbers, low, high
     "outside": (0, 0, 1),
     "fov": (1, 46, 66),  # vertical, in degrees
     "height": (2, 0.8, 2.2),  # of the camera
-    "count": (3, 0, OBJECTS),
-    "shape": ([4, 5, 6], 0, len(SHAPES)),
-    "floor": (7, 0, len(FLOORS)),
-    "striped": (8, 0, 2),  # walls
     "relation": (9, 0, 1),  # chooses the caption's words for two objects
     "pitch": (10, -0.09, 0.09),
-    "color": ([11, 12, 13], 0, [8, 7, 6]),  # each among the colours that are left
     "radius": ([14, 15, 16], 0.38, 0.62),
     "pillar_height": ([17, 18, 19], 0.75, 1.15),
     "distance": ([20, 21, 22], 2.1, 4.0),
@@ -133,8 +138,6 @@ PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). List
     "tile": (40, 0.7, 1.3),
     "light_x": (41, -2.2, 2.2),
     "light_z": (42, 0, 2.5),
-    "floor_color": (43, 0, len(MUTED)),
-    "wall_color": (44, 0, len(MUTED)),
     "wall_brightness": (45, 0.8, 1.1),
 }
 
@@ -156,45 +159,43 @@ def split_mix(z):
     return z ^ shift_right(z, 31)
 
 
-def draw_parameters(split, indices):
-    """Draw {name: float32 of shape (B,), or (B, columns)} of PARAMETERS. A scene does not depend on its batch."""
+def draw_numbers(split, indices):
+    """Draw {name: (B,), or (B, columns)} of CHOICES, int64, and RANGES, float32. Each scene has its own numbers."""
     counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
     seed = SPLITS[split] * (0xD1B54A32D192ED03 - (1 << 64))
     bits = split_mix((counter + seed) * GOLDEN)
-    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1)
+    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1]
 
     drawn = {}
-    for name, (columns, low, high) in PARAMETERS.items():
+    for name, (columns, count) in CHOICES.items():
+        count = torch.tensor(count)
+        drawn[name] = (uniform[:, columns] * count).long().minimum(count - 1)
+    for name, (columns, low, high) in RANGES.items():
         width = torch.tensor(np.subtract(high, low)).float()
         drawn[name] = uniform[:, columns] * width + torch.tensor(low).float()
     return drawn
 
 
-def to_index(drawn, choices):
-    """Numbers drawn from 0 to choices -> indices. float32 may round the largest number up to choices."""
-    return drawn.long().clamp(max=choices - 1)
-
-
-def distinct_colors(drawn):
-    """(B, OBJECTS) numbers, of which each counts the colours that are left -> (B, OBJECTS) indices of COLORS."""
-    colors = torch.zeros_like(drawn, dtype=torch.long)
+def distinct_colors(choices):
+    """(B, OBJECTS) choices, each among the colours that are left -> (B, OBJECTS) indices of COLORS."""
+    colors = torch.zeros_like(choices)
     for i in range(OBJECTS):
-        color = to_index(drawn[:, i], len(COLORS) - i)
+        color = choices[:, i]
         for taken in colors[:, :i].sort(1).values.unbind(1):
             color = color + (color >= taken)
         colors[:, i] = color
     return colors
 
 
-def place_objects(scenes, drawn):
+def place_objects(scenes):
     """Centres and half extents of the objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
     is_pillar = scenes["shape"] == list(SHAPES).index("pillar")
-    half_width = torch.where(is_pillar, 0.6 * drawn["radius"], drawn["radius"])
-    half_height = torch.where(is_pillar, drawn["pillar_height"], drawn["radius"])
+    half_width = torch.where(is_pillar, 0.6 * scenes["radius"], scenes["radius"])
+    half_height = torch.where(is_pillar, scenes["pillar_height"], scenes["radius"])
 
     count = scenes["count"][:, None]
-    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + drawn["offset"]  # -1 to 1 across the picture
-    z = drawn["distance"]
+    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + scenes["offset"]  # -1 to 1 across the picture
+    z = scenes["distance"]
     x = column * 0.85 * z * (scenes["fov"] / 2).tan()[:, None]
     centre = torch.stack([x, half_height, z], 2)
     centre[torch.arange(OBJECTS) >= count] = -100.0  # out of sight
@@ -207,36 +208,30 @@ def draw_scenes(split, indices):
     Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are OBJECTS
     objects and the room: "centre", "half" (extent) and "quadric" are (B, 4, 3), "angle" (about y) is (B, 4).
     """
-    drawn = draw_parameters(split, indices)
-    scenes = {name: drawn[name] for name in ("height", "relation", "angle", "fence", "tile")}
-    scenes["outside"] = drawn["outside"] < 0.35
-    scenes["fov"] = drawn["fov"].deg2rad()
-    scenes["pitch"] = ((drawn["height"] - 0.55) / 3).atan() + drawn["pitch"]
-    scenes["count"] = to_index(drawn["count"], OBJECTS) + 1
-    scenes["shape"] = to_index(drawn["shape"], len(SHAPES))
-    scenes["color"] = distinct_colors(drawn["color"])
-    scenes["big"] = drawn["radius"] > 0.5
-    scenes["floor"] = to_index(drawn["floor"], len(FLOORS))
-    scenes["striped"] = to_index(drawn["striped"], 2)
-
+    scenes = draw_numbers(split, indices)
+    scenes["outside"] = scenes["outside"] < 0.35
+    scenes["fov"] = scenes["fov"].deg2rad()
+    scenes["pitch"] = ((scenes["height"] - 0.55) / 3).atan() + scenes["pitch"]
+    scenes["count"] = scenes["count"] + 1
+    scenes["big"] = scenes["radius"] > 0.5
+    scenes["color"] = distinct_colors(scenes["color"])
     muted = torch.tensor(MUTED)
-    wall_color = muted[to_index(drawn["wall_color"], len(MUTED))]
-    scenes["floor_color"] = muted[to_index(drawn["floor_color"], len(MUTED))]
-    scenes["wall_color"] = wall_color * drawn["wall_brightness"][:, None]
+    scenes["floor_color"] = muted[scenes["floor_color"]]
+    scenes["wall_color"] = muted[scenes["wall_color"]] * scenes["wall_brightness"][:, None]
 
     outside = scenes["outside"].long()[:, None]
     sides = ("left", "right", "back", "front", "top")
-    left, right, back, front, top = (drawn[name].gather(1, outside)[:, 0] for name in sides)
+    left, right, back, front, top = (scenes.pop(name).gather(1, outside)[:, 0] for name in sides)
     low = torch.stack([-left, 0 * top, -back], 1)
     high = torch.stack([right, top, front], 1)
-    centre, half = place_objects(scenes, drawn)
+    centre, half = place_objects(scenes)
     scenes["centre"] = torch.cat([centre, (low + high)[:, None] / 2], 1)
     scenes["half"] = torch.cat([half, (high - low)[:, None] / 2], 1)
     shape = F.pad(scenes["shape"], (0, 1), value=list(SHAPES).index("box"))  # of the room too
     scenes["quadric"] = torch.tensor(list(SHAPES.values()))[shape]
 
-    lamp = torch.stack([drawn["light_x"], torch.full_like(top, 2.5), drawn["light_z"]], 1)
-    sun = 4 * torch.stack([drawn["light_x"], torch.full_like(top, 5.0), drawn["light_z"]], 1)
+    lamp = torch.stack([scenes["light_x"], torch.full_like(top, 2.5), scenes["light_z"]], 1)
+    sun = 4 * torch.stack([scenes["light_x"], torch.full_like(top, 5.0), scenes["light_z"]], 1)
     scenes["light"] = torch.where(scenes["outside"][:, None], sun, lamp)
     return scenes
 
@@ -469,10 +464,9 @@ def outside_rectangles(noise, rand):
 def sensor_mask(rgb, pattern, rand):
     """The pixels that a sensor would measure in images rgb (B, 3, H, W): a mask (B, 1, H, W).
 
-    pattern: "dense" keeps all; "uniform" a random 0.5-50% of the pixels; "lidar" scan lines; "sfm" points where the
-    image has texture; "holes" all but four rectangles; "mixed" chooses one of these for each sample; a number in (0, 1]
-    keeps this share of the pixels at random. rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as
-    PerSampleRNG.rand does.
+    pattern: one of PATTERNS (all pixels, a random 0.5-50% of them, scan lines, points where the image has texture, all
+    but four rectangles); "mixed", one of these for each sample; or a number in (0, 1], a share that is kept at random.
+    rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as PerSampleRNG.rand does.
     """
     batch, _, height, width = rgb.shape
     noise = rand(1, height, width)
@@ -486,7 +480,6 @@ def sensor_mask(rgb, pattern, rand):
     sfm = textured_points(noise, rgb)
     holes = outside_rectangles(noise, rand)
     masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
-
     if pattern == "mixed":
         choice = (rand() * len(PATTERNS)).long()
     else:
@@ -526,7 +519,7 @@ def read_png(content, scale):
     """
     image = Image.open(io.BytesIO(content), formats=["PNG"])
     if not image.mode.startswith("I"):
-        raise BadSample(f"a PNG of mode {image.mode} is a picture, not depth; must be 16-bit grey, or give .npy")
+        raise BadSample(f"a PNG of mode {image.mode} is a picture, not depth; give 16-bit grey or .npy")
     codes = np.asarray(image)
     if "near" not in image.info:
         return codes * np.float32(scale)
@@ -613,8 +606,6 @@ def load_image(content, size=None, position=(0.5, 0.5)):
     ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    elif image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
     image = image.convert("RGB")
     if size:
         image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], shape, size, position))
@@ -693,7 +684,6 @@ class Batch:
     captions: list
     indices: list  # of the samples, for PerSampleRNG; in training those of training_indices
     names: list
-    shapes: list  # (height, width) of the image files, before they were cropped and resized
 
 
 class SyntheticWorld:
@@ -714,8 +704,7 @@ class SyntheticWorld:
         not_sky = values["depth"] > 0
         valid = {"rgb": None, "depth": not_sky, "normal": not_sky}
         captions = [caption(scenes, i) for i in range(len(indices))]
-        names = [f"{i:06}" for i in indices]
-        return Batch(values, valid, captions, list(indices), names, [self.size] * len(indices))
+        return Batch(values, valid, captions, list(indices), [f"{i:06}" for i in indices])
 
     def load(self, parts, workers, device):
         """Yields a Batch for each of the parts, which are sequences of indices."""
@@ -748,6 +737,12 @@ class SampleFiles:
     files: dict  # {"image", "txt" or a modality: Path or TarMember}
     text: str = ""  # the caption, unless a file "txt" holds it
 
+    def read_caption(self):
+        if "txt" not in self.files:
+            return self.text
+        with reading(self.files["txt"]):
+            return self.files["txt"].read_bytes().decode()
+
 
 class Files(Dataset):
     """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
@@ -776,10 +771,7 @@ class Files(Dataset):
             return next(list_shard(self.shards[shard], offset))[1]
 
     def __getitem__(self, index):
-        """A sample as read_sample returns it, with its index. If it cannot be read, the next of the epoch replaces it.
-
-        Returns the last BadSample if no attempt succeeds. If a worker raised it, it would arrive with a traceback.
-        """
+        """Read a sample. If that fails, the next one of the epoch replaces it, up to so many attempts."""
         count = len(self.listing)
         epoch, position = divmod(index % SEED_STEP, count)
         order = epoch_order(self, epoch)
@@ -791,20 +783,15 @@ class Files(Dataset):
                 problem = error
             if attempt + 1 < self.attempts:
                 log(f"{problem}; this sample is replaced by the next")
-        return problem
+        raise problem
 
     def read_sample(self, sample, epoch):
-        """Read SampleFiles into a dictionary of maps, masks and the caption: cropped, resized, and mirrored together.
+        """SampleFiles -> a dictionary of maps, masks, caption and name. What is read is cropped, resized and mirrored.
 
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        if "image" not in sample.files:
-            raise BadSample(f"{sample.name}: has no image ({', '.join(IMAGES)})")
-        caption = sample.text
-        if "txt" in sample.files:
-            with reading(sample.files["txt"]):
-                caption = sample.files["txt"].read_bytes().decode()
+        caption = sample.read_caption()
         position = (0.5, 0.5)
         is_mirrored = False
         if self.training:
@@ -824,7 +811,7 @@ class Files(Dataset):
                 factors = np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype)
                 maps[m.name] = maps[m.name][:, ::-1] * factors
             masks = {name: mask[:, ::-1].copy() for name, mask in masks.items()}
-        return {"maps": maps, "masks": masks, "caption": caption, "name": sample.name, "shape": shape}
+        return {"maps": maps, "masks": masks, "caption": caption, "name": sample.name}
 
     def load_map(self, modality, file, shape, position):
         """Values (H, W, C) and mask (H, W) of a modality, which is missing if the sample has no file of it."""
@@ -838,27 +825,26 @@ class Files(Dataset):
         return np.where(valid[..., None], values, 0), valid
 
     def load(self, parts, workers, device):
-        """Yields a Batch for each of the parts, which are sequences of indices. A BadSample ends the program."""
+        """Yields a Batch for each of the parts, which are sequences of indices."""
         if not len(self.listing):
-            fail(f"--data {self.args.data}: lists no samples")
+            fail(f"--data {self.args.data}: lists no samples (images are {', '.join(IMAGES)})")
         pinned = torch.device(device).type == "cuda"
-        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
-        for loaded in DataLoader(self, batch_sampler=parts, collate_fn=collate, **options):
-            if isinstance(loaded, BadSample):
-                fail(f"--data {loaded}")
+        for loaded in load_parallel(self, workers, batch_sampler=parts, pin_memory=pinned):
             values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in loaded["maps"].items()}
             valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in loaded["masks"].items()}
             image = self.modalities[0].name
             values[image] = values[image].float() / 127.5 - 1
             valid[image] = None
-            shapes = list(zip(*(sides.tolist() for sides in loaded["shape"]), strict=True))
-            yield Batch(values, valid, loaded["caption"], loaded["index"].tolist(), loaded["name"], shapes)
+            yield Batch(values, valid, loaded["caption"], loaded["index"].tolist(), loaded["name"])
 
 
-def collate(items):
-    """Items of Files -> one dictionary whose tensors and lists have a leading dimension B, or the first BadSample."""
-    bad = [item for item in items if isinstance(item, BadSample)]
-    return bad[0] if bad else default_collate(items)
+def load_parallel(dataset, workers, **options):
+    """Iterate over a DataLoader. A BadSample ends the program with one line."""
+    try:
+        yield from DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
+    except BadSample as error:
+        problem = str(error).rpartition("BadSample: ")[2]  # a traceback comes before it, if it is of a worker
+        fail(f"--data {problem}")
 
 
 @functools.lru_cache(2)
@@ -909,48 +895,43 @@ def read_row(folder, line, where):
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 
 
+def member_key(member):
+    """Key of the sample to which a member of a tar file belongs, or None, as for directories and hidden files."""
+    match = MEMBER.fullmatch(member.name)
+    return match[1] if match and member.isfile() else None
+
+
 def list_shard(path, start=0):
     """Yields (offset, SampleFiles) of a tar file's samples from an offset on. Only headers are read.
 
-    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ...
+    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ... What has no image is left out.
     """
     with open(path, "rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
-            for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
-                first, *others = group
-                yield first.offset, SampleFiles(key, member_files(path, [first, *others]))
-
-
-def member_files(path, members):
-    """{"image", "txt" or a modality: TarMember} of the members of a sample."""
-    files = {}
-    for member in members:
-        kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
-        if not kind:
-            kind = "image" if suffix in IMAGES else suffix
-        files.setdefault(kind, TarMember(path, member.name, member.offset_data, member.size))
-    return files
+            for key, members in itertools.groupby(filter(member_key, tar), member_key):
+                files = {}
+                offsets = []
+                for member in members:
+                    offsets.append(member.offset)
+                    kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
+                    kind = kind or ("image" if suffix in IMAGES else suffix)
+                    files.setdefault(kind, TarMember(path, member.name, member.offset_data, member.size))
+                if "image" in files:
+                    yield offsets[0], SampleFiles(key, files)
 
 
 def sample_offsets(path):
-    """Offsets of the samples of a tar file, or a BadSample if it is damaged."""
-    try:
-        with reading(path):
-            return [offset for offset, _ in list_shard(path)]
-    except BadSample as problem:
-        return problem
+    """Offsets of the samples of a tar file."""
+    with reading(path):
+        return [offset for offset, _ in list_shard(path)]
 
 
 def index_shards(paths, workers=0, limit=None):
     """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
-    options = {"num_workers": workers, "worker_init_fn": ignore_signals}
-    loader = DataLoader(paths, batch_size=None, collate_fn=sample_offsets, **options)
+    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=sample_offsets)
     index = []
-    for shard, offsets in enumerate(tqdm(loader, "counting the samples of --data", delay=5, leave=False)):
-        if isinstance(offsets, BadSample):
-            fail(f"--data {offsets}")
+    for shard, offsets in enumerate(tqdm(offsets_of_shards, "counting the samples of --data", delay=5, leave=False)):
         index += [(shard, offset) for offset in offsets]
         if limit is not None and len(index) >= limit:
             break
@@ -963,7 +944,7 @@ def saved_index(paths, out, workers, rank):
     Rank 0 counts, and the others wait for its file: in a collective, they would end the run after --timeout.
     """
     states = [os.stat(path) for path in paths]
-    key = hash_int64([(str(path), s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
+    key = hash_int64([(path, s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
     saved = Path(out) / f"shards{key}.npy"
     if rank == 0 and not saved.exists():
         write_bytes(saved, to_bytes(np.save, index_shards(paths, workers)))
@@ -974,27 +955,26 @@ def saved_index(paths, out, workers, rank):
 
 def expand(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of ranges in braces."""
-    first, *pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    paths = [first]
-    for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
-        numbers = range(int(low), int(high) + 1)
-        paths = [f"{path}{number:0{len(low)}}{text}" for path in paths for number in numbers]
-    return paths
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    low, high = match.groups()
+    numbers = [f"{number:0{len(low)}}" for number in range(int(low), int(high) + 1)]
+    return [path for number in numbers for path in expand(pattern.replace(match[0], number, 1))]
 
 
 def open_source(args, split, size, modalities, device="cpu"):
     """The source that --data names, for images of size (H, W). The first modality is the image."""
     if args.data == "synthetic":
-        unknown = [m.name for m in modalities if m.name not in SyntheticWorld.modalities]
-        if unknown:
-            fail(f"--data synthetic: has no {unknown[0]}; it has {', '.join(SyntheticWorld.modalities)}")
+        for m in modalities:
+            if m.name not in SyntheticWorld.modalities:
+                fail(f"--data synthetic: has no {m.name}; it has {', '.join(SyntheticWorld.modalities)}")
         return SyntheticWorld(split, size, device)
 
     training = split == "train"
     folder = Path(args.data)
     if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
         return Files(args, training, size, modalities, list_folder(folder))
-
     shards = expand(args.data)
     missing = [path for path in shards if not os.path.isfile(path)]
     if missing or not shards:

@@ -291,7 +291,7 @@ def blind_map(entry, source, count):
     return entry.finish(entry.decode(total / num_valid.clamp(min=1)))[0]
 
 
-def load_map(args, name, picture_size):
+def load_map(args, name):
     """Read the depth map NAME.npy, .pfm or .png of --predictions: (1, H, W) at args.scored_at.
 
     A map of another size shows the whole picture: it is cropped as the picture is, and resized bilinearly.
@@ -306,7 +306,7 @@ def load_map(args, name, picture_size):
             values = data.read_depth(path.name, path.read_bytes(), scale)[0][..., 0]
             if not values.size:
                 raise data.BadSample("holds no pixel")
-            left, top, right, bottom = data.crop_box(values.shape, picture_size, args.scored_at)
+            left, top, right, bottom = data.crop_box(values.shape, values.shape, args.scored_at)
     except data.BadSample as error:
         data.fail(f"--predictions {error}")
 
@@ -394,8 +394,7 @@ def run_methods(args, entry, model, batch, blind, previous):
         return estimate(model, entry, images, batch.indices, args, args.steps, args.strength)
 
     if args.predictions:
-        samples = zip(batch.names, batch.shapes, strict=True)
-        maps = torch.stack([load_map(args, name, shape) for name, shape in samples])
+        maps = torch.stack([load_map(args, name) for name in batch.names])
     else:
         maps = estimate_from(rgb)
 
