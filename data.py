@@ -895,24 +895,19 @@ def read_row(folder, line, where):
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 
 
-def member_key(member):
-    """Key of the sample to which a member of a tar file belongs, or None, as for directories and hidden files."""
-    match = MEMBER.fullmatch(member.name)
-    return match[1] if match and member.isfile() else None
-
-
 def list_shard(path, start=0):
     """Yields (offset, SampleFiles) of a tar file's samples from an offset on. Only headers are read.
 
-    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ... What has no image is left out.
+    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ... It must have an image.
     """
     with open(path, "rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in itertools.groupby(filter(member_key, tar), member_key):
+            members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
+            for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
                 files = {}
                 offsets = []
-                for member in members:
+                for member in group:
                     offsets.append(member.offset)
                     kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
                     kind = kind or ("image" if suffix in IMAGES else suffix)
@@ -921,15 +916,16 @@ def list_shard(path, start=0):
                     yield offsets[0], SampleFiles(key, files)
 
 
-def sample_offsets(path):
-    """Offsets of the samples of a tar file."""
+def sample_offsets(path, limit=None):
+    """Offsets of the samples of a tar file, or of its first ones up to a limit."""
     with reading(path):
-        return [offset for offset, _ in list_shard(path)]
+        return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
 
 
 def index_shards(paths, workers=0, limit=None):
     """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
-    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=sample_offsets)
+    count = functools.partial(sample_offsets, limit=limit)
+    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
     index = []
     for shard, offsets in enumerate(tqdm(offsets_of_shards, "counting the samples of --data", delay=5, leave=False)):
         index += [(shard, offset) for offset in offsets]
@@ -1036,20 +1032,14 @@ class PerSampleRNG:
         return pairs[:, :count].reshape(-1, *shape)
 
 
-def training_parts(args, step, rank, ranks):
-    """Endless ranges of indices: what one rank trains on from a step on, in args.grad_accum parts per step."""
-    size = args.batch_size // ranks // args.grad_accum
-    for number in itertools.count(step):
-        indices = training_indices(args.seed, number, args.batch_size, rank, ranks)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
-
-
 def training_batches(source, args, step, rank, ranks, device):
     """Endless Batches of one rank, from a step on, args.grad_accum of them per step. Shards are counted first."""
     if source.shards:
         source.listing = saved_index(source.shards, args.out, args.workers, rank)
-    return source.load(training_parts(args, step, rank, ranks), args.workers, device)
+    size = args.batch_size // ranks // args.grad_accum
+    steps = (training_indices(args.seed, i, args.batch_size, rank, ranks) for i in itertools.count(step))
+    parts = (indices[start : start + size] for indices in steps for start in range(0, len(indices), size))
+    return source.load(parts, args.workers, device)
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
