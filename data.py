@@ -672,7 +672,7 @@ def nearest(values, valid, size, box):
 # ---- Sources ----
 # Where samples come from: the synthetic world, a folder, or tar shards. All give Batches of the wanted modalities.
 
-ATTEMPTS = 10  # samples that training tries in place of one that cannot be read
+ATTEMPTS = 10  # so many samples in a row that cannot be read end a training run
 
 
 @dataclass
@@ -771,10 +771,13 @@ class Files(Dataset):
             return next(list_shard(self.shards[shard], offset))[1]
 
     def __getitem__(self, index):
-        """Read a sample. If that fails, the next one of the epoch replaces it, up to so many attempts."""
+        """Read a sample as a dictionary. If it cannot be read, the next one of the epoch replaces it.
+
+        Raises BadSample if so many attempts fail.
+        """
         count = len(self.listing)
         epoch, position = divmod(index % SEED_STEP, count)
-        order = epoch_order(self, epoch)
+        order = epoch_order(count, self.args.seed, epoch) if self.training else range(count)
         for attempt in range(self.attempts):
             try:
                 sample = self.sample_files(order[(position + attempt) % count])
@@ -786,7 +789,7 @@ class Files(Dataset):
         raise problem
 
     def read_sample(self, sample, epoch):
-        """SampleFiles -> a dictionary of maps, masks, caption and name. What is read is cropped, resized and mirrored.
+        """Read the image and the maps, and crop, resize and mirror them together: {"maps", "masks", "caption", "name"}.
 
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
@@ -848,12 +851,9 @@ def load_parallel(dataset, workers, **options):
 
 
 @functools.lru_cache(2)
-def epoch_order(source, epoch):
-    """Numbers of all samples in the order of an epoch, which is random in training: a function of (seed, epoch)."""
-    count = len(source.listing)
-    if not source.training:
-        return np.arange(count)
-    return np.random.default_rng([source.args.seed, epoch, 1]).permutation(count)
+def epoch_order(count, seed, epoch):
+    """Numbers of count samples in the order of an epoch of training."""
+    return np.random.default_rng([seed, epoch, 1]).permutation(count)
 
 
 @functools.lru_cache(4)
@@ -905,15 +905,14 @@ def list_shard(path, start=0):
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
             for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
+                group = list(group)
                 files = {}
-                offsets = []
                 for member in group:
-                    offsets.append(member.offset)
                     kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
                     kind = kind or ("image" if suffix in IMAGES else suffix)
                     files.setdefault(kind, TarMember(path, member.name, member.offset_data, member.size))
                 if "image" in files:
-                    yield offsets[0], SampleFiles(key, files)
+                    yield group[0].offset, SampleFiles(key, files)
 
 
 def sample_offsets(path, limit=None):
