@@ -926,7 +926,8 @@ def index_shards(paths, workers=0, limit=None):
     count = functools.partial(sample_offsets, limit=limit)
     offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
     index = []
-    for shard, offsets in enumerate(tqdm(offsets_of_shards, "counting the samples of --data", delay=5, leave=False)):
+    bar = {"desc": "counting the samples of --data", "delay": 5, "leave": False, "disable": None}  # None: in a terminal
+    for shard, offsets in enumerate(tqdm(offsets_of_shards, **bar)):
         index += [(shard, offset) for offset in offsets]
         if limit is not None and len(index) >= limit:
             break
