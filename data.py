@@ -975,7 +975,7 @@ def open_source(args, split, size, modalities, device="cpu"):
     missing = [path for path in shards if not os.path.isfile(path)]
     if missing or not shards:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {args.data}: no file {''.join(missing[:1])}; must be {known}")
+        fail(f"--data {args.data}: unknown source, no file {''.join(missing[:1])}; must be {known}")
     return Files(args, training, size, modalities, shards=shards)
 
 

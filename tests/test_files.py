@@ -519,7 +519,7 @@ def test_brace_ranges(capsys):
     assert data.expand("{0..1}/{1..2}.tar") == ["0/1.tar", "0/2.tar", "1/1.tar", "1/2.tar"]
     assert data.expand("{0..1}{0..1}.tar") == ["00.tar", "01.tar", "10.tar", "11.tar"]
     for pattern in ("x{5..3}.tar", "x{0..3}.tar"):
-        assert f"--data {pattern}: no file" in refused(capsys, open_source, pattern)
+        assert f"--data {pattern}: unknown source, no file" in refused(capsys, open_source, pattern)
 
 
 def test_names_in_shards(tmp_path):
