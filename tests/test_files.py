@@ -123,25 +123,30 @@ def test_images_are_a_map_too():
 # ---- Geometry ----
 
 
-def whole_box(shape, size, position):
-    return data.crop_box(shape, shape, size, position)
-
-
-def brute_nearest(values, known, size, box):
+def cell_geometry(size, box):
+    """For each cell (i, j): (its index, the coordinates of its centre, its height and width), in pixels of the map."""
     left, top, right, bottom = box
-    tall, wide = (bottom - top) / size[0], (right - left) / size[1]
-    out, found = np.zeros(size), np.zeros(size, bool)
+    tall = (bottom - top) / size[0]
+    wide = (right - left) / size[1]
     for i, j in itertools.product(range(size[0]), range(size[1])):
-        y, x = top + (i + 0.5) * tall, left + (j + 0.5) * wide
+        yield (i, j), (top + (i + 0.5) * tall, left + (j + 0.5) * wide), (tall, wide)
+
+
+def brute_nearest(values, valid, size, box):
+    """data.nearest by its definition: look at all pixels for each cell."""
+    out = np.zeros(size)
+    found = np.zeros(size, bool)
+    for cell, (y, x), (tall, wide) in cell_geometry(size, box):
         best = np.inf
-        own = int(y), int(x)
-        for r, c in itertools.product(range(values.shape[0]), range(values.shape[1])):
-            inside = (
-                top + i * tall <= r + 0.5 < top + (i + 1) * tall and left + j * wide <= c + 0.5 < left + (j + 1) * wide
-            )
-            away = (r + 0.5 - y) ** 2 + (c + 0.5 - x) ** 2
-            if known[r, c] and (inside or (r, c) == own) and away < best:
-                best, out[i, j], found[i, j] = away, values[r, c], True
+        under_centre = (int(y), int(x))
+        for r, c in np.argwhere(valid):
+            down = r + 0.5 - y
+            across = c + 0.5 - x
+            is_covered = -tall / 2 <= down < tall / 2 and -wide / 2 <= across < wide / 2
+            if (is_covered or (r, c) == under_centre) and down**2 + across**2 < best:
+                best = down**2 + across**2
+                out[cell] = values[r, c]
+                found[cell] = True
     return out, found
 
 
@@ -149,23 +154,22 @@ def brute_nearest(values, known, size, box):
 @pytest.mark.parametrize(
     ("shape", "size"), [((23, 31), (5, 7)), ((16, 16), (16, 16)), ((9, 12), (16, 20)), ((30, 13), (4, 4))]
 )
-def test_nearest_known_pixel_by_brute_force(share, shape, size):
+def test_nearest_valid_pixel_by_brute_force(share, shape, size):
     rng = np.random.default_rng(0)
-    values, known = rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32), rng.random(shape) < share
-    box = whole_box(shape, size, (0.3, 0.8))
-    (out, found), (expected, expected_found) = (
-        data.nearest(values, known, size, box),
-        brute_nearest(values, known, size, box),
-    )
+    values = rng.permutation(np.prod(shape)).reshape(shape).astype(np.float32)
+    valid = rng.random(shape) < share
+    box = data.crop_box(shape, shape, size, (0.3, 0.8))
+    out, found = data.nearest(values, valid, size, box)
+    expected, expected_found = brute_nearest(values, valid, size, box)
     assert (found == expected_found).all()
-    tall, wide = (box[3] - box[1]) / size[0], (box[2] - box[0]) / size[1]
-    for i, j in np.argwhere(found & (out != expected)):  # ties: two known pixels, equally near
-        y, x = box[1] + (i + 0.5) * tall, box[0] + (j + 0.5) * wide
-        places = [np.argwhere(values == v)[0] + 0.5 for v in (out[i, j], expected[i, j])]
-        assert np.ptp([np.hypot(*(place - (y, x))) for place in places]) < 1e-9
-    full, all_found = data.nearest(values, known | True, size, box)
+    for cell, centre, _ in cell_geometry(size, box):  # two valid pixels may be equally near
+        if found[cell]:
+            places = [np.argwhere(values == value)[0] + 0.5 for value in (out[cell], expected[cell])]
+            assert np.ptp([np.hypot(*(place - centre)) for place in places]) < 1e-9
+
+    full, all_found = data.nearest(values, np.ones(shape, bool), size, box)
     assert all_found.all() and set(full.ravel()) <= set(values.ravel())  # nothing is averaged
-    stacked, same = data.nearest(np.stack([values, -values, 2 * values], 2), known, size, box)
+    stacked, same = data.nearest(np.stack([values, -values, 2 * values], 2), valid, size, box)
     assert (same == found).all()
     np.testing.assert_array_equal(stacked[found], np.stack([out, -out, 2 * out], 2)[found])
 
@@ -209,8 +213,7 @@ def test_image_and_depth_are_cropped_together(training, down, kind, options, tmp
         error = (sample["maps"]["rgb"][:, :, 0] - depth)[1:-1, 1:-1]
         assert sample["masks"]["depth"].all()
         assert np.abs(error).max() < 2.5 and np.abs(error.mean()) < 0.5  # of 3.6 grey levels in a pixel
-        first, last = depth[0, 0], depth[0, -1]
-        seen.add((float(first.round()), bool(first > last)))
+        seen.add((float(depth[0, 0].round()), bool(depth[0, 0] > depth[0, -1])))
     assert len(seen) == 1 if not training else len(seen) > 10
     assert {mirrored for _, mirrored in seen} == ({False, True} if training and not down else {False})
 
@@ -355,7 +358,8 @@ def test_an_epoch_has_each_sample_once_in_an_order_of_its_own():
 @pytest.mark.parametrize("layout", ["folder", "shards"])
 def test_training_sees_each_sample_once_in_an_epoch(layout, world, tmp_path):
     """The samples of all shards are shuffled together, however unequal the shards are."""
-    path, count = (world["folder"], 30)
+    path = world["folder"]
+    count = 30
     if layout == "shards":
         path, count = uneven_shards(tmp_path)
     batches = itertools.islice(training_batches(path, batch_size=count), 3)
@@ -420,11 +424,12 @@ def test_indices_in_training_are_global(world):
 @pytest.fixture
 def headers(monkeypatch):
     """A list that gets the path of a tar file for each header that is read from it."""
-    read, whole = [], tarfile.TarInfo.fromtarfile.__func__
+    read = []
+    from_tarfile = tarfile.TarInfo.fromtarfile.__func__
 
     def counting(cls, file):
         read.append(file.name)
-        return whole(cls, file)
+        return from_tarfile(cls, file)
 
     monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(counting))
     return read
