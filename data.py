@@ -333,14 +333,6 @@ def intersect(origin, direction, solids):
     return near, far
 
 
-def first_hit(origin, direction, solids):
-    """Distance to the first surface on each ray, and the index of its solid: each (B, 1, P)."""
-    near, far = intersect(origin, direction, solids)
-    in_front = (near < far) & (near > 1e-3)
-    objects = torch.where(in_front, near, torch.inf)[:, :ROOM]
-    return torch.cat([objects, far[:, ROOM:]], 1).min(1, keepdim=True)  # the camera is inside the room
-
-
 def surface_geometry(point, index, solids):
     """The surface at points (3, B, 1, P) of the solids with these indices.
 
@@ -403,8 +395,12 @@ def render(scenes, height, width=None, device="cpu"):
     solids["angle"] = scenes["angle"].unsqueeze(-1)
     scenes = {name: value.movedim(0, -1)[..., None, None] for name, value in scenes.items()}  # (..., B, 1, 1)
 
+    # Depth and solid of the first surface on each ray, (B, 1, P). The camera is inside the room.
     origin, ray = camera_rays(scenes, height, width)
-    depth, index = first_hit(origin, ray, solids)
+    near, far = intersect(origin, ray, solids)
+    near = torch.where((near < far) & (near > 1e-3), near, torch.inf)
+    depth, index = torch.cat([near[:, :ROOM], far[:, ROOM:]], 1).min(1, keepdim=True)
+
     point = origin + depth * ray
     normal, position = surface_geometry(point, index, solids)
     colors = surface_colors(scenes, normal, position, depth, index)
@@ -686,17 +682,17 @@ class Batch:
     names: list
 
 
+@dataclass
 class SyntheticWorld:
     """The synthetic world as a source: it has a sample for every index."""
+
+    split: str
+    size: tuple  # (H, W)
+    device: str = "cpu"
 
     modalities = ("rgb", "depth", "normal")
     listing = range(1 << 32)
     shards = ()
-
-    def __init__(self, split, size, device="cpu"):
-        self.split = split
-        self.size = size
-        self.device = device
 
     def samples(self, indices):
         scenes = draw_scenes(self.split, indices)
@@ -737,30 +733,21 @@ class SampleFiles:
     files: dict  # {"image", "txt" or a modality: Path or TarMember}
     text: str = ""  # the caption, unless a file "txt" holds it
 
-    def read_caption(self):
-        if "txt" not in self.files:
-            return self.text
-        with reading(self.files["txt"]):
-            return self.files["txt"].read_bytes().decode()
 
-
+@dataclass
 class Files(Dataset):
     """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
 
     So the samples of a step do not depend on the number of ranks, --workers or --grad-accum.
-
-    listing: the SampleFiles of a folder, or (shard, offset) of each sample in shards, (n, 2), once they are counted.
     """
 
-    attempts = ATTEMPTS
-
-    def __init__(self, args, training, size, modalities, listing=(), shards=()):
-        self.args = args
-        self.training = training
-        self.size = size
-        self.modalities = modalities
-        self.listing = listing
-        self.shards = shards
+    args: argparse.Namespace
+    training: bool
+    size: tuple  # (H, W)
+    modalities: tuple
+    listing: list = ()  # SampleFiles of a folder; of shards an array (n, 2): the shard and the offset of each sample
+    shards: list = ()
+    attempts: int = ATTEMPTS
 
     def sample_files(self, number):
         """The SampleFiles of a sample, by its number in the listing."""
@@ -794,7 +781,10 @@ class Files(Dataset):
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        caption = sample.read_caption()
+        caption = sample.text
+        if "txt" in sample.files:
+            with reading(sample.files["txt"]):
+                caption = sample.files["txt"].read_bytes().decode()
         position = (0.5, 0.5)
         is_mirrored = False
         if self.training:
@@ -926,8 +916,8 @@ def index_shards(paths, workers=0, limit=None):
     count = functools.partial(sample_offsets, limit=limit)
     offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
     index = []
-    bar = {"desc": "counting the samples of --data", "delay": 5, "leave": False, "disable": None}  # None: in a terminal
-    for shard, offsets in enumerate(tqdm(offsets_of_shards, **bar)):
+    progress = tqdm(offsets_of_shards, "counting the samples of --data", leave=False, disable=None)  # in a terminal
+    for shard, offsets in enumerate(progress):
         index += [(shard, offset) for offset in offsets]
         if limit is not None and len(index) >= limit:
             break
@@ -1056,10 +1046,7 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
 
 
 def ignore_signals(worker):
-    """Let a worker process ignore signals that end a run.
-
-    Schedulers and Ctrl-C signal all processes, and the one that trains still needs its workers to finish its step.
-    """
+    """Let a worker ignore what schedulers and Ctrl-C send to all processes: training needs it to finish a step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
