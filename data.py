@@ -40,7 +40,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -556,19 +556,11 @@ def read_normals(name, content, **_):
     return vectors / np.where(valid, length, 1)[..., None], valid
 
 
-@dataclass(frozen=True)
-class Format:
-    """How files hold the values of an encoding."""
-
-    suffixes: tuple
-    read: Callable  # (name of the file, its bytes, options of read_depth) -> values (H, W, C), valid (H, W)
-    mirror: tuple = (1,)  # factors of the channels of a mirrored map
-
-
-FORMATS = {  # for each key of model.ENCODINGS
-    "plain": Format(IMAGES, read_image),
-    "relative depth": Format(("png", "npy"), read_depth),
-    "unit vectors": Format(("npy",), read_normals, mirror=(-1, 1, 1)),
+Format = namedtuple("Format", ["suffixes", "read", "mirror"])  # mirror: factors of the channels of a mirrored map
+FORMATS = {  # how files hold the values of each of model.ENCODINGS; read returns values (H, W, C), valid (H, W)
+    "plain": Format(IMAGES, read_image, (1,)),
+    "relative depth": Format(("png", "npy"), read_depth, (1,)),
+    "unit vectors": Format(("npy",), read_normals, (-1, 1, 1)),
 }
 
 
