@@ -21,7 +21,6 @@ import datetime
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -32,6 +31,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import signal
 import stat
 import sys
@@ -56,7 +56,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -1328,8 +1327,7 @@ def truncated_words(caption, length):
 def encode_text(captions, length):
     """Captions -> (B, length) uint8: UTF-8, each word at the start of a token of TEXT_PATCH bytes, zeros between.
 
-    A word longer than a token continues in the next one. What does not fit in length is cut. An empty caption is all
-    zeros.
+    A word longer than a token continues in the next one. What does not fit in length is cut.
     """
     text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
     for row, caption in zip(text, captions, strict=True):
@@ -1341,7 +1339,8 @@ def encode_text(captions, length):
 
 
 class PixelsAndBytes:
-    """No encoders. The object that load(device) of a --encoders file returns has the same seven members:
+    """No encoders. The object that load(device) of a --encoders file returns has the same seven members. Tensors are
+    finite, and float32 unless they are bytes.
 
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
@@ -1349,8 +1348,6 @@ class PixelsAndBytes:
 
     image_channels, image_stride  channels of the latents, and pixels per latent, per side
     text_length, text_dim         tokens of a caption, channels of each; text_dim 0 is bytes, (B, text_length) uint8
-
-    All tensors are finite, and float32 unless they are bytes.
     """
 
     image_channels = 3
@@ -1372,34 +1369,24 @@ class PixelsAndBytes:
 @torch.no_grad()
 def check_encoders(encoders, device, config):
     """Raise ValueError unless encoders return what PixelsAndBytes documents, for a batch of two."""
-    patch = config.with_encoders(encoders).patch
-    rgb = torch.zeros(2, 3, 4 * patch, 6 * patch, device=device)
+    config = config.with_encoders(encoders)
+    rgb = torch.zeros(2, 3, 4 * config.patch, 6 * config.patch, device=device)
     latents = encoders.encode_image(rgb)
-    latent_size = [side // encoders.image_stride for side in rgb.shape[2:]]
-    text_shape = [2, encoders.text_length]
-    if encoders.text_dim:
-        text_shape.append(encoders.text_dim)
-    checks = [
-        ("encode_image", latents, [2, encoders.image_channels, *latent_size]),
-        ("decode_image", encoders.decode_image(latents), list(rgb.shape)),
-        ("encode_text", encoders.encode_text(["", "a red ball"]), text_shape),
-    ]
-    for name, returned, shape in checks:
-        if list(returned.shape) != shape or not returned.isfinite().all():
-            raise ValueError(
-                f"{name} returned {returned.dtype} of shape {list(returned.shape)}; must be finite, {shape}"
-            )
+    text_shape = (2, encoders.text_length, encoders.text_dim)
+    expected = {
+        "encode_image": (latents, (2, *config.modalities[0].shape(rgb.shape[2:]))),
+        "decode_image": (encoders.decode_image(latents), tuple(rgb.shape)),
+        "encode_text": (encoders.encode_text(["", "a red ball"]), text_shape if encoders.text_dim else text_shape[:2]),
+    }
+    for name, (returned, shape) in expected.items():
+        if tuple(returned.shape) != shape or not returned.isfinite().all():
+            raise ValueError(f"{name} returned a tensor of shape {tuple(returned.shape)}; must be {shape}, finite")
 
 
 def load_encoders(path, device, config):
     """Run a --encoders file, and check what its load(device) returns."""
-    if not os.path.isfile(path):
-        fail(f"--encoders {path}: no such file")
     try:
-        spec = importlib.util.spec_from_file_location("encoders", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        encoders = module.load(device)
+        encoders = runpy.run_path(path)["load"](device)
         check_encoders(encoders, device, config)
     except Exception as error:
         fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
@@ -1407,24 +1394,19 @@ def load_encoders(path, device, config):
 
 
 def open_encoders(path, device, config, trained_with=None):
-    """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty.
+    """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty. Exit code 2 if they do not fit.
 
     trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
-    Encoders that do not fit the checkpoint end the program with one line.
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
     if trained_with is not None and config.with_encoders(encoders) != config:
-        image = config.modalities[0]
-        needs = f"{image.channels} channels at 1/{image.stride}, text {config.text_length} x {config.text_dim}"
-        used = trained_with or "no file"
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {used}: {needs}; give what fits")
+        used = trained_with or "(none)"
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with other ones, --encoders {used}")
     return encoders
 
 
 # ---- Flags ----
 # The command lines of all scripts: types, which check a value, and the settings that several scripts share.
-
-MAX_SIDE = 8192  # pixels
 
 
 def number(low, high, above=False, kind=float):
@@ -1447,6 +1429,7 @@ def number(low, high, above=False, kind=float):
 whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
+MAX_SIDE = 8192  # pixels
 SIDE = whole(0, MAX_SIDE)  # 0 stands for the value of another flag or of the network
 SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
@@ -1461,8 +1444,7 @@ def by_modality(read_number):
             name, _, value = entry.rpartition("=")
             numbers[name or "rgb"] = read_number(value)
         if not numbers.keys() <= MODALITIES.keys():
-            known = ", ".join(MODALITIES)
-            raise argparse.ArgumentTypeError(f"{text}: must be a number, or such as rgb=0.5,depth=0.2, of {known}")
+            raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5, of {', '.join(MODALITIES)}")
         return numbers
 
     return read
@@ -1569,16 +1551,14 @@ def training_settings(p, steps, out):
 
 
 def parse_run(p):
-    """Parse the flags of a training script. With --resume, the settings of the run's config.json are the defaults.
-
-    Two settings are not taken from it: --out, since a run may have been copied, and --encoders, since that file is run.
-    """
+    """Parse the flags of a training script. With --resume, the settings of the run's config.json are the defaults."""
     args = p.parse_args()
     path = Path(args.out) / "config.json"
     if not args.resume or not path.is_file():
         return args
 
     settings = json.loads(path.read_bytes())
+    # A run may have been copied from its --out, and --encoders is code, which must be named to be run.
     for name in vars(args).keys() & settings.keys() - {"out", "encoders"}:
         p.set_defaults(**{name: settings[name]})
     args = p.parse_args()
@@ -1622,10 +1602,7 @@ def pick_device(name):
 
 
 def run_script(main):
-    """Call the main function of a script. A problem of the disk or of memory is one line and exit code 2.
-
-    Ctrl-C is exit code 130. Any other exception is a bug and keeps its traceback.
-    """
+    """Call main. A full disk or memory is one line and exit code 2, Ctrl-C exit code 130; a bug keeps its traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -1637,10 +1614,7 @@ def run_script(main):
 
 
 def claim_folder(path, *own):
-    """Make a directory to write to. It must be new or empty, or hold one of the files called own.
-
-    These are names that only the calling script would have written, so that no file of yours is overwritten.
-    """
+    """Make a directory to write to: new, empty, or with one of the files called own, which only this script writes."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not any((folder / name).exists() for name in own):
@@ -1653,9 +1627,8 @@ def tolerate(what):
     """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full GPU as a RuntimeError
-        cause = error.__context__ or error  # torch.save raises an error of its own after that of the disk
-        log(f"{what}: not written ({cause}); training continues")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError, after the disk's error if any
+        log(f"{what}: not written ({error.__context__ or error}); training continues")
 
 
 @contextlib.contextmanager
@@ -1711,15 +1684,10 @@ def save_checkpoint(out, state, keep):
 
 
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
-INFERENCE_KEYS = ("config", "settings", "ema")
-TRAINING_KEYS = ("config", "settings", "step", "skipped", "model", "ema", "optimizer")
 
 
-def read_checkpoint(path, keys):
-    """Read the dictionary that a training script saved. Its tensors are read from the file when they are used.
-
-    Raises OSError, and ValueError if the file is damaged or lacks one of the keys.
-    """
+def read_checkpoint(path, keys=("config", "settings", "ema")):
+    """The dictionary that a training script saved. Raises ValueError if it is damaged or lacks one of the keys."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError):
@@ -1734,24 +1702,19 @@ def open_network(path, flag="--checkpoint"):
     """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
-    if path == NANO:
-        log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     try:
-        state = read_checkpoint(path, INFERENCE_KEYS)
+        state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
 
 def newest_checkpoint(out):
-    """The newest checkpoint of a run directory that can be read, as a dictionary; {} if there is none yet.
-
-    Exit code 2 if there are some, but none can be read.
-    """
+    """The newest checkpoint of a run that can be read; {} if there is none. Exit code 2 if all are damaged."""
     paths = list_checkpoints(out)
     for path in reversed(paths):
         try:
-            return read_checkpoint(path, TRAINING_KEYS)
+            return read_checkpoint(path, ("config", "settings", "step", "skipped", "model", "ema", "optimizer"))
         except ValueError as error:
             log(f"--resume: {path.name} is passed over ({error})")
     if paths:
@@ -1773,7 +1736,7 @@ def lock_run(out, resume):
 
 
 def training_flops(config, size, teacher_config=None):
-    """FLOPs of a training step per image of size (H, W); the teacher's forward pass is a third of its training."""
+    """FLOPs of training per image of size (H, W); the teacher's forward pass is a third of its training."""
     flops = training_cost(config, size)[1]
     if teacher_config:
         flops += training_cost(teacher_config, size)[1] / 3
@@ -1782,10 +1745,10 @@ def training_flops(config, size, teacher_config=None):
 
 def print_cost(config, size, teacher_config=None):
     """Print what --dry-run promises, for images of size (H, W)."""
+    parameters = training_cost(config, size)[0] / 1e6
+    flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)
-    print(f"{size[0]}x{size[1]}, {names}: {training_cost(config, size)[0] / 1e6:.1f}M parameters")
-    flops = training_flops(config, size, teacher_config)
-    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
+    print(f"{names} at {size[0]}x{size[1]}: {parameters:.1f}M parameters, {flops:.2f} GFLOP per training image")
 
 
 def matmul_peak(device, dtype=torch.float32, repeats=10):
@@ -1798,18 +1761,6 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
         (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * side**3 / fastest
-
-
-def shard(network):
-    """Split the weights of a network over the ranks. Each gathers a block's weights when it runs that block."""
-    for block in network.all_blocks():
-        fully_shard(block)
-    fully_shard(network, reshard_after_forward=True)
-
-
-def whole_norm(norm):
-    """A norm over weights or gradients, which may be sharded, as a plain tensor."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @dataclass
@@ -1830,17 +1781,9 @@ def validation_batch(args, modalities, device, count=8):
 
 
 class Run:
-    """A training run: everything that both stages do around their losses. The methods are called in this order:
+    """A training run: what both stages do around their losses. main and train of a script call its methods in order.
 
-    run = Run(args, device)               join the other ranks, claim the run directory
-    run.start(network, draw_samples)      make the EMA; shard, resume, compile
-    while run.goes_on():
-        run.sum_over_ranks(counts)        the numbers of values by which the losses are divided
-        for part in run.each(parts):
-            run.record(...)               a term of the loss, for metrics.jsonl
-            run.backward(loss)
-        run.end_step()                    clip the gradient, update weights and EMA; log, save and draw when it is time
-    run.close()
+    That is: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA, skipped steps, checkpoints, metrics.
     """
 
     def __init__(self, args, device):
@@ -1886,7 +1829,8 @@ class Run:
 
         if self.sharded:
             for each in (*networks, self.ema):
-                shard(each)
+                for module in (*each.all_blocks(), each):
+                    fully_shard(module, reshard_after_forward=True)  # its weights are gathered when it runs
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
         if args.resume:
             self.resume()
@@ -1925,10 +1869,7 @@ class Run:
             yield part
 
     def record(self, term, name, values, part):
-        """Add to the mean in metrics.jsonl called term: values (B,) are sums over the mask of the modality name.
-
-        Each training mode gets a mean of its own, too (model.split_by_mode).
-        """
+        """Add to the mean called term, over all samples and by training mode. values (B,) are sums over name's mask."""
         if term not in self.terms:
             self.terms.append(term)
         counts = part.mask[name].sum((1, 2, 3))  # (B,)
@@ -1936,18 +1877,17 @@ class Run:
             self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
 
     def backward(self, loss):
-        """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks.
-
-        DDP and FSDP average gradients over the ranks. Multiplied by the number of ranks, the average is the sum.
-        """
-        loss = loss * self.ranks
+        """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
+        loss = loss * self.ranks  # DDP and FSDP average gradients over the ranks, and the sum is wanted
         # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
         loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
 
     def end_step(self):
         """Update the weights, or skip the step; then log, save and draw when it is time."""
         args = self.args
-        norm = whole_norm(torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        if self.sharded:
+            norm = norm.full_tensor()
         signals = torch.full_like(norm, len(self.caught_signals))
         if self.ranks > 1:
             dist.all_reduce(signals)  # if one rank is told to stop, all stop after the same step
@@ -1958,10 +1898,9 @@ class Run:
             self.update_weights()
         else:
             self.skip_step()
-        # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
-        keep_gradients = self.ranks > 1 and args.grad_accum > 1
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=not keep_gradients)
+            # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
+            optimizer.zero_grad(set_to_none=self.ranks == 1 or args.grad_accum == 1)
         self.bar.update()
 
         saving = self.stopping or self.step == args.steps or self.step % args.checkpoint_every == 0
@@ -1994,8 +1933,6 @@ class Run:
         """Note a signal, so that the run stops after this step. A second one ends the process at once."""
         self.caught_signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-
-    # The steps of start and end_step.
 
     def wrap(self, networks):
         """Compile the networks if wanted, and return the one that predicts in training: the model or DDP around it."""
@@ -2071,31 +2008,24 @@ class Run:
         means = {name: total / count for name, (total, count) in sums.items() if count}
         losses = {term: means[term] for term in self.terms if term.startswith("loss_") and term in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {
-            "step": self.step,
-            "loss": sum(losses.values()),
-            **means,
-            "grad_norm": norm,
-            "lr": self.learning_rate(),
-            "skipped": self.skipped,
-            "images_per_s": speed,
-            "tflops": speed * self.flops / 1e12,
-            "utilization": speed * self.flops / self.peak,
-        }
+        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
+        row.update(skipped=self.skipped, images_per_s=speed)
+        row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
         self.row_sums = {}
         if self.rank == 0:
             path = self.out / "metrics.jsonl"
             with tolerate(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
-            rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
-            self.bar.set_postfix_str(f"{shown}, {rates}")
+            self.bar.set_postfix_str(f"{shown}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak")
 
     def save(self):
         """Write a checkpoint, unless weights are not finite."""
         self.saved = False
-        weights = [*self.model.parameters(), *self.ema.parameters()]
-        if not whole_norm(torch.nn.utils.get_total_norm(weights)).isfinite():
+        norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *self.ema.parameters()])
+        if self.sharded:
+            norm = norm.full_tensor()
+        if not norm.isfinite():
             if self.rank == 0:
                 log(f"step {self.step}: no checkpoint, since weights are not finite")
             return
