@@ -1440,10 +1440,11 @@ def by_modality(read_number):
 
     def read(text):
         numbers = {}
-        for entry in text.split(","):
+        entries = text.split(",")
+        for entry in entries:
             name, _, value = entry.rpartition("=")
             numbers[name or "rgb"] = read_number(value)
-        if not numbers.keys() <= MODALITIES.keys():
+        if len(numbers) < len(entries) or not numbers.keys() <= MODALITIES.keys():
             raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5, of {', '.join(MODALITIES)}")
         return numbers
 
