@@ -3,6 +3,7 @@
 python tests/animate.py --prompt "a red ball in a room" --order rgb,depth --out runs/rgb-first.gif
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def main():
     frames = []
     network.sample(schedule, noise, text, guidance=guidance, callback=frames.append)
 
-    every = -(-len(frames) // MAX_FRAMES)
-    pictures = [draw_frame(network, x) for x in [*frames[::every], frames[-1]]]
+    step = math.ceil(len(frames) / MAX_FRAMES)
+    pictures = [draw_frame(network, x) for x in [*frames[::step], frames[-1]]]
     times = [FRAME_TIME] * (len(pictures) - 1) + [LAST_FRAME_TIME]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

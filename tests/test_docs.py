@@ -52,7 +52,6 @@ def calls(tmp_path, monkeypatch):
     activate.write_text("")
     record = tmp_path / "calls"
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(record)}
-    (tmp_path / "maps/other").mkdir(parents=True)  # evaluate.py --predictions must name a directory
     monkeypatch.chdir(tmp_path)
 
     def calls(text):

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -207,36 +206,29 @@ def test_an_image_of_strength_zero_tells_nothing():
     assert (find(1, 1.0) - find(2, 1.0)).abs().mean() > 1e-2
 
 
-def test_a_batch_counts_members_and_guided_copies():
+def test_a_batch_counts_members_and_guided_copies(monkeypatch):
+    monkeypatch.setattr(data, "open_source", lambda *args: None)
+    monkeypatch.setattr(data, "in_order", lambda source, count, batch_size, *rest: batch_size)
+
     def count(task, scale, ensemble):
-        args = argparse.Namespace(task=task, cfg={"rgb": scale}, ensemble=ensemble, batch_size=16)
-        return evaluate.images_per_batch(args)
+        flags = {"task": task, "cfg": {"rgb": scale}, "ensemble": ensemble, "batch_size": 16}
+        args = settings(**flags, images=0, map_size=(16, 16), workers=0)
+        return evaluate.read_samples(args, (RGB, DEPTH), "cpu")
 
     assert count("depth", 3.0, 1) == 16 and count("depth", 3.0, 5) == 3
     assert count("image", 3.0, 1) == 8 and count("image", 1.0, 1) == 16
     assert count("joint", 1.0, 40) == 1
 
 
-def test_the_blind_map_is_the_mean_over_valid_pixels():
-    source = data.SyntheticWorld("train", (16, 16))
-    batch = source.samples(range(40))
+def test_the_mean_map_is_the_mean_over_valid_pixels(monkeypatch):
+    monkeypatch.setattr(evaluate, "MEAN_IMAGES", 40)
+    batch = data.SyntheticWorld("train", (16, 16)).samples(range(40))
+    args = settings(data="synthetic", map_size=(16, 16))
     normals = torch.where(batch.valid["normal"], batch.values["normal"], 0.0).sum(0)
-    close(evaluate.blind_map(NORMAL, source, 40), torch.nn.functional.normalize(normals, dim=0))
+    close(evaluate.mean_map(args, NORMAL), torch.nn.functional.normalize(normals, dim=0))
     relative = DEPTH.encode(batch.values["depth"], batch.valid["depth"])
     mean = relative.sum(0) / batch.valid["depth"].sum(0).clamp(min=1)
-    close(evaluate.blind_map(DEPTH, source, 40), DEPTH.decode(mean))
-
-
-def test_names_of_many_samples_are_compared_quickly(monkeypatch):
-    """20,000 names: to look each one up among all the others would take ten seconds."""
-    names = [[f"{i:06}" for i in range(start, start + 100)] for start in range(0, 20_000, 100)]
-    batches = [data.Batch({}, {}, [], [], some, []) for some in names]
-    monkeypatch.setattr(data, "open_source", lambda *args: None)
-    monkeypatch.setattr(data, "in_order", lambda *args: batches)
-    args = argparse.Namespace(task="depth", data="folder", images=0, batch_size=100, workers=0, ensemble=1, cfg={})
-    start = time.perf_counter()
-    assert list(evaluate.read_samples(args, (16, 16), (RGB, DEPTH), "cpu")) == batches
-    assert time.perf_counter() - start < 1
+    close(evaluate.mean_map(args, DEPTH), DEPTH.decode(mean))
 
 
 # ---- evaluate.py ----
@@ -320,7 +312,7 @@ def test_normals_from_images(checkpoints, world, results, capsys):
     low, high = found["degrees_95"]
     assert low < found["degrees"] < high
     assert found["baseline_degrees"] < found["degrees"]  # a random network sees nothing
-    assert "mean normal map, input-blind" in capsys.readouterr().out
+    assert "mean map, without the image" in capsys.readouterr().out
     from_files = results(f"{line} --data {world}/folder")  # through a JPEG
     assert from_files["degrees"] == pytest.approx(found["degrees"], rel=0.05)
 
@@ -350,49 +342,47 @@ def test_predictions_score_as_the_network_that_made_them(checkpoints, world, res
     assert ours["per_image"] == again["per_image"] and len(ours["per_image"]) == 12
 
 
-def test_perfect_predictions_score_zero_at_any_resolution(tmp_path, results, monkeypatch, capsys):
-    """Maps of the whole picture are cropped and resized as it is; a benchmark's name brings its size and range."""
-    columns = np.linspace(1, 12, 600, dtype=np.float32)
-    rows = np.sin(np.arange(700) / 70).astype(np.float32)
+def test_a_benchmark_brings_its_size_and_range(tmp_path, results, monkeypatch, capsys):
+    """Perfect predictions of that size have no error, as .npy or as .png; those of another size are refused."""
+    columns = np.linspace(1, 12, 640, dtype=np.float32)
+    rows = np.sin(np.arange(480) / 70).astype(np.float32)
     depth = np.add.outer(rows, columns) + 1
+    picture = evaluate.Image.fromarray(np.full((480, 640, 3), 128, np.uint8))
     sample = next(world_samples("val", (16, 16), 1))
-    write_moge(tmp_path / "NYUv2", [{**sample, "depth": depth, "image": data.to_bytes(grey((700, 600)).save, "PNG")}])
-    sizes = []
+    write_moge(tmp_path / "NYUv2", [{**sample, "depth": depth, "image": data.to_bytes(picture.save, "PNG")}])
+    farthest = []
 
     def spy(prediction, target, valid, mode):
-        sizes.append((tuple(target.shape), target[valid].max().item()))
+        farthest.append(target[valid].max().item())
         return evaluate.depth_metrics(prediction, target, valid, mode)
 
-    scoring = evaluate.SCORINGS["relative depth"]
-    monkeypatch.setitem(evaluate.SCORINGS, "relative depth", scoring._replace(measure=spy))
+    metric = evaluate.METRICS["relative depth"]
+    monkeypatch.setitem(evaluate.METRICS, "relative depth", metric._replace(measure=spy))
     (tmp_path / "maps").mkdir()
     line = f"depth --data {tmp_path}/NYUv2 --predictions {tmp_path}/maps --align scale"
-    for shrink, allowed in ((1, 2e-3), (4, 5e-3)):
-        blocks = depth.reshape(700 // shrink, shrink, 600 // shrink, shrink)
-        np.save(tmp_path / "maps/000000.npy", blocks.mean((1, 3)) * 3)
-        found = results(line)
-        assert found["absrel"] < allowed and found["delta1"] == 1 and found["scored_at"] == [480, 640]
-        assert sizes[0][0] == (1, 480, 640) and 9.9 < sizes[0][1] <= 10
+    np.save(tmp_path / "maps/000000.npy", depth * 3)
+    found = results(line)
+    assert found["absrel"] < 2e-3 and found["delta1"] == 1 and found["map_size"] == [480, 640]
+    assert 9.9 < farthest[0] <= 10
+    (tmp_path / "maps/000000.npy").unlink()
+    evaluate.Image.fromarray((depth * 1000).astype(np.uint16)).save(tmp_path / "maps/000000.png")
+    assert results(f"{line} --align none")["absrel"] < 2e-3  # 16 bits, in millimetres
+
     np.save(tmp_path / "maps/000000.npy", np.ones((518, 518)))
     with pytest.raises(SystemExit):
         results(line)
-    assert "another shape than its image: (518, 518) instead of (700, 600)" in capsys.readouterr().err
+    assert "000000.npy: has shape (518, 518)" in capsys.readouterr().err
 
 
-def grey(size):
-    return evaluate.Image.fromarray(np.full((*size, 3), 128, np.uint8))
-
-
-def test_a_map_that_any_alignment_fits_has_no_ratio_to_the_baseline(world, results, tmp_path, capsys):
-    """Constant depth: what is seen and what is guessed blindly are both exact, which is said, and divides nothing."""
+def test_constant_depth_is_scored(world, results, tmp_path):
+    """What is seen and what is guessed blindly are both exact."""
     samples = list(world_samples("val", (16, 16), 2))
     for sample in samples:
         sample["depth"] = np.full((16, 16), 2, np.float32)
         np.save(tmp_path / f"{sample['name']}.npy", np.eye(16) + 1)
     LAYOUTS["folder"](tmp_path / "flat", samples)
     found = results(f"depth --data {tmp_path}/flat --predictions {tmp_path} --size 16")
-    assert found["absrel"] < 1e-6
-    assert "undefined: the baseline is exact" in capsys.readouterr().out
+    assert found["absrel"] < 1e-6 and found["baseline_absrel"] < 1e-6
 
 
 def test_predictions_may_be_nan_where_nothing_is_known(world, results, tmp_path, recwarn):
@@ -406,15 +396,31 @@ def test_predictions_may_be_nan_where_nothing_is_known(world, results, tmp_path,
 # ---- follow and joint ----
 
 
-def test_agreement_is_scored_after_alignment_and_beside_another_map(capsys):
-    targets = torch.rand(6, 1, 16, 16) + 1
-    targets[:, :, :2] = 0.0  # no surface
-    pairs = [(f"{i}", target * 2 + 1, target) for i, target in enumerate(targets)]
-    args = argparse.Namespace(data="", size=16, align="affine", judge="", judge_steps=1, checkpoint="", predictions="")
-    found = evaluate.report_agreement(args, pairs, ("own", "other"))
-    assert found["absrel"] < 1e-3 and found["delta1"] == 1 and found["images"] == 6
-    assert found["other_absrel"] > 0.05 and found["other_images"] == 5
-    assert "own" in capsys.readouterr().out
+def returning(values):
+    """A function that returns the next of the values at each call."""
+    remaining = iter(values)
+
+    def function(*args):
+        return next(remaining)
+
+    return function
+
+
+def test_agreement_is_scored_after_alignment_and_beside_the_sample_before(checkpoints, results, monkeypatch):
+    """Also where a batch ends. Pixels without a surface count nowhere."""
+    real = torch.rand(6, 1, 16, 16) + 1
+    real[:, :, :2] = 0.0  # no surface
+    maps = {2: [real[:2] * 2 + 1, real[:2], real[2:4] * 2 + 1, real[2:4], real[4:] * 2 + 1, real[4:]]}
+    maps[6] = [real * 2 + 1, real]  # in generated images, in real images
+    found = {}
+    for batch_size, estimates in maps.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "estimate", returning(estimates))
+            line = f"follow --checkpoint {checkpoints[2]} --size 16 --steps 1 --cfg 1 --images 6"
+            found[batch_size] = results(f"{line} --batch-size {batch_size}")
+    assert found[2]["per_image"] == found[6]["per_image"] and found[2]["other_absrel"] == found[6]["other_absrel"]
+    assert found[2]["absrel"] < 1e-3 and found[2]["delta1"] == 1 and found[2]["images"] == 6
+    assert found[2]["other_absrel"] > 0.05 and found[2]["other_images"] == 5
 
 
 def test_missing_depth_is_noise_while_a_hint_is_followed(checkpoints, results, monkeypatch):
