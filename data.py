@@ -1400,8 +1400,7 @@ def open_encoders(path, device, config, trained_with=None):
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
     if trained_with is not None and config.with_encoders(encoders) != config:
-        used = trained_with or "(none)"
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with other ones, --encoders {used}")
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
 
@@ -1468,8 +1467,7 @@ def parse_order(text, names):
     try:
         return number(-14, 14)(text)
     except argparse.ArgumentTypeError:
-        known = ", ".join(names)
-        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {known}")
+        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {', '.join(names)}")
 
 
 class Flags(argparse.ArgumentParser):
@@ -1565,7 +1563,7 @@ def parse_run(p):
     args = p.parse_args()
     for name in ("preset", "modalities", "optimizer"):
         if getattr(args, name, None) != settings.get(name):
-            fail(f"--resume: --{name} must be that of the run, {settings[name]}")
+            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}")
     if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
@@ -1861,10 +1859,7 @@ class Run:
         return dict(zip(values, table, strict=True))
 
     def each(self, parts):
-        """Iterate over the parts of a batch, so that DDP sums gradients over the ranks after the last part only.
-
-        FSDP does so after each part, since a rank has no room for a whole gradient.
-        """
+        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part, FSDP after each."""
         for part in parts:
             self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
             yield part
@@ -1956,9 +1951,7 @@ class Run:
 
     def resume(self):
         """Load the newest checkpoint. Rank 0 reads it and sends it to the other ranks."""
-        state = {}
-        if self.rank == 0:
-            state = newest_checkpoint(self.out)
+        state = newest_checkpoint(self.out) if self.rank == 0 else {}
         progress = [state.get("step", 0), state.get("skipped", 0)]
         if self.ranks > 1:
             dist.broadcast_object_list(progress, device=self.device)
