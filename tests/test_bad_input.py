@@ -675,7 +675,8 @@ def give_up(*_):
 )
 def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkeypatch, capsys):
     monkeypatch.chdir(files["tmp"])
-    before, memory = snapshot(files["tmp"]), peak_memory()
+    before = snapshot(files["tmp"])
+    memory = peak_memory()
     capsys.readouterr()
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, 30)

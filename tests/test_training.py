@@ -140,7 +140,8 @@ def test_a_batch_may_be_split_in_any_way(stage, flags, t2i, tmp_path, monkeypatc
         run(script, f"{line} --grad-accum 4 --checkpoint-activations --out {tmp_path}/parts", monkeypatch)
     finally:
         torch.set_default_dtype(torch.float32)
-    one, expected = losses(tmp_path / "one"), weights(tmp_path / "one")
+    one = losses(tmp_path / "one")
+    expected = weights(tmp_path / "one")
     for other in ("parts", "ranks"):
         found = losses(tmp_path / other)
         for step in (1, 2, 3):

@@ -10,8 +10,10 @@ MATRIX = torch.block_diag(*[HADAMARD] * 3)  # of the four pixels of each colour
 
 
 class Encoders:
-    image_channels, image_stride = 12, 2
-    text_dim, text_length = 16, 20
+    image_channels = 12
+    image_stride = 2
+    text_dim = 16
+    text_length = 20
 
     def __init__(self, device):
         self.matrix = MATRIX.to(device)
