@@ -1408,8 +1408,8 @@ def open_encoders(path, device, config, trained_with=None):
 # The command lines of all scripts: types, which check a value, and the settings that several scripts share.
 
 
-def number(low, high, above=False, kind=float):
-    """Type of a flag: a number from low to high, or above low. NaN is in no range."""
+def number(low, high, above=False, kind=float, other=""):
+    """Type of a flag: a number from low to high, or above low. NaN is in no range. other ends the error message."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1419,7 +1419,7 @@ def number(low, high, above=False, kind=float):
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}{other}")
         return value
 
     return read

@@ -41,7 +41,7 @@ from model import (
 def sparsity(text):
     """Type of --sparsity: a pattern of data.sensor_mask or a share, unchanged."""
     if text not in ("mixed", *data.PATTERNS):
-        data.number(0, 1, above=True)(text)  # raises an error that names the range
+        data.number(0, 1, above=True, other=f", or one of mixed, {', '.join(data.PATTERNS)}")(text)
     return text
 
 
