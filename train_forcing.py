@@ -204,7 +204,7 @@ def train(run, batches, encoders, args):
             for m in others:
                 valid[m.name] = batch.valid[m.name] & sensor_mask
                 x0[m.name] = m.encode(batch.values[m.name], valid[m.name])
-            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
+            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)
             text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
 
             # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
