@@ -1626,8 +1626,9 @@ def tolerate(what):
     """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError, after the disk's error if any
-        log(f"{what}: not written ({error.__context__ or error}); training continues")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a full GPU or disk
+        cause = error.__context__ or error  # the context of torch's error is the error of the disk
+        log(f"{what}: not written ({cause}); training continues")
 
 
 @contextlib.contextmanager

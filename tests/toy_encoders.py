@@ -24,6 +24,7 @@ class Encoders:
     def decode_image(self, latents):
         return F.pixel_shuffle(torch.einsum("oc,bohw->bchw", self.matrix, latents), 2)
 
+    @torch.inference_mode()  # as an encoder may do: nothing may change its result in place
     def encode_text(self, captions):
         text = torch.zeros(len(captions), self.text_length, self.text_dim)
         for row, line in zip(text, captions, strict=True):
