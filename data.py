@@ -1130,8 +1130,7 @@ def open_encoders(path, device, config, trained_with=None):
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
     if trained_with is not None and config.with_encoders(encoders) != config:
-        used = trained_with or "(none)"
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with other ones, --encoders {used}")
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
 
@@ -1139,8 +1138,8 @@ def open_encoders(path, device, config, trained_with=None):
 # The command lines of all scripts: types, which check a value, and the settings that several scripts share.
 
 
-def number(low, high, above=False, kind=float):
-    """Type of a flag: a number from low to high, or above low. NaN is in no range."""
+def number(low, high, above=False, kind=float, other=""):
+    """Type of a flag: a number from low to high, or above low. NaN is in no range. other ends the error message."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1150,7 +1149,7 @@ def number(low, high, above=False, kind=float):
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}{other}")
         return value
 
     return read
@@ -1198,8 +1197,7 @@ def parse_order(text, names):
     try:
         return number(-14, 14)(text)
     except argparse.ArgumentTypeError:
-        known = ", ".join(names)
-        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {known}")
+        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {', '.join(names)}")
 
 
 class Flags(argparse.ArgumentParser):
@@ -1295,7 +1293,7 @@ def parse_run(p):
     args = p.parse_args()
     for name in ("preset", "modalities", "optimizer"):
         if getattr(args, name, None) != settings.get(name):
-            fail(f"--resume: --{name} must be that of the run, {settings[name]}")
+            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}")
     if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
@@ -1358,8 +1356,9 @@ def tolerate(what):
     """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError, after the disk's error if any
-        log(f"{what}: not written ({error.__context__ or error}); training continues")
+    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a full GPU or disk
+        cause = error.__context__ or error  # the context of torch's error is the error of the disk
+        log(f"{what}: not written ({cause}); training continues")
 
 
 @contextlib.contextmanager
@@ -1591,10 +1590,7 @@ class Run:
         return dict(zip(values, table, strict=True))
 
     def each(self, parts):
-        """Iterate over the parts of a batch, so that DDP sums gradients over the ranks after the last part only.
-
-        FSDP does so after each part, since a rank has no room for a whole gradient.
-        """
+        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part, FSDP after each."""
         for part in parts:
             self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
             yield part
@@ -1686,9 +1682,7 @@ class Run:
 
     def resume(self):
         """Load the newest checkpoint. Rank 0 reads it and sends it to the other ranks."""
-        state = {}
-        if self.rank == 0:
-            state = newest_checkpoint(self.out)
+        state = newest_checkpoint(self.out) if self.rank == 0 else {}
         progress = [state.get("step", 0), state.get("skipped", 0)]
         if self.ranks > 1:
             dist.broadcast_object_list(progress, device=self.device)

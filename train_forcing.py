@@ -41,7 +41,7 @@ from model import (
 def sparsity(text):
     """Type of --sparsity: a pattern of data.sensor_mask or a share, unchanged."""
     if text not in ("mixed", *data.PATTERNS):
-        data.number(0, 1, above=True)(text)  # raises an error that names the range
+        data.number(0, 1, above=True, other=f", or one of mixed, {', '.join(data.PATTERNS)}")(text)
     return text
 
 
@@ -52,9 +52,7 @@ def parse():
     p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
     patterns = ", ".join(data.PATTERNS)
-    p.setting(
-        "--sparsity", "mixed", f"pixels of depth and normals: mixed, {patterns}, or a share such as 0.1", sparsity
-    )
+    p.setting("--sparsity", "mixed", f"pixels that keep depth: mixed, {patterns}, or a share such as 0.1", sparsity)
     shares = data.by_modality(data.SHARE)
     p.setting("--p-clean", {}, "probability of holding a modality clean, such as rgb=0.25,depth=0.5; else 0.2", shares)
     p.setting("--clean-subsets", False, "hold any number of modalities clean, each with its probability, not just one")
@@ -119,10 +117,7 @@ def check_init(path, found, wanted):
 
 
 def choose_teacher(args, init, config):
-    """The network of --init, if it lacks a modality that this run trains; else None.
-
-    There is no teacher either if both weights of Eq. 8 are zero.
-    """
+    """The network of --init if it lacks a modality of this run; else None, or if both weights of Eq. 8 are zero."""
     if init is None or args.distill_lo == args.distill_hi == 0:
         return None
     lacking = {m.name for m in config.modalities} - {m.name for m in init.modalities}
@@ -142,7 +137,7 @@ def draw_samples(network, encoders, args, device):
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = {}
-    known = {}
+    inputs = {}
     rows = {}
     for m in network.modalities:
         noise[m.name] = torch.randn(len(text), *m.shape((args.size, args.size)), generator=generator).to(device)
@@ -151,7 +146,7 @@ def draw_samples(network, encoders, args, device):
         rows[m.name] = [data.paint(m, x, None if valid is None else valid[i]) for i, x in enumerate(values)]
         if m is image:
             values = encoders.encode_image(values)
-        known[m.name] = (m.encode(values, valid), valid)
+        inputs[m.name] = (m.encode(values, valid), valid)
 
     def sample(given):
         schedule = make_schedule(list(noise), 25, strength=dict.fromkeys(given, 1.0))
@@ -163,7 +158,7 @@ def draw_samples(network, encoders, args, device):
         return [data.paint(m, x) for x in m.finish(values)]
 
     for m in network.modalities:
-        others = {name: values for name, values in known.items() if name != m.name}
+        others = {name: values for name, values in inputs.items() if name != m.name}
         rows[f"{m.name}\nfrom {', '.join(others)}"] = paint(m, sample(others))
     samples = sample({})
     for m in network.modalities:
@@ -209,7 +204,7 @@ def train(run, batches, encoders, args):
             for m in others:
                 valid[m.name] = batch.valid[m.name] & sensor_mask
                 x0[m.name] = m.encode(batch.values[m.name], valid[m.name])
-            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
+            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)
             text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
 
             # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.

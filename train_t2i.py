@@ -78,7 +78,7 @@ def train(run, batches, encoders, args):
             # is split over ranks and parts.
             rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
             x0 = {"rgb": encoders.encode_image(batch.values["rgb"])}
-            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
+            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)
             text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
             # The probability of a clean image, p_clean, has no effect here: no sample is held clean as a whole.
             t = draw_noise_levels(modalities, rng.rand)

@@ -216,11 +216,11 @@ ENCODERS = [
     *[(train_t2i, f"--encoders {{tmp}}/plug-in{i}.py --out {{tmp}}/x", says) for i, (_, says) in enumerate(PLUG_INS)],
     (train_t2i, "--encoders {tmp}/missing.py --out {tmp}/x", "missing.py"),
     (train_t2i, "--encoders {tmp}/text.png --out {tmp}/x", "text.png"),
-    (train_forcing, "--init {encoded} --out {tmp}/x", "was trained with other ones, --encoders toy_encoders.py"),
-    (train_forcing, "--init {t2i} --encoders {toy} --out {tmp}/x", "was trained with other ones, --encoders (none)"),
-    (sample, "--checkpoint {encoded}", "was trained with other ones, --encoders toy_encoders.py"),
+    (train_forcing, "--init {encoded} --out {tmp}/x", "was trained with --encoders toy_encoders.py"),
+    (train_forcing, "--init {t2i} --encoders {toy} --out {tmp}/x", "was trained with --encoders (none)"),
+    (sample, "--checkpoint {encoded}", "was trained with --encoders toy_encoders.py"),
     (sample, "--checkpoint {encoded} --encoders {tmp}/plug-in11.py", "ZeroDivisionError"),
-    (evaluate, "depth --checkpoint {encoded}", "was trained with other ones, --encoders toy_encoders.py"),
+    (evaluate, "depth --checkpoint {encoded}", "was trained with --encoders toy_encoders.py"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}/text.png", "--features {tmp}/text.png"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}/missing.pt", "missing.pt: no such file"),
     (evaluate, "image --checkpoint {forcing} --features {tmp}", "--features {tmp}: no such file"),
@@ -587,7 +587,8 @@ def give_up(*_):
 )
 def test_bad_input_is_one_line_and_exit_code_2(script, line, says, files, monkeypatch, capsys):
     monkeypatch.chdir(files["tmp"])
-    before, memory = snapshot(files["tmp"]), peak_memory()
+    before = snapshot(files["tmp"])
+    memory = peak_memory()
     capsys.readouterr()
     signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, 30)
