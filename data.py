@@ -131,8 +131,8 @@ RANGES = {  # columns of the scene's random numbers, low, high
 }
 
 
-# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. 2^64 is taken from its constants so
-# that they fit into int64, which torch adds and multiplies modulo 2^64.
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. 2^64 is subtracted from its constants,
+# so that they fit into int64. torch adds and multiplies int64 modulo 2^64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
@@ -570,7 +570,7 @@ def read_map(modality, name, content, **depth_options):
 
 
 def load_image(content, size=None, position=(0.5, 0.5)):
-    """Bytes of an image -> (image (H, W, 3) uint8, (height, width) of the file), cropped and resized to size.
+    """Bytes of an image -> (image (H, W, 3) uint8, cropped and resized to size; (height, width) of the whole image).
 
     The image is upright by EXIF, antialiased, and white where it is transparent. position is that of crop_box, central
     by default. A JPEG is decoded at a reduced scale, twice size or more.
@@ -594,7 +594,7 @@ def load_image(content, size=None, position=(0.5, 0.5)):
 def crop_box(shape, image_shape, size, position=(0.5, 0.5)):
     """(left, top, right, bottom) of the largest crop that has the aspect of size (H, W).
 
-    position: where the crop lies, from 0 to 1, down and across the room that is left. The box is in pixels of a map of
+    position (down, across): (0, 0) is the top left crop, (0.5, 0.5) the central one. The box is in pixels of a map of
     shape (h, w). The map may have another resolution than its image, of image_shape, but must have the same aspect.
     """
     y_scale = shape[0] / image_shape[0]
@@ -622,13 +622,13 @@ def nearest(values, valid, size, box):
     cell_height = (bottom - top) / size[0]
     cell_width = (right - left) / size[1]
 
-    # Where the pixel under a cell's centre is valid, it is the answer.
+    # A cell takes the pixel under its centre if that is valid.
     rows = (top + (np.arange(size[0]) + 0.5) * cell_height).astype(int)
     columns = (left + (np.arange(size[1]) + 0.5) * cell_width).astype(int)
     out = values[rows[:, None], columns]
     found = valid[rows[:, None], columns]
 
-    # Where are the pixels of the box, in cells? Those that are valid compete for the cells without an answer.
+    # Where the pixels of the box are, in cells. The valid ones compete for the cells that have no value yet.
     y = (np.arange(values.shape[0]) + 0.5 - top) / cell_height
     x = (np.arange(values.shape[1]) + 0.5 - left) / cell_width
     rows = slice(*np.searchsorted(y, (0, size[0])))
@@ -651,7 +651,7 @@ def nearest(values, valid, size, box):
 # ---- Sources ----
 # Where samples come from: the synthetic world, a folder, or tar shards. All give Batches of the wanted modalities.
 
-ATTEMPTS = 10  # so many samples in a row that cannot be read end a training run
+ATTEMPTS = 10  # a training run ends after so many samples in a row that cannot be read
 
 
 @dataclass
@@ -678,6 +678,7 @@ class SyntheticWorld:
     shards = ()
 
     def samples(self, indices):
+        """A Batch of the scenes with these indices."""
         scenes = draw_scenes(self.split, indices)
         values = render(scenes, *self.size, device=self.device)
         not_sky = values["depth"] > 0
@@ -741,9 +742,9 @@ class Files(Dataset):
             return next(list_shard(self.shards[shard], offset))[1]
 
     def __getitem__(self, index):
-        """Read a sample as a dictionary. If it cannot be read, the next one of the epoch replaces it.
+        """Read a sample. If it cannot be read, the next one of the epoch replaces it.
 
-        Raises BadSample if so many attempts fail.
+        Raises BadSample if self.attempts samples in a row cannot be read.
         """
         count = len(self.listing)
         epoch, position = divmod(index % SEED_STEP, count)
