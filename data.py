@@ -131,8 +131,8 @@ RANGES = {  # columns of the scene's random numbers, low, high
 }
 
 
-# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. 2^64 is subtracted from constants that
-# do not fit into int64. torch adds and multiplies int64 modulo 2^64.
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Constants beyond int64 are less by
+# 2^64: torch adds and multiplies int64 modulo 2^64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
