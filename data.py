@@ -1,13 +1,12 @@
 """Where samples come from, how they are kept on disk, and how they are drawn as pictures. --data chooses one source:
 
     synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
-    DIR with metadata.jsonl     rows with file_name and text, and depth_file_name, normal_file_name, mask_file_name or
-                                depth_scale where they exist
+    DIR with metadata.jsonl     rows with file_name and text, and depth_file_name or normal_file_name where they exist
     DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
-    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt or .json, key.depth.png|npy|pfm, key.normal.npy
+    'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt, key.depth.png|npy, key.normal.npy
 
-Depth may be sparse: 16-bit PNG (times depth_scale; 0 is missing), MoGe's log-coded PNG, .npy or .pfm. Depth is missing
-where it is not above 0, not finite, masked out, or outside of --depth-min..--depth-max.
+Depth is a 16-bit PNG (times --depth-scale), MoGe's log-coded PNG, or .npy. It may be sparse: it is missing where it is
+not above 0, not finite, or outside of --depth-min..--depth-max.
 
     python data.py --out runs/world --count 8       look at the world: pictures, depth, normals, captions
 """
@@ -16,35 +15,27 @@ import argparse
 import atexit
 import contextlib
 import copy
-import ctypes
 import datetime
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import multiprocessing
 import os
-import pickletools
-import platform
+import pickle
 import random
 import re
+import runpy
 import signal
-import stat
-import subprocess
 import sys
 import tarfile
 import textwrap
 import time
-import traceback
-import warnings
-import zipfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections import namedtuple
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +51,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -69,10 +59,6 @@ from model import (
     MODALITIES,
     TEXT_PATCH,
     DiT,
-    check_numbers,
-    check_weights,
-    matmul_peak,
-    rename_weights,
     split_by_mode,
     training_cost,
 )
@@ -111,17 +97,22 @@ OBJECTS = 3  # at most, in a scene
 ROOM = OBJECTS  # index of the room, which is the last solid: you see its floor, walls and ceiling from inside
 COLUMNS = 64  # random numbers of a scene
 
-PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). Lists of three have a column per object.
+# What is random in a scene, by name. A list of three columns has one for each object.
+CHOICES = {  # columns of the scene's random numbers, number of choices
+    "count": (3, OBJECTS),
+    "shape": ([4, 5, 6], len(SHAPES)),
+    "floor": (7, len(FLOORS)),
+    "striped": (8, 2),  # walls
+    "color": ([11, 12, 13], [8, 7, 6]),  # each among the colours that are left
+    "floor_color": (43, len(MUTED)),
+    "wall_color": (44, len(MUTED)),
+}
+RANGES = {  # columns of the scene's random numbers, low, high
     "outside": (0, 0, 1),
     "fov": (1, 46, 66),  # vertical, in degrees
     "height": (2, 0.8, 2.2),  # of the camera
-    "count": (3, 0, OBJECTS),
-    "shape": ([4, 5, 6], 0, len(SHAPES)),
-    "floor": (7, 0, len(FLOORS)),
-    "striped": (8, 0, 2),  # walls
     "relation": (9, 0, 1),  # chooses the caption's words for two objects
     "pitch": (10, -0.09, 0.09),
-    "color": ([11, 12, 13], 0, [8, 7, 6]),  # each among the colours that are left
     "radius": ([14, 15, 16], 0.38, 0.62),
     "pillar_height": ([17, 18, 19], 0.75, 1.15),
     "distance": ([20, 21, 22], 2.1, 4.0),
@@ -136,18 +127,13 @@ PARAMETERS = {  # name: (columns of the scene's random numbers, low, high). List
     "tile": (40, 0.7, 1.3),
     "light_x": (41, -2.2, 2.2),
     "light_z": (42, 0, 2.5),
-    "floor_color": (43, 0, len(MUTED)),
-    "wall_color": (44, 0, len(MUTED)),
     "wall_brightness": (45, 0.8, 1.1),
 }
 
 
-def to_int64(bits):
-    """A number from 0 to 2^64 - 1 -> the int64 of the same bits. torch multiplies and adds int64 modulo 2^64."""
-    return bits - (1 << 64) if bits >> 63 else bits
-
-
-GOLDEN = to_int64(0x9E3779B97F4A7C15)  # SplitMix64's step from one state to the next
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Constants beyond int64 are less by
+# 2^64: torch adds and multiplies int64 modulo 2^64.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
 def shift_right(z, count):
@@ -156,51 +142,49 @@ def shift_right(z, count):
 
 
 def split_mix(z):
-    """SplitMix64's hash of its states: int64 of any shape -> random bits, int64 of that shape, equal on any device."""
-    z = (z ^ shift_right(z, 30)) * to_int64(0xBF58476D1CE4E5B9)
-    z = (z ^ shift_right(z, 27)) * to_int64(0x94D049BB133111EB)
+    """SplitMix64's hash of states: int64 of any shape -> int64 of that shape, each of 64 random bits."""
+    z = (z ^ shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ shift_right(z, 27)) * (0x94D049BB133111EB - (1 << 64))
     return z ^ shift_right(z, 31)
 
 
-def draw_parameters(split, indices):
-    """{name: float32 of shape (B,), or (B, columns)} of PARAMETERS. A scene does not depend on its batch."""
+def draw_numbers(split, indices):
+    """Draw {name: (B,), or (B, columns)} of CHOICES, int64, and RANGES, float32. Each scene has its own numbers."""
     counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
-    seed = to_int64(SPLITS[split] * 0xD1B54A32D192ED03 % (1 << 64))
+    seed = SPLITS[split] * (0xD1B54A32D192ED03 - (1 << 64))
     bits = split_mix((counter + seed) * GOLDEN)
-    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1)
+    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1]
 
     drawn = {}
-    for name, (columns, low, high) in PARAMETERS.items():
+    for name, (columns, count) in CHOICES.items():
+        count = torch.tensor(count)
+        drawn[name] = (uniform[:, columns] * count).long().minimum(count - 1)
+    for name, (columns, low, high) in RANGES.items():
         width = torch.tensor(np.subtract(high, low)).float()
         drawn[name] = uniform[:, columns] * width + torch.tensor(low).float()
     return drawn
 
 
-def to_index(drawn, choices):
-    """Numbers drawn from 0 to choices -> indices. float32 may round the largest number up to choices."""
-    return drawn.long().clamp(max=choices - 1)
-
-
-def distinct_colors(drawn):
-    """(B, OBJECTS) numbers, of which each counts the colours that are left -> (B, OBJECTS) indices of COLORS."""
-    colors = torch.zeros_like(drawn, dtype=torch.long)
+def distinct_colors(choices):
+    """(B, OBJECTS) choices, each among the colours that are left -> (B, OBJECTS) indices of COLORS."""
+    colors = torch.zeros_like(choices)
     for i in range(OBJECTS):
-        color = to_index(drawn[:, i], len(COLORS) - i)
+        color = choices[:, i]
         for taken in colors[:, :i].sort(1).values.unbind(1):
             color = color + (color >= taken)
         colors[:, i] = color
     return colors
 
 
-def place_objects(scenes, drawn):
+def place_objects(scenes):
     """Centres and half extents of the objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
     is_pillar = scenes["shape"] == list(SHAPES).index("pillar")
-    half_width = torch.where(is_pillar, 0.6 * drawn["radius"], drawn["radius"])
-    half_height = torch.where(is_pillar, drawn["pillar_height"], drawn["radius"])
+    half_width = torch.where(is_pillar, 0.6 * scenes["radius"], scenes["radius"])
+    half_height = torch.where(is_pillar, scenes["pillar_height"], scenes["radius"])
 
     count = scenes["count"][:, None]
-    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + drawn["offset"]  # -1 to 1 across the picture
-    z = drawn["distance"]
+    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + scenes["offset"]  # -1 to 1 across the picture
+    z = scenes["distance"]
     x = column * 0.85 * z * (scenes["fov"] / 2).tan()[:, None]
     centre = torch.stack([x, half_height, z], 2)
     centre[torch.arange(OBJECTS) >= count] = -100.0  # out of sight
@@ -213,37 +197,30 @@ def draw_scenes(split, indices):
     Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are OBJECTS
     objects and the room: "centre", "half" (extent) and "quadric" are (B, 4, 3), "angle" (about y) is (B, 4).
     """
-    drawn = draw_parameters(split, indices)
-    scenes = {name: drawn[name] for name in ("height", "relation", "angle", "fence", "tile")}
-    scenes["outside"] = drawn["outside"] < 0.35
-    scenes["fov"] = drawn["fov"].deg2rad()
-    scenes["pitch"] = ((drawn["height"] - 0.55) / 3).atan() + drawn["pitch"]
-    scenes["count"] = to_index(drawn["count"], OBJECTS) + 1
-    scenes["shape"] = to_index(drawn["shape"], len(SHAPES))
-    scenes["color"] = distinct_colors(drawn["color"])
-    scenes["big"] = drawn["radius"] > 0.5
-    scenes["floor"] = to_index(drawn["floor"], len(FLOORS))
-    scenes["striped"] = to_index(drawn["striped"], 2)
-
+    scenes = draw_numbers(split, indices)
+    scenes["outside"] = scenes["outside"] < 0.35
+    scenes["fov"] = scenes["fov"].deg2rad()
+    scenes["pitch"] = ((scenes["height"] - 0.55) / 3).atan() + scenes["pitch"]
+    scenes["count"] = scenes["count"] + 1
+    scenes["big"] = scenes["radius"] > 0.5
+    scenes["color"] = distinct_colors(scenes["color"])
     muted = torch.tensor(MUTED)
-    wall_color = muted[to_index(drawn["wall_color"], len(MUTED))]
-    scenes["floor_color"] = muted[to_index(drawn["floor_color"], len(MUTED))]
-    scenes["wall_color"] = wall_color * drawn["wall_brightness"][:, None]
+    scenes["floor_color"] = muted[scenes["floor_color"]]
+    scenes["wall_color"] = muted[scenes["wall_color"]] * scenes["wall_brightness"][:, None]
 
     outside = scenes["outside"].long()[:, None]
-    left, right, back, front, top = (
-        drawn[name].gather(1, outside)[:, 0] for name in ("left", "right", "back", "front", "top")
-    )
+    sides = ("left", "right", "back", "front", "top")
+    left, right, back, front, top = (scenes.pop(name).gather(1, outside)[:, 0] for name in sides)
     low = torch.stack([-left, 0 * top, -back], 1)
     high = torch.stack([right, top, front], 1)
-    centre, half = place_objects(scenes, drawn)
+    centre, half = place_objects(scenes)
     scenes["centre"] = torch.cat([centre, (low + high)[:, None] / 2], 1)
     scenes["half"] = torch.cat([half, (high - low)[:, None] / 2], 1)
     shape = F.pad(scenes["shape"], (0, 1), value=list(SHAPES).index("box"))  # of the room too
     scenes["quadric"] = torch.tensor(list(SHAPES.values()))[shape]
 
-    lamp = torch.stack([drawn["light_x"], torch.full_like(top, 2.5), drawn["light_z"]], 1)
-    sun = 4 * torch.stack([drawn["light_x"], torch.full_like(top, 5.0), drawn["light_z"]], 1)
+    lamp = torch.stack([scenes["light_x"], torch.full_like(top, 2.5), scenes["light_z"]], 1)
+    sun = 4 * torch.stack([scenes["light_x"], torch.full_like(top, 5.0), scenes["light_z"]], 1)
     scenes["light"] = torch.where(scenes["outside"][:, None], sun, lamp)
     return scenes
 
@@ -260,8 +237,14 @@ def describe_object(scenes, i, k):
     return " ".join([article, *words])
 
 
-def describe_pair(scenes, i, first, second):
-    """Two objects and how they are arranged, in words. The first is left of the second."""
+def arrange_objects(scenes, i, objects):
+    """How the objects of scene i are arranged, in words. objects are their descriptions, from left to right."""
+    if len(objects) == 1:
+        return objects[0]
+    if len(objects) == 3:
+        return f"{objects[0]} left of {objects[1]} and {objects[2]}"
+
+    first, second = objects
     relation = scenes["relation"][i]
     gap = float(scenes["centre"][i, 1, 2] - scenes["centre"][i, 0, 2])
     if relation < 0.4 and abs(gap) > 0.8:
@@ -272,13 +255,7 @@ def describe_pair(scenes, i, first, second):
 def caption(scenes, i):
     """What scene i of draw_scenes shows, in words: objects, how they are arranged, where, and on which floor."""
     objects = [describe_object(scenes, i, k) for k in range(scenes["count"][i])]
-    if len(objects) == 1:
-        content = objects[0]
-    elif len(objects) == 2:
-        content = describe_pair(scenes, i, *objects)
-    else:
-        content = f"{objects[0]} left of {objects[1]} and {objects[2]}"
-
+    content = arrange_objects(scenes, i, objects)
     floor = FLOORS[scenes["floor"][i]]
     if scenes["outside"][i]:
         return f"{content} on open ground" if floor == "plain" else f"{content} on open {floor} ground"
@@ -309,19 +286,14 @@ def camera_rays(scenes, height, width):
     """
     device = scenes["fov"].device
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    tan = (scenes["fov"].view(-1, 1, 1) / 2).tan()
+    tan = (scenes["fov"] / 2).tan()
     x = ((2 * x + 1 - width) / height).flatten() * tan  # (B, 1, P)
     y = ((height - 1 - 2 * y) / height).flatten() * tan
 
-    pitch = scenes["pitch"].view(-1, 1, 1)
-    direction = torch.stack([x, pitch.cos() * y - pitch.sin(), pitch.cos() + pitch.sin() * y])
-    origin = per_scene_vector(F.pad(scenes["height"][:, None], (1, 1)))
-    return origin, direction
-
-
-def per_scene_vector(v):
-    """(B, 3) -> (3, B, 1, 1)."""
-    return v.movedim(-1, 0)[..., None, None]
+    cos = scenes["pitch"].cos()
+    sin = scenes["pitch"].sin()
+    zero = torch.zeros_like(cos)
+    return torch.stack([zero, scenes["height"], zero]), torch.stack([x, cos * y - sin, cos + sin * y])
 
 
 def intersect(origin, direction, solids):
@@ -350,14 +322,6 @@ def intersect(origin, direction, solids):
     return near, far
 
 
-def first_hit(origin, direction, solids):
-    """Distance to the first surface on each ray, and the index of its solid: each (B, 1, P)."""
-    near, far = intersect(origin, direction, solids)
-    in_front = (near < far) & (near > 1e-3)
-    objects = torch.where(in_front, near, torch.inf)[:, :ROOM]
-    return torch.cat([objects, far[:, ROOM:]], 1).min(1, keepdim=True)  # the camera is inside the room
-
-
 def surface_geometry(point, index, solids):
     """The surface at points (3, B, 1, P) of the solids with these indices.
 
@@ -365,7 +329,7 @@ def surface_geometry(point, index, solids):
     """
     hit = {}
     for name, value in solids.items():
-        hit[name] = value.take_along_dim(index.expand(*value.shape[:-2], *index.shape[-2:]), -2)
+        hit[name] = value.take_along_dim(index.expand(*value.shape[:-2], 1, -1), -2)
     local = rotate_y(point - hit["centre"], -hit["angle"]) / hit["half"]
 
     on_quadric = (hit["quadric"] * local * local).sum(0) > 0.998
@@ -378,33 +342,29 @@ def surface_geometry(point, index, solids):
 
 def surface_colors(scenes, normal, position, depth, index):
     """Colours (3, B, 1, P) before light: a floor with its pattern, plain or striped walls, objects."""
-    tile = scenes["tile"].view(-1, 1, 1)
-    column = (position[0] / tile).floor()
-    row = (position[2] / tile).floor()
-    kind = scenes["floor"].view(-1, 1, 1)
-    checkered = torch.where(kind == FLOORS.index("checkered"), (column + row) % 2, 0.5)
-    pattern = torch.where(kind == FLOORS.index("striped"), column % 2, checkered) - 0.5
+    column = (position[0] / scenes["tile"]).floor()
+    row = (position[2] / scenes["tile"]).floor()
+    checkered = torch.where(scenes["floor"] == FLOORS.index("checkered"), (column + row) % 2, 0.5)
+    pattern = torch.where(scenes["floor"] == FLOORS.index("striped"), column % 2, checkered) - 0.5
     fading = (-((depth / 11) ** 2)).exp()  # far tiles would be smaller than pixels
     floor_shade = 1 + 0.7 * pattern * fading
 
-    stripes = scenes["striped"].view(-1, 1, 1) * ((position[1] * 2.5).floor() % 2 - 0.5)
+    stripes = scenes["striped"] * ((position[1] * 2.5).floor() % 2 - 0.5)
     is_floor = normal[1] > 0.9
     is_wall = normal[1].abs() < 0.5
     shade = torch.where(is_wall, 1 + 0.25 * stripes, 1.1)
     shade = torch.where(is_floor, floor_shade, shade)
-    floor_color = per_scene_vector(scenes["floor_color"])
-    wall_color = per_scene_vector(scenes["wall_color"])
-    room = torch.where(is_floor, floor_color, wall_color) * shade
+    room = torch.where(is_floor, scenes["floor_color"], scenes["wall_color"]) * shade
 
     palette = torch.tensor(list(COLORS.values())).to(depth.device, non_blocking=True)
-    objects = palette[scenes["color"]].movedim(-1, 0).unsqueeze(-1)  # (3, B, OBJECTS, 1)
+    objects = palette[scenes["color"][..., 0]].permute(3, 1, 0, 2)  # (3, B, OBJECTS, 1)
     objects = objects.take_along_dim(index.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2)
     return torch.where(index == ROOM, room, objects)
 
 
 def illumination(scenes, point, normal, solids):
     """Brightness (B, 1, P): ambient light, and a lamp or the sun, which objects block."""
-    to_light = per_scene_vector(scenes["light"]) - point
+    to_light = scenes["light"] - point
     near, far = intersect(point + 2e-3 * normal, to_light, solids)
     blocked = (near < far) & (far > 1e-3) & (near < 1)
     in_light = ~blocked[:, :ROOM].any(1, keepdim=True)
@@ -422,23 +382,27 @@ def render(scenes, height, width=None, device="cpu"):
     scenes = {name: value.to(device, non_blocking=True) for name, value in scenes.items()}
     solids = {name: scenes[name].movedim(-1, 0).unsqueeze(-1) for name in ("centre", "half", "quadric")}
     solids["angle"] = scenes["angle"].unsqueeze(-1)
+    scenes = {name: value.movedim(0, -1)[..., None, None] for name, value in scenes.items()}  # (..., B, 1, 1)
 
+    # Depth and solid of the first surface on each ray, (B, 1, P). The camera is inside the room.
     origin, ray = camera_rays(scenes, height, width)
-    depth, index = first_hit(origin, ray, solids)
+    near, far = intersect(origin, ray, solids)
+    near = torch.where((near < far) & (near > 1e-3), near, torch.inf)
+    depth, index = torch.cat([near[:, :ROOM], far[:, ROOM:]], 1).min(1, keepdim=True)
+
     point = origin + depth * ray
     normal, position = surface_geometry(point, index, solids)
     colors = surface_colors(scenes, normal, position, depth, index)
     rgb = colors * illumination(scenes, point, normal, solids)
 
-    is_sky = scenes["outside"].view(-1, 1, 1) & (index == ROOM) & (point[1] > scenes["fence"].view(-1, 1, 1))
+    is_sky = scenes["outside"] & (index == ROOM) & (point[1] > scenes["fence"])
     sky = torch.tensor(SKY).to(device, non_blocking=True).view(3, 1, 1, 1)
     sky = sky + 0.25 * normalize(ray)[1].clamp(min=0)
     rgb = torch.where(is_sky, sky, rgb).clamp(0, 1) * 2 - 1
 
-    pitch = scenes["pitch"].view(-1, 1, 1)
-    up = pitch.cos() * normal[1] + pitch.sin() * normal[2]
-    forward = pitch.cos() * normal[2] - pitch.sin() * normal[1]
-    normal = torch.stack([normal[0], up, forward])
+    cos = scenes["pitch"].cos()
+    sin = scenes["pitch"].sin()
+    normal = torch.stack([normal[0], cos * normal[1] + sin * normal[2], cos * normal[2] - sin * normal[1]])
     maps = {"rgb": rgb, "depth": torch.where(is_sky, 0, depth)[None], "normal": torch.where(is_sky, 0, normal)}
     return {name: x.squeeze(-2).movedim(0, 1).unflatten(-1, (height, width)).contiguous() for name, x in maps.items()}
 
@@ -485,10 +449,9 @@ def outside_rectangles(noise, rand):
 def sensor_mask(rgb, pattern, rand):
     """The pixels that a sensor would measure in images rgb (B, 3, H, W): a mask (B, 1, H, W).
 
-    pattern: "dense" keeps all; "uniform" a random 0.5-50% of the pixels; "lidar" scan lines; "sfm" points where the
-    image has texture; "holes" all but four rectangles; "mixed" chooses one of these for each sample; a number in (0, 1]
-    keeps this share of the pixels at random. rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as
-    PerSampleRNG.rand does.
+    pattern: one of PATTERNS (all pixels, a random 0.5-50% of them, scan lines, points where the image has texture, all
+    but four rectangles); "mixed", one of these for each sample; or a number in (0, 1], a share that is kept at random.
+    rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as PerSampleRNG.rand does.
     """
     batch, _, height, width = rgb.shape
     noise = rand(1, height, width)
@@ -502,7 +465,6 @@ def sensor_mask(rgb, pattern, rand):
     sfm = textured_points(noise, rgb)
     holes = outside_rectangles(noise, rand)
     masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
-
     if pattern == "mixed":
         choice = (rand() * len(PATTERNS)).long()
     else:
@@ -511,17 +473,10 @@ def sensor_mask(rgb, pattern, rand):
 
 
 # ---- Files ----
-# Images, depth maps and normals as they are published, read into arrays and cropped and resized together.
-# A file may be damaged or hostile: nothing is unpickled, and nothing is read whose header declares gigabytes.
+# Images, depth maps and normals as they are published, read into arrays, and cropped and resized together.
 
-MAX_BYTES = 1 << 28  # of a file
-MAX_PIXELS = 64_000_000  # of an image or a map
-MAX_HEADER = 1 << 20  # bytes of a name in a tar file
-MAX_CAPTION = 1 << 16  # bytes
-MAX_SHARDS = 1_000_000
 IMAGES = ("jpg", "jpeg", "png", "webp")  # suffixes
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # of the many that Pillow would try
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # of the many that Pillow would try
 
 
 class BadSample(ValueError):
@@ -530,125 +485,61 @@ class BadSample(ValueError):
 
 @contextlib.contextmanager
 def reading(name):
-    """Turn any exception of the block into a BadSample whose message begins with name, and silence warnings.
+    """Turn any exception of the block into a BadSample whose message begins with name.
 
-    numpy and Pillow raise exceptions of many kinds for damaged files.
+    numpy, Pillow and tarfile raise exceptions of many kinds for damaged files.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
+    except UnidentifiedImageError:
+        raise BadSample(f"{name}: not an image") from None
     except Exception as error:
-        problem = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BadSample(f"{name}: {problem or type(error).__name__}") from None
-
-
-def read_file(path, folder=None):
-    """Bytes of a regular file. With a folder, path is relative to it and must not lead out of it."""
-    path = os.path.abspath(os.path.join(folder or "", str(path)))
-    if folder and not path.startswith(os.path.join(os.path.abspath(folder), "")):
-        raise BadSample(f"leads out of {folder}")
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise BadSample("not a regular file")
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise BadSample(error.strerror) from None
-    if len(content) > MAX_BYTES:
-        raise BadSample(f"larger than {MAX_BYTES >> 20} MiB")
-    return content
-
-
-def check_pixels(shape):
-    if math.prod(shape) > MAX_PIXELS:
-        raise BadSample(f"has {math.prod(shape):,} pixels; at most {MAX_PIXELS:,} are read")
-
-
-def open_image(content, formats=IMAGE_FORMATS):
-    """Bytes of an image -> a Pillow image, of which only the header has been read yet."""
-    image = Image.open(io.BytesIO(content), formats=formats)
-    check_pixels(image.size)
-    return image
+        problem = getattr(error, "strerror", None) or error  # OSError has the name of the file in its text
+        raise BadSample(f"{name}: {problem}") from None
 
 
 def read_png(content, scale):
-    """16-bit grey PNG (H, W) -> value * scale, unless its text fields say otherwise.
+    """Bytes of a 16-bit grey PNG -> depth (H, W): its values times scale, or what MoGe's text fields say.
 
-    sample.py writes the fields scale and unit. MoGe writes near and far: its codes are 0 for unknown, 65535 for
-    infinite, and else near^(1-k) far^k with k = (value - 1) / 65533.
+    The fields near and far mean that a value v is near^(1-k) far^k with k = (v - 1) / 65533. 0 is unknown, and 65535 is
+    infinite. Early files of MoGe also have a field unit, in metres.
     """
-    image = open_image(content, ("PNG",))
+    image = Image.open(io.BytesIO(content), formats=["PNG"])
     if not image.mode.startswith("I"):
-        reason = "holds 256 depths" if image.mode in ("1", "L", "LA") else "is a picture of depth, not depth"
-        raise BadSample(f"a PNG of mode {image.mode} {reason}; give 16-bit grey, .npy or .pfm")
+        raise BadSample(f"a PNG of mode {image.mode} is a picture, not depth; give 16-bit grey or .npy")
     codes = np.asarray(image)
     if "near" not in image.info:
-        has_scale = "scale" in image.info and "unit" in image.info
-        return codes * np.float32(image.info["scale"] if has_scale else scale)
+        return codes * np.float32(scale)
 
-    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))  # early files have a unit
+    near, far, unit = (float(image.info.get(key, 1)) for key in ("near", "far", "unit"))
     depths = unit * near * (far / near) ** ((np.arange(65536, dtype=np.float32) - 1) / 65533)
     depths[0] = 0
     depths[65535] = np.inf
     return depths[codes]
 
 
-def read_npy(content, scale=1.0):
-    """.npy array of numbers, times scale."""
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file)
-    check_pixels(shape)
-    if dtype.kind not in "fiu":
-        raise BadSample(f"holds {dtype}; must hold real numbers")
-    return np.load(io.BytesIO(content), allow_pickle=False) * np.float32(scale)
-
-
-def read_pfm(content, scale):
-    """One-channel PFM of either byte order, whose rows go from the bottom up, times scale."""
-    header = re.match(rb"Pf\s+(\d+)\s+(\d+)\s+(-?)[\d.eE+-]+\s", content)
-    if not header:
-        raise BadSample("not a one-channel PFM")
-    width = int(header[1])
-    height = int(header[2])
-    check_pixels((height, width))
-    dtype = "<f4" if header[3] else ">f4"
-    rows = np.frombuffer(content, dtype, width * height, header.end()).reshape(height, width)
-    return rows[::-1] * np.float32(scale)
-
-
-MAPS = {"png": read_png, "npy": read_npy, "pfm": read_pfm}
-
-
-def suffix_of(name):
-    return name.rpartition(".")[2].lower()
-
-
-def read_array(name, content, scale=1.0):
-    """Bytes of a .png, .npy or .pfm file -> (H, W) float32, times scale."""
-    values = MAPS[suffix_of(name)](content, scale)
-    if values.ndim > 2:
-        values = values.squeeze()  # (1, height, width), say
-    if values.ndim != 2:
-        raise BadSample(f"has shape {values.shape}; must be (height, width)")
-    return values.astype(np.float32, copy=False)
-
-
 def read_image(name, content, **_):
-    image, whole = load_image(content)
-    return image / np.float32(127.5) - 1, np.ones(whole, bool)
+    image, shape = load_image(content)
+    return image / np.float32(127.5) - 1, np.ones(shape, bool)
 
 
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
-    depth = read_array(name, content, scale)
+    """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W). The values of a PNG are multiplied by scale."""
+    if name.lower().endswith(".png"):
+        depth = read_png(content, scale)
+    else:
+        depth = np.load(io.BytesIO(content), allow_pickle=False)
+    if depth.ndim == 3:
+        depth = depth.squeeze()  # (1, H, W) or (H, W, 1)
+    if depth.ndim != 2:
+        raise BadSample(f"has shape {depth.shape}; must be (height, width)")
+    depth = depth.astype(np.float32)
     valid = (depth > max(low, 0)) & (depth <= high) & np.isfinite(depth)
     return depth[..., None], valid
 
 
 def read_normals(name, content, **_):
-    vectors = read_npy(content).astype(np.float32)
+    vectors = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
     if vectors.ndim != 3 or vectors.shape[2] != 3:
         raise BadSample(f"has shape {vectors.shape}; must be (height, width, 3)")
     length = np.linalg.norm(vectors, axis=2)
@@ -656,83 +547,66 @@ def read_normals(name, content, **_):
     return vectors / np.where(valid, length, 1)[..., None], valid
 
 
-@dataclass(frozen=True)
-class Format:
-    """How files hold the values of an encoding."""
-
-    suffixes: tuple
-    read: Callable  # (name of the file, its bytes, options of read_depth) -> values (H, W, C), valid (H, W)
-    mirror: tuple = (1,)  # factors of the channels of a mirrored map
-
-
-FORMATS = {  # for each key of model.ENCODINGS
-    "plain": Format(IMAGES, read_image),
-    "relative depth": Format(tuple(MAPS), read_depth),
-    "unit vectors": Format(("npy",), read_normals, mirror=(-1, 1, 1)),
+Format = namedtuple("Format", ["suffixes", "read", "mirror"])  # mirror: factors of the channels of a mirrored map
+FORMATS = {  # how files hold the values of each of model.ENCODINGS; read returns values (H, W, C), valid (H, W)
+    "plain": Format(IMAGES, read_image, (1,)),
+    "relative depth": Format(("png", "npy"), read_depth, (1,)),
+    "unit vectors": Format(("npy",), read_normals, (-1, 1, 1)),
 }
 
 
-def read_map(modality, name, content, mask=None, **depth_options):
+def read_map(modality, name, content, **depth_options):
     """Bytes of a modality's file -> values (H, W, C) float32, valid (H, W) bool.
 
-    mask: bytes of an image, which is 0 at missing pixels. depth_options are the scale and range of read_depth.
+    depth_options: the scale of a PNG, and the range from low to high outside of which depth is missing.
     """
     format = FORMATS[modality.encoding]
-    if suffix_of(name) not in format.suffixes:
+    if Path(name).suffix[1:].lower() not in format.suffixes:
         raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
     values, valid = format.read(name, content, **depth_options)
-    if values.shape[2] != modality.channels:
-        raise BadSample(f"has {values.shape[2]} channels; {modality.name} has {modality.channels}")
-    if mask is not None:
-        mask, shape = load_image(mask)
-        if shape != valid.shape:
-            raise BadSample(f"has shape {valid.shape}, its mask {shape}")
-        valid = valid & mask.any(2)
     if not valid.any():
-        raise BadSample("no valid pixel: none is above 0, finite, in range and unmasked")
+        raise BadSample("no valid pixel: none is above 0, finite and in range")
     return values, valid
 
 
 def load_image(content, size=None, position=(0.5, 0.5)):
-    """Bytes of an image -> (image (H, W, 3) uint8, (height, width) of the whole picture), cropped and resized to size.
+    """Bytes of an image -> (image (H, W, 3) uint8, cropped and resized to size; (height, width) of the whole image).
 
-    Upright by EXIF, transparent parts white, antialiased. A JPEG is decoded at a reduced scale, twice size or more.
+    The image is upright by EXIF, antialiased, and white where it is transparent. position is that of crop_box, central
+    by default. A JPEG is decoded at a reduced scale, twice size or more.
     """
-    image = open_image(content)
-    orientation = image.getexif().get(0x0112, 1)
-    whole = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
+    image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF's orientation, by a quarter
+    shape = image.size if is_turned else image.size[::-1]
     if size:
-        shrink = 2 * max(size[0] / whole[0], size[1] / whole[1])
+        shrink = 2 * max(size[0] / shape[0], size[1] / shape[1])
         image.draft(None, (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+
+    ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    elif image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))  # 16-bit grey
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    image = image.convert("RGB")
     if size:
-        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], whole, size, position))
-    return np.asarray(image), whole
+        image = image.resize(size[::-1], Image.BICUBIC, crop_box(image.size[::-1], shape, size, position))
+    return np.array(image), shape
 
 
-def crop_box(shape, whole, size, position=(0.5, 0.5)):
+def crop_box(shape, image_shape, size, position=(0.5, 0.5)):
     """(left, top, right, bottom) of the largest crop that has the aspect of size (H, W).
 
-    position: where it lies, 0 to 1 down and across the room that is left. The box is in pixels of a map of shape
-    (h, w), which may have another resolution than its whole picture, but must have the same aspect.
+    position (down, across): (0, 0) is the top left crop, (0.5, 0.5) the central one. The box is in pixels of a map of
+    shape (h, w). The map may have another resolution than its image, of image_shape, but must have the same aspect.
     """
-    y_scale = shape[0] / whole[0]
-    x_scale = shape[1] / whole[1]
-    rounding = max(1, x_scale, y_scale) * (1 / whole[0] + 1 / whole[1])
+    y_scale = shape[0] / image_shape[0]
+    x_scale = shape[1] / image_shape[1]
+    rounding = max(1, x_scale, y_scale) * (1 / image_shape[0] + 1 / image_shape[1])
     if abs(x_scale - y_scale) > rounding:
-        raise BadSample(f"has another shape than its image: {tuple(shape)} instead of {tuple(whole)}")
-    scale = min(whole[0] / size[0], whole[1] / size[1])
+        raise BadSample(f"has another shape than its image: {tuple(shape)} instead of {tuple(image_shape)}")
+    scale = min(image_shape[0] / size[0], image_shape[1] / size[1])
     height = size[0] * scale
     width = size[1] * scale
-    top = max(whole[0] - height, 0) * position[0]
-    left = max(whole[1] - width, 0) * position[1]
+    top = max(image_shape[0] - height, 0) * position[0]
+    left = max(image_shape[1] - width, 0) * position[1]
     right = min((left + width) * x_scale, shape[1])
     bottom = min((top + height) * y_scale, shape[0])
     return left * x_scale, top * y_scale, right, bottom
@@ -748,29 +622,25 @@ def nearest(values, valid, size, box):
     cell_height = (bottom - top) / size[0]
     cell_width = (right - left) / size[1]
 
-    # First the pixel under the centre of each cell, which is the answer wherever it is valid.
+    # A cell takes the pixel under its centre if that is valid.
     rows = (top + (np.arange(size[0]) + 0.5) * cell_height).astype(int)
     columns = (left + (np.arange(size[1]) + 0.5) * cell_width).astype(int)
     out = values[rows[:, None], columns]
     found = valid[rows[:, None], columns]
 
-    # Where is each pixel of the box, in cells? Those that are valid, in a cell without an answer, compete for it.
+    # Where the pixels of the box are, in cells. The valid ones compete for the cells that have no value yet.
     y = (np.arange(values.shape[0]) + 0.5 - top) / cell_height
     x = (np.arange(values.shape[1]) + 0.5 - left) / cell_width
     rows = slice(*np.searchsorted(y, (0, size[0])))
     columns = slice(*np.searchsorted(x, (0, size[1])))
-    y = y[rows]
-    x = x[columns]
-    cell_row = y.astype(int)
-    cell_column = x.astype(int)
-    needed = ~found[cell_row[:, None], cell_column]
-    r, c = np.nonzero(valid[rows, columns] & needed)
+    cell_row = y[rows].astype(int)
+    cell_column = x[columns].astype(int)
+    r, c = np.nonzero(valid[rows, columns] & ~found[cell_row[:, None], cell_column])
 
     # From far to near: of several assignments to a cell the last one stays.
-    y_distance = (y - cell_row - 0.5) * cell_height
-    x_distance = (x - cell_column - 0.5) * cell_width
-    distance = y_distance[r] ** 2 + x_distance[c] ** 2
-    order = np.argsort(-distance, kind="stable")
+    y_distance = (y[rows] - cell_row - 0.5) * cell_height
+    x_distance = (x[columns] - cell_column - 0.5) * cell_width
+    order = np.argsort(-(y_distance[r] ** 2 + x_distance[c] ** 2), kind="stable")
     r = r[order]
     c = c[order]
     out[cell_row[r], cell_column[c]] = values[rows, columns][r, c]
@@ -780,7 +650,8 @@ def nearest(values, valid, size, box):
 
 # ---- Sources ----
 # Where samples come from: the synthetic world, a folder, or tar shards. All give Batches of the wanted modalities.
-# Files are shuffled by a function of (seed, epoch), so that resuming finds its place without reading.
+
+ATTEMPTS = 10  # a training run ends after so many samples in a row that cannot be read
 
 
 @dataclass
@@ -790,420 +661,309 @@ class Batch:
     values: dict  # {modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length
     valid: dict  # {modality: (B, 1, H, W) bool, or None if all pixels are valid}
     captions: list
-    indices: list  # in training global ones, for PerSampleRNG
+    indices: list  # of the samples, for PerSampleRNG; in training those of training_indices
     names: list
-    shapes: list  # (height, width) of the whole pictures, before they were cropped and resized
 
 
+@dataclass
 class SyntheticWorld:
     """The synthetic world as a source: it has a sample for every index."""
 
-    modalities = ("rgb", "depth", "normal")
-    entries = range(1 << 32)
+    split: str
+    size: tuple  # (H, W)
+    device: str = "cpu"
 
-    def __init__(self, split, size, device="cpu"):
-        self.split = split
-        self.size = size
-        self.device = device
+    modalities = ("rgb", "depth", "normal")
+    listing = range(1 << 32)
+    shards = ()
 
     def samples(self, indices):
+        """A Batch of the scenes with these indices."""
         scenes = draw_scenes(self.split, indices)
         values = render(scenes, *self.size, device=self.device)
         not_sky = values["depth"] > 0
         valid = {"rgb": None, "depth": not_sky, "normal": not_sky}
         captions = [caption(scenes, i) for i in range(len(indices))]
-        names = [f"{i:06}" for i in indices]
-        return Batch(values, valid, captions, list(indices), names, [self.size] * len(indices))
+        return Batch(values, valid, captions, list(indices), [f"{i:06}" for i in indices])
 
     def load(self, parts, workers, device):
-        """Yields (Batch, problems) for each of the parts, which are sequences of indices."""
-        for indices in parts:
-            yield self.samples(indices), []
+        """Yields a Batch for each of the parts, which are sequences of indices."""
+        return map(self.samples, parts)
 
 
-WINDOW = 8  # shards whose samples are shuffled together
-ATTEMPTS = 10  # samples that are tried in place of one that cannot be read
+@dataclass
+class TarMember:
+    """A file in a tar file. It is read as a Path is."""
+
+    tar: str
+    name: str
+    start: int
+    size: int
+
+    def __str__(self):
+        return f"{self.tar}: {self.name}"
+
+    def read_bytes(self):
+        with open(self.tar, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
 
 
 @dataclass
 class SampleFiles:
-    """A sample as a folder or a shard lists it. None of its files has been read yet."""
+    """The files of a sample. None of them has been read yet."""
 
     name: str
-    where: str  # what messages about the sample begin with
-    problem: str = ""  # why it cannot be used
-    files: dict = field(default_factory=dict)  # {"image", "mask", "txt", "json" or a modality: name of its file}
-    read: Callable = None  # name of a file -> its bytes
-    row: dict = field(default_factory=dict)  # of metadata.jsonl
-
-    def read_text(self):
-        """(caption, depth_scale), each None if there is none."""
-        row = self.row
-        text = row.get("text")
-        if "json" in self.files:
-            with reading("json"):
-                row = parse_json(self.read(self.files["json"]))
-            text = row.get("caption")
-        if "txt" in self.files:
-            with reading("txt"):
-                text = self.read(self.files["txt"]).decode()
-        return text, row.get("depth_scale")
+    files: dict  # {"image", "txt" or a modality: Path or TarMember}
+    text: str = ""  # the caption, unless a file "txt" holds it
 
 
+@dataclass
 class Files(Dataset):
     """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
 
     So the samples of a step do not depend on the number of ranks, --workers or --grad-accum.
-
-    entries: for each sample its SampleFiles, or of shards the array of index_shards, once they have been counted.
     """
 
-    def __init__(self, args, training, size, modalities, entries=None, shards=()):
-        self.args = args
-        self.training = training
-        self.size = size
-        self.modalities = modalities
-        self.entries = entries
-        self.shards = shards
-        self.first = args.seed << 32 if training else 0  # in training, indices are global
+    args: argparse.Namespace
+    training: bool
+    size: tuple  # (H, W)
+    modalities: tuple
+    listing: list = ()  # SampleFiles of a folder; of shards an array (n, 2): the shard and the offset of each sample
+    shards: list = ()
+    attempts: int = ATTEMPTS
 
-    def open_sample(self, epoch, position):
-        """The SampleFiles at a position of an epoch."""
-        entry = self.entries[epoch_order(self, epoch)[position]]
+    def sample_files(self, number):
+        """The SampleFiles of a sample, by its number in the listing."""
         if not self.shards:
-            return entry
-        shard, offset = entry.tolist()
-        return next(list_shard(self.shards[shard], offset))[1]
+            return self.listing[number]
+        shard, offset = self.listing[number].tolist()
+        with reading(self.shards[shard]):
+            return next(list_shard(self.shards[shard], offset))[1]
 
     def __getitem__(self, index):
-        """((maps {modality: (H, W, C)}, masks {modality: (H, W)}, caption, index, name, shape), None) of a sample.
+        """Read a sample. If it cannot be read, the next one of the epoch replaces it.
 
-        If it cannot be read, (a substitute, the problem). In training the substitute is the next sample of the epoch
-        that can be read, or a grey image after so many ATTEMPTS. Otherwise it is None.
+        Raises BadSample if self.attempts samples in a row cannot be read.
         """
-        epoch, position = divmod(index - self.first, len(self.entries))
-        problem = None
-        for attempt in range(1 + ATTEMPTS if self.training else 1):
+        count = len(self.listing)
+        epoch, position = divmod(index % SEED_STEP, count)
+        order = epoch_order(count, self.args.seed, epoch) if self.training else range(count)
+        for attempt in range(self.attempts):
             try:
-                sample = self.open_sample(epoch, (position + attempt) % len(self.entries))
-                with reading(sample.where):
-                    maps, masks, text, shape = self.decode(sample, epoch)
-                return (maps, masks, text, index, sample.name, shape), problem
+                sample = self.sample_files(order[(position + attempt) % count])
+                return {"index": index, **self.read_sample(sample, epoch)}
             except BadSample as error:
-                problem = problem or str(error)
-        if not self.training:
-            return None, problem
-        maps = {self.modalities[0].name: np.full((*self.size, 3), 128, np.uint8)}
-        masks = {}
-        for m in self.modalities[1:]:
-            maps[m.name], masks[m.name] = self.missing_map(m)
-        return (maps, masks, "", index, "", self.size), problem
+                problem = error
+            if attempt + 1 < self.attempts:
+                log(f"{problem}; this sample is replaced by the next")
+        raise problem
 
-    def decode(self, sample, epoch):
-        """(maps, masks, caption, shape of the whole picture) of a sample: cropped, resized, and mirrored together.
+    def read_sample(self, sample, epoch):
+        """Read the image and the maps, and crop, resize and mirror them together: {"maps", "masks", "caption", "name"}.
 
         The crop is central. In training it is random, and half of the samples are mirrored, unless the caption tells
         left from right. That randomness follows from (seed, epoch, name) alone.
         """
-        if sample.problem:
-            raise BadSample(sample.problem)
-        text, depth_scale = sample.read_text()
-        text = "" if text is None else text
-        if not isinstance(text, str) or len(text.encode()) > MAX_CAPTION:
-            raise BadSample(f"its caption is not text, or longer than {MAX_CAPTION} bytes")
+        caption = sample.text
+        if "txt" in sample.files:
+            with reading(sample.files["txt"]):
+                caption = sample.files["txt"].read_bytes().decode()
         position = (0.5, 0.5)
-        mirrored = False
+        is_mirrored = False
         if self.training:
-            rng = random.Random(f"{self.args.seed} {epoch} {sample.name}".encode(errors="surrogatepass"))
+            rng = random.Random(f"{self.args.seed} {epoch} {sample.name}")
             position = (rng.random(), rng.random())
-            mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", text, re.IGNORECASE)
+            is_mirrored = rng.random() < 0.5 and not re.search(r"\b(left|right)", caption, re.IGNORECASE)
 
+        image, *others = self.modalities
         maps = {}
         masks = {}
-        file = sample.files["image"]
-        with reading(file):
-            maps[self.modalities[0].name], whole = load_image(sample.read(file), self.size, position)
-        for m in self.modalities[1:]:
-            maps[m.name], masks[m.name] = self.load_map(sample, m, depth_scale, whole, position)
-        if mirrored:
+        with reading(sample.files["image"]):
+            maps[image.name], shape = load_image(sample.files["image"].read_bytes(), self.size, position)
+        for m in others:
+            maps[m.name], masks[m.name] = self.load_map(m, sample.files.get(m.name), shape, position)
+        if is_mirrored:
             for m in self.modalities:
-                values = maps[m.name][:, ::-1]
-                maps[m.name] = values * np.array(FORMATS[m.encoding].mirror, values.dtype)
-            masks = {name: mask[:, ::-1] for name, mask in masks.items()}
-        return maps, masks, text, whole
+                factors = np.array(FORMATS[m.encoding].mirror, maps[m.name].dtype)
+                maps[m.name] = maps[m.name][:, ::-1] * factors
+            masks = {name: mask[:, ::-1].copy() for name, mask in masks.items()}
+        return {"maps": maps, "masks": masks, "caption": caption, "name": sample.name}
 
-    def missing_map(self, modality):
-        return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
-
-    def load_map(self, sample, modality, scale, whole, position):
+    def load_map(self, modality, file, shape, position):
         """Values (H, W, C) and mask (H, W) of a modality, which is missing if the sample has no file of it."""
-        file = sample.files.get(modality.name)
-        if not file:
-            return self.missing_map(modality)
+        if file is None:
+            return np.zeros((*self.size, modality.channels), np.float32), np.zeros(self.size, bool)
+        high = self.args.depth_max or math.inf  # 0 is no limit
+        depth_options = {"scale": self.args.depth_scale, "low": self.args.depth_min, "high": high}
         with reading(file):
-            if scale is None:
-                scale = self.args.depth_scale if suffix_of(file) == "png" else 1.0
-            if type(scale) not in (int, float) or not 0 < scale < math.inf:
-                raise BadSample(f"depth_scale {scale!r} is not a positive number")
-            mask = sample.read(sample.files["mask"]) if "mask" in sample.files else None
-            limits = {"low": self.args.depth_min, "high": self.args.depth_max or math.inf}  # 0 is no limit
-            values, valid = read_map(modality, file, sample.read(file), mask, scale=scale, **limits)
-            values, valid = nearest(values, valid, self.size, crop_box(valid.shape, whole, self.size, position))
+            values, valid = read_map(modality, str(file), file.read_bytes(), **depth_options)
+            values, valid = nearest(values, valid, self.size, crop_box(valid.shape, shape, self.size, position))
         return np.where(valid[..., None], values, 0), valid
 
     def load(self, parts, workers, device):
-        """Yields (Batch or None, problems) for each of the parts, which are sequences of indices."""
+        """Yields a Batch for each of the parts, which are sequences of indices."""
+        if not len(self.listing):
+            fail(f"--data {self.args.data}: lists no samples (images are {', '.join(IMAGES)})")
         pinned = torch.device(device).type == "cuda"
-        options = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": keep_with_parent}
-        for loaded, problems in DataLoader(self, batch_sampler=parts, collate_fn=collate, **options):
-            if loaded is None:
-                yield None, problems
-                continue
-            maps, masks, *rest = loaded
-            values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in maps.items()}
-            valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in masks.items()}
+        for loaded in load_parallel(self, workers, batch_sampler=parts, pin_memory=pinned):
+            values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in loaded["maps"].items()}
+            valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in loaded["masks"].items()}
             image = self.modalities[0].name
             values[image] = values[image].float() / 127.5 - 1
             valid[image] = None
-            yield Batch(values, valid, *map(list, rest)), problems
+            yield Batch(values, valid, loaded["caption"], loaded["index"].tolist(), loaded["name"])
 
 
-def collate(items):
-    """Items of Files -> ((maps {m: (B, H, W, C)}, masks {m: (B, H, W)}, captions, ...) or None, problems)."""
-    samples = [sample for sample, _ in items if sample]
-    problems = [problem for _, problem in items if problem]
-    if not samples:
-        return None, problems
-    maps, masks, *rest = zip(*samples, strict=True)
-    return (stack(maps), stack(masks), *rest), problems
-
-
-def stack(dictionaries):
-    """B dictionaries of arrays -> one dictionary of tensors whose leading dimension is B."""
-    return {name: torch.from_numpy(np.stack([x[name] for x in dictionaries])) for name in dictionaries[0]}
+def load_parallel(dataset, workers, **options):
+    """Iterate over a DataLoader. A BadSample ends the program with one line."""
+    try:
+        yield from DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, **options)
+    except BadSample as error:
+        problem = str(error).rpartition("BadSample: ")[2]  # a traceback comes before it, if it is of a worker
+        fail(f"--data {problem}")
 
 
 @functools.lru_cache(2)
-def epoch_order(source, epoch):
-    """Numbers of all samples in the order of an epoch.
-
-    In training it is computed from (seed, epoch): the shards are shuffled and taken WINDOW at a time, and the samples
-    of each window are shuffled. A folder is one window.
-    """
-    numbers = np.arange(len(source.entries))
-    if not source.training:
-        return numbers
-    shards = [numbers]
-    if source.shards:
-        shards = np.split(numbers, np.flatnonzero(np.diff(source.entries[:, 0])) + 1)
-    order = np.random.default_rng([source.args.seed, epoch]).permutation(len(shards))
-    windows = []
-    for i in range(0, len(shards), WINDOW):
-        window = np.concatenate([shards[shard] for shard in order[i : i + WINDOW]])
-        rng = np.random.default_rng([source.args.seed, epoch, len(windows) + 1])
-        windows.append(window[rng.permutation(len(window))])
-    return np.concatenate(windows)
+def epoch_order(count, seed, epoch):
+    """Numbers of count samples in the order of an epoch of training."""
+    return np.random.default_rng([seed, epoch, 1]).permutation(count)
 
 
 @functools.lru_cache(4)
-def read_index(folder):
+def list_folder(folder):
     """SampleFiles of a folder that has metadata.jsonl, or .index.txt as MoGe's evaluation folders have."""
-    is_moge = (folder / ".index.txt").exists()
-    path = folder / (".index.txt" if is_moge else "metadata.jsonl")
-    read = functools.partial(read_file, folder=folder)
     samples = []
-    names = set()
+    index = folder / ".index.txt"
+    if index.is_file():
+        for name in filter(None, index.read_text().splitlines()):
+            files = {"image": folder / name / "image.jpg", "depth": folder / name / "depth.png"}
+            samples.append(SampleFiles(name, files))
+        return samples
+
+    path = folder / "metadata.jsonl"
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} row {number}"
-        try:
-            if is_moge:
-                name = line.decode().strip()
-                row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
-            else:
-                row = parse_json(line)
-                name = os.path.splitext(row["file_name"])[0]
-        except (ValueError, KeyError, TypeError):
-            samples.append(SampleFiles(where, where, "not UTF-8 JSON with a file_name"))
-            continue
-        files = {
-            key.removesuffix("_file_name"): str(row[key]) for key in row if key.endswith("_file_name") and row[key]
-        }
-        files["image"] = row["file_name"]
-        problem = f"names {row['file_name']} again" if name in names else ""
-        names.add(name)
-        samples.append(SampleFiles(name, where, problem, files, read, row))
+        if line.strip():
+            samples.append(read_row(folder, line, f"{path} row {number}"))
     return samples
 
 
-class HeaderFile(io.FileIO):
-    """A tar file whose headers are read. A damaged one may declare a name of gigabytes, which raises ReadError."""
+def read_row(folder, line, where):
+    """A line of metadata.jsonl -> SampleFiles. where is its name in a message."""
+    try:
+        row = json.loads(line)
+        files = {"image": folder / row["file_name"]}
+        text = row.get("text") or ""
+        if not isinstance(text, str):
+            raise TypeError
+        for key, value in row.items():
+            name = key.rpartition("_file_name")[0]
+            if name and value:
+                files[name] = folder / value
+    except (ValueError, KeyError, TypeError):
+        fail(f"--data {where}: must be a JSON dictionary with a file_name; text and file names must be strings")
+    return SampleFiles(os.path.splitext(row["file_name"])[0], files, text)
 
-    def read(self, size=-1):
-        if not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
 
-
-def read_headers(path, start):
-    """Yields (header, offset of the next one) of the members of a tar file from an offset on. Raises if damaged."""
-    with HeaderFile(path) as file:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # it would keep every header
-                if member.size < 0 or tar.offset <= member.offset:
-                    raise tarfile.ReadError("a member of negative size")
-                yield member, tar.offset
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError("cut short")
+# The name of a tar member: the key of its sample, up to the first dot after the last slash, and what the file is.
+MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 
 
 def list_shard(path, start=0):
     """Yields (offset, SampleFiles) of a tar file's samples from an offset on. Only headers are read.
 
-    A sample is consecutive members that share a name up to its first dot: key.jpg, key.txt, key.depth.npy ... If the
-    file is damaged, the last item stands for what is lost.
+    A sample is consecutive members with the same key: key.jpg, key.txt, key.depth.npy ... It must have an image.
     """
-    name = None
-    members = {}
-    offset = end = start
-    problem = None
-    try:
-        for header, next_offset in read_headers(path, start):
-            end = next_offset
-            folder, slash, base = header.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            if not stem or not suffix or header.isdir():
-                continue
-            if members and name != folder + slash + stem:
-                yield offset, shard_sample(path, name, members)
-                members = {}
-            if not members:
-                name = folder + slash + stem
-                offset = header.offset
-            members[suffix.lower()] = header
-    except Exception as error:
-        problem = f"damaged ({error}), what follows is lost"
-    if members:
-        yield offset, shard_sample(path, name, members)
-    if problem or name is None:
-        yield end, SampleFiles(str(path), path, problem or "holds no sample")
-
-
-def shard_sample(path, name, members):
-    """SampleFiles of the members {suffix: header} of a tar file."""
-    files = {}
-    for suffix in members:
-        kind, _, last = suffix.rpartition(".")
-        if not kind or last in (*IMAGES, *MAPS):
-            files.setdefault(kind or last, suffix)
-    files["image"] = next((suffix for suffix in IMAGES if suffix in members), None)
-    problem = "" if files["image"] else f"no image ({', '.join(IMAGES)})"
-    return SampleFiles(name, f"{path}: {name}", problem, files, functools.partial(read_member, path, members))
-
-
-def read_member(path, members, suffix):
-    """Bytes of one of the members {suffix: header} of a tar file."""
-    member = members[suffix]
-    if not member.isfile() or member.issparse():
-        raise BadSample(f"{member.name} is a link, a device or sparse")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise BadSample(f"{member.name} is a name that leads out")
-    if member.size > MAX_BYTES:
-        raise BadSample(f"declares {member.size} bytes")
     with open(path, "rb") as file:
-        file.seek(member.offset_data)
-        content = file.read(member.size)
-    if len(content) < member.size:
-        raise BadSample("cut short")
-    return content
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = (member for member in tar if member.isfile() and MEMBER.fullmatch(member.name))
+            for key, group in itertools.groupby(members, lambda member: MEMBER.fullmatch(member.name)[1]):
+                group = list(group)
+                files = {}
+                for member in group:
+                    kind, _, suffix = MEMBER.fullmatch(member.name)[2].lower().rpartition(".")
+                    kind = kind or ("image" if suffix in IMAGES else suffix)
+                    files.setdefault(kind, TarMember(path, member.name, member.offset_data, member.size))
+                if "image" in files:
+                    yield group[0].offset, SampleFiles(key, files)
 
 
 def sample_offsets(path, limit=None):
     """Offsets of the samples of a tar file, or of its first ones up to a limit."""
-    return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
+    with reading(path):
+        return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
 
 
 def index_shards(paths, workers=0, limit=None):
     """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
     count = functools.partial(sample_offsets, limit=limit)
-    loader = DataLoader(paths, batch_size=None, collate_fn=count, num_workers=workers, worker_init_fn=keep_with_parent)
+    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
     index = []
-    for shard, offsets in enumerate(tqdm(loader, "counting the samples of --data", delay=5, leave=False)):
+    progress = tqdm(offsets_of_shards, "counting the samples of --data", leave=False, disable=None)  # in a terminal
+    for shard, offsets in enumerate(progress):
         index += [(shard, offset) for offset in offsets]
         if limit is not None and len(index) >= limit:
             break
     return np.array(index)
 
 
-def kept_index(paths, out, workers, rank):
-    """index_shards, kept in a run directory. If a shard changes in size or time, all are counted again.
+def saved_index(paths, out, workers, rank):
+    """index_shards, saved in a run directory. If a shard changes in size or time, all are counted again.
 
     Rank 0 counts, and the others wait for its file: in a collective, they would end the run after --timeout.
     """
     states = [os.stat(path) for path in paths]
-    key = hash_int64([(str(path), s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
-    kept = Path(out) / f"shards{key}.npy"
-    if rank == 0 and not kept.exists():
-        if any(Path(out).glob("shards*.npy")):
-            log("--data: shards have changed and are counted again; the order of samples may change")
-        write_bytes(kept, to_bytes(np.save, index_shards(paths, workers)))
-    while not kept.exists():
+    key = hash_int64([(path, s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
+    saved = Path(out) / f"shards{key}.npy"
+    if rank == 0 and not saved.exists():
+        write_bytes(saved, to_bytes(np.save, index_shards(paths, workers)))
+    while not saved.exists():
         time.sleep(1)
-    return np.load(kept, mmap_mode="r")
+    return np.load(saved, mmap_mode="r")
 
 
 def expand(pattern):
     """'a{08..10}.tar' -> ['a08.tar', 'a09.tar', 'a10.tar'], for any number of ranges in braces."""
-    first, *pieces = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
-    paths = [first]
-    for low, high, text in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
-        numbers = range(int(low), int(high) + 1)
-        if not 0 < len(numbers) * len(paths) <= MAX_SHARDS:
-            limit = f"and name at most {MAX_SHARDS:,} files"
-            fail(f"--data {pattern}: a range in braces must go from the lower number to the higher, {limit}")
-        paths = [f"{path}{number:0{len(low)}}{text}" for path in paths for number in numbers]
-    return paths
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not match:
+        return [pattern]
+    low, high = match.groups()
+    numbers = [f"{number:0{len(low)}}" for number in range(int(low), int(high) + 1)]
+    return [path for number in numbers for path in expand(pattern.replace(match[0], number, 1))]
 
 
 def open_source(args, split, size, modalities, device="cpu"):
     """The source that --data names, for images of size (H, W). The first modality is the image."""
     if args.data == "synthetic":
-        unknown = [m.name for m in modalities if m.name not in SyntheticWorld.modalities]
-        if unknown:
-            fail(f"--data synthetic: has no {unknown[0]}; it has {', '.join(SyntheticWorld.modalities)}")
+        for m in modalities:
+            if m.name not in SyntheticWorld.modalities:
+                fail(f"--data synthetic: has no {m.name}; it has {', '.join(SyntheticWorld.modalities)}")
         return SyntheticWorld(split, size, device)
 
+    training = split == "train"
     folder = Path(args.data)
-    if any(os.path.isfile(folder / name) for name in (".index.txt", "metadata.jsonl")):
-        samples = read_index(folder)
-        if not samples:
-            fail(f"--data {args.data}: lists no samples")
-        return Files(args, split == "train", size, modalities, samples)
-
+    if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
+        return Files(args, training, size, modalities, list_folder(folder))
     shards = expand(args.data)
-    missing = next((path for path in shards if not os.path.isfile(path)), None)
-    if missing is not None:
+    missing = [path for path in shards if not os.path.isfile(path)]
+    if missing or not shards:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {args.data}: unknown source, no file {missing}; give {known}")
-    return Files(args, split == "train", size, modalities, shards=shards)
+        fail(f"--data {args.data}: unknown source, no file {''.join(missing[:1])}; must be {known}")
+    return Files(args, training, size, modalities, shards=shards)
 
 
 # ---- Batches ----
 # Which samples a step trains on, and the random numbers that belong to them: both follow from (seed, index), and not
 # from the number of ranks, of workers or of accumulation steps.
 
+SEED_STEP = 1 << 32  # between the first indices of two seeds
+
 
 def training_indices(seed, step, batch_size, rank=0, ranks=1):
-    """Global indices of the samples of one step that one rank trains on.
-
-    Another seed sees other scenes of the synthetic world, unless it is a multiple of 2^25 away.
-    """
+    """Indices of the samples of one step that one rank trains on. Runs with different seeds share no index."""
     share = batch_size // ranks
-    start = (seed << 32) + step * batch_size + rank * share
+    start = seed * SEED_STEP + step * batch_size + rank * share
     return range(start, start + share)
 
 
@@ -1216,100 +976,63 @@ def hash_int64(key):
 class PerSampleRNG:
     """Random numbers that belong to samples: row i of a draw is a hash of (key, indices[i], number of the draw).
 
-    So noise, noise levels and masks are the same however a batch is split over ranks and accumulation steps, and on
-    every device: uniform ones to the last bit, normal ones to rounding. A draw is SplitMix64 from B starting states.
+    So noise, noise levels and masks do not depend on how a batch is split over ranks and accumulation steps. Uniform
+    numbers are equal on every device to the last bit, normal ones to rounding.
     """
 
     def __init__(self, key, indices, device="cpu"):
         indices = torch.tensor(indices, dtype=torch.int64).to(device, non_blocking=True)
-        self.streams = split_mix(indices * GOLDEN + hash_int64(key))  # (B,)
-        self.draws = 0
+        self.states = split_mix(indices * GOLDEN + hash_int64(key))  # (B,)
+        self.num_draws = 0
 
-    def bits(self, *shape):
-        """(B, *shape) int64 of 64 random bits each. Every call gives new ones."""
-        self.draws += 1
-        start = split_mix(self.streams + self.draws)  # (B,)
+    def random_bits(self, *shape):
+        """(B, *shape) int64, each of 64 random bits. Every call gives new ones."""
+        self.num_draws += 1
+        start = split_mix(self.states + self.num_draws)  # (B,)
         counter = torch.arange(math.prod(shape), device=start.device)
         return split_mix(start[:, None] + counter * GOLDEN).view(-1, *shape)
 
     def rand(self, *shape):
         """(B, *shape) from U[0, 1)."""
-        return shift_right(self.bits(*shape), 40) * 2.0**-24  # 24 bits are what float32 holds exactly
+        return shift_right(self.random_bits(*shape), 40) * 2.0**-24  # 24 bits are what float32 holds exactly
 
     def randn(self, *shape):
         """(B, *shape) from N(0, 1), by the Box-Muller transform: 64 bits give a radius and an angle, so two numbers."""
         count = math.prod(shape)
-        bits = self.bits((count + 1) // 2)
+        bits = self.random_bits((count + 1) // 2)
         radius = ((shift_right(bits, 32) + 1) * 2.0**-32).log().mul(-2).sqrt()
         angle = (bits & 0xFFFFFFFF) * (2 * math.pi * 2.0**-32)
         pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
         return pairs[:, :count].reshape(-1, *shape)
 
 
-def training_parts(args, step, rank, ranks):
-    """Endless ranges of indices: what one rank trains on from a step on, in args.grad_accum parts per step."""
-    size = args.batch_size // ranks // args.grad_accum
-    for number in itertools.count(step):
-        indices = training_indices(args.seed, number, args.batch_size, rank, ranks)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
-
-
 def training_batches(source, args, step, rank, ranks, device):
-    """Endless Batches of one rank, from a step on, args.grad_accum of them per step.
-
-    Samples of files that cannot be read are skipped and counted. The first ten are named, and more than 1% of them (at
-    least of 1000) end the run. Shards are counted first.
-    """
-    if source.entries is None:
-        source.entries = kept_index(source.shards, args.out, args.workers, rank)
-
-    tried = 0
-    bad = 0
-    named = set()
-    for batch, problems in source.load(training_parts(args, step, rank, ranks), args.workers, device):
-        tried += len(batch.names)
-        bad += len(problems)
-        for problem in problems:
-            if problem not in named and len(named) < 10:
-                named.add(problem)
-                log(f"skipped, {bad} of {tried} samples: {problem}")
-        if bad > max(tried, 1000) / 100:
-            share = f"{bad} of {tried} samples cannot be read, more than 1%"
-            fail(f"--data {args.data}: {share}; the last: {problems[-1]}")
-        yield batch
+    """Endless Batches of one rank, from a step on, args.grad_accum of them per step. Shards are counted first."""
+    if source.shards:
+        source.listing = saved_index(source.shards, args.out, args.workers, rank)
+    size = args.batch_size // ranks // args.grad_accum
+    steps = (training_indices(args.seed, i, args.batch_size, rank, ranks) for i in itertools.count(step))
+    parts = (indices[start : start + size] for indices in steps for start in range(0, len(indices), size))
+    return source.load(parts, args.workers, device)
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
     """Batches of the first count samples, or of all if count is None.
 
-    A sample of files that cannot be read ends the program with one line, or is left out if not strict.
+    A sample that cannot be read ends the program or, if not strict, is replaced by the next one, as in training.
     """
-    if source.entries is None:
-        source = copy.copy(source)
-        source.entries = index_shards(source.shards, limit=count)
-    indices = range(len(source.entries))[:count]
+    if source.shards:
+        source.listing = index_shards(source.shards, limit=count)
+    source.attempts = 1 if strict else ATTEMPTS
+    indices = range(len(source.listing))[:count]
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for batch, problems in source.load(parts, min(workers, 1), device):
-        if problems and strict:
-            fail(f"--data {problems[0]}")
-        if batch:
-            yield batch
+    return source.load(parts, min(workers, 1), device)
 
 
-def keep_with_parent(worker):
-    """Let a worker process live exactly as long as its parent, the process that trains.
-
-    Schedulers and Ctrl-C signal both, and the parent finishes its step and saves before it ends. So the worker ignores
-    these signals, and the system kills it when its parent has ended, in whatever way.
-    """
+def ignore_signals(worker):
+    """Let a worker ignore what schedulers and Ctrl-C send to all processes: training needs it to finish a step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's workers look every five seconds
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that started this process ends
-        forked = multiprocessing.get_start_method() == "fork"
-        if forked and os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)  # the parent has ended before that call
 
 
 @atexit.register
@@ -1317,17 +1040,16 @@ def end_workers():
     """Kill the workers: multiprocessing would send SIGTERM, which they ignore, and wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each
     for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
+        worker.kill()
 
 
 # ---- Encoders ----
-# What the network sees of images and captions: pixels and bytes, or what --encoders FILE.py makes of them.
-# Frozen encoders turn a small pixel model into a latent one, with text embeddings, with no other change.
+# What the network sees of images and captions: pixels and bytes, or what --encoders FILE.py makes of them. Frozen
+# encoders turn the pixel model into a latent one that reads text embeddings. Nothing else changes.
 
 
 def truncated_words(caption, length):
-    """The words of a caption that encode_text cuts, including one that it would split; "" if all fit."""
+    """The words of a caption that encode_text would cut or split, joined by spaces; "" if all fit."""
     words = caption.split()
     tokens = itertools.accumulate(math.ceil(len(word.encode()) / TEXT_PATCH) for word in words)
     return " ".join(word for word, used in zip(words, tokens, strict=True) if used > length // TEXT_PATCH)
@@ -1336,12 +1058,11 @@ def truncated_words(caption, length):
 def encode_text(captions, length):
     """Captions -> (B, length) uint8: UTF-8, each word at the start of a token of TEXT_PATCH bytes, zeros between.
 
-    A word longer than a token goes on in the next one. What does not fit in length is cut. An empty caption is all
-    zeros.
+    A word longer than a token continues in the next one. What does not fit in length is cut.
     """
     text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
-    for row, line in zip(text, captions, strict=True):
-        words = (word.encode() for word in line.split())
+    for row, caption in zip(text, captions, strict=True):
+        words = (word.encode() for word in caption.split())
         pieces = (word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH))
         for token, piece in zip(row, pieces, strict=False):
             token[: len(piece)] = np.frombuffer(piece, np.uint8)
@@ -1349,7 +1070,8 @@ def encode_text(captions, length):
 
 
 class PixelsAndBytes:
-    """No encoders. What load(device) of a plug-in returns has the same seven members:
+    """No encoders. The object that load(device) of a --encoders file returns has the same seven members. Tensors are
+    finite, and float32 unless they are bytes.
 
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
@@ -1357,8 +1079,6 @@ class PixelsAndBytes:
 
     image_channels, image_stride  channels of the latents, and pixels per latent, per side
     text_length, text_dim         tokens of a caption, channels of each; text_dim 0 is bytes, (B, text_length) uint8
-
-    All tensors are finite, and float32 unless they are bytes.
     """
 
     image_channels = 3
@@ -1380,73 +1100,47 @@ class PixelsAndBytes:
 @torch.no_grad()
 def check_encoders(encoders, device, config):
     """Raise ValueError unless encoders return what PixelsAndBytes documents, for a batch of two."""
-    ranges = {"image_channels": (1, 4096), "image_stride": (1, 256), "text_length": (1, 1 << 16)}
-    check_numbers(encoders, text_dim=(0, 1 << 16), **ranges)
-    if not encoders.text_dim and encoders.text_length % TEXT_PATCH:
-        raise ValueError(f"text_length is {encoders.text_length}; must be a multiple of {TEXT_PATCH} bytes")
-
-    stride = encoders.image_stride
-    patch = config.with_encoders(encoders).patch
-    rgb = torch.linspace(-1, 1, 144 * patch**2, device=device).view(2, 3, 4 * patch, 6 * patch)
+    config = config.with_encoders(encoders)
+    rgb = torch.zeros(2, 3, 4 * config.patch, 6 * config.patch, device=device)
     latents = encoders.encode_image(rgb)
-    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
-    text_dtype = torch.float32 if encoders.text_dim else torch.uint8
-    checks = [
-        (
-            "encode_image",
-            latents,
-            (2, encoders.image_channels, 4 * patch // stride, 6 * patch // stride),
-            torch.float32,
-        ),
-        ("decode_image", encoders.decode_image(latents), tuple(rgb.shape), torch.float32),
-        ("encode_text", encoders.encode_text(["", "a red ball"]), text_shape, text_dtype),
-    ]
-    for name, returned, shape, dtype in checks:
-        if tuple(returned.shape) != shape or returned.dtype != dtype:
-            raise ValueError(f"{name} returned {tuple(returned.shape)} {returned.dtype}; must be {shape} {dtype}")
-        if not returned.isfinite().all():
-            raise ValueError(f"{name} returned NaN or infinity")
+    text_shape = (2, encoders.text_length, encoders.text_dim)
+    expected = {
+        "encode_image": (latents, (2, *config.modalities[0].shape(rgb.shape[2:]))),
+        "decode_image": (encoders.decode_image(latents), tuple(rgb.shape)),
+        "encode_text": (encoders.encode_text(["", "a red ball"]), text_shape if encoders.text_dim else text_shape[:2]),
+    }
+    for name, (returned, shape) in expected.items():
+        if tuple(returned.shape) != shape or not returned.isfinite().all():
+            raise ValueError(f"{name} returned a tensor of shape {tuple(returned.shape)}; must be {shape}, finite")
 
 
 def load_encoders(path, device, config):
-    """Run a plug-in, a Python file, and check what its load(device) returns."""
-    if not (path.endswith(".py") and Path(path).is_file()):
-        fail(f"--encoders {path}: no such file, or its name does not end in .py")
+    """Run a --encoders file, and check what its load(device) returns."""
     try:
-        spec = importlib.util.spec_from_file_location("encoders", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        encoders = module.load(device)
+        encoders = runpy.run_path(path)["load"](device)
         check_encoders(encoders, device, config)
-    except (Exception, SystemExit) as error:
-        fail(f"--encoders {path}: {type(error).__name__}: {error}; README shows a file that works")
+    except Exception as error:
+        fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
     return encoders
 
 
 def open_encoders(path, device, config, trained_with=None):
-    """--encoders -> the encoders that a plug-in loads, or PixelsAndBytes if path is empty.
+    """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty. Exit code 2 if they do not fit.
 
-    trained_with: the plug-in that a checkpoint names ("" for none). Encoders that do not fit its config are refused.
+    trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
-    if trained_with and path and Path(trained_with).name != Path(path).name:
-        log(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
-        image = config.modalities[0]
-        used = f"--encoders {trained_with}" if trained_with else "no --encoders"
-        needs = f"{image.channels} channels at 1/{image.stride}, text {config.text_length} x {config.text_dim}"
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {used}: {needs}; give what fits")
+        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
 
 # ---- Flags ----
 # The command lines of all scripts: types, which check a value, and the settings that several scripts share.
 
-MAX_SIDE = 8192  # pixels
 
-
-def number(low, high, above=False, kind=float):
-    """Type of a flag: a number from low to high, or above low. NaN is in no range."""
+def number(low, high, above=False, kind=float, other=""):
+    """Type of a flag: a number from low to high, or above low. NaN is in no range. other ends the error message."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1456,7 +1150,7 @@ def number(low, high, above=False, kind=float):
         except ValueError:
             value = math.nan
         if not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} {span}{other}")
         return value
 
     return read
@@ -1465,83 +1159,46 @@ def number(low, high, above=False, kind=float):
 whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
+MAX_SIDE = 8192  # pixels
 SIDE = whole(0, MAX_SIDE)  # 0 stands for the value of another flag or of the network
 SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
 
 
-def one_of(*names):
-    """Type of a flag: one of the names, unchanged."""
-
-    def read(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text}: must be one of {', '.join(filter(None, names))}")
-        return text
-
-    return read
-
-
 def by_modality(read_number):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A lone number is for the image."""
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the image."""
 
     def read(text):
         numbers = {}
-        for entry in filter(None, text.split(",")):
+        entries = text.split(",")
+        for entry in entries:
             name, _, value = entry.rpartition("=")
-            name = name or "rgb"
-            if name not in MODALITIES or name in numbers:
-                known = ", ".join(MODALITIES)
-                raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5,depth=0.2, of {known}")
-            try:
-                numbers[name] = read_number(value)
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentTypeError(f"{text}: {str(error).partition(': ')[2]}") from None
+            numbers[name or "rgb"] = read_number(value)
+        if len(numbers) < len(entries) or not numbers.keys() <= MODALITIES.keys():
+            raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5, of {', '.join(MODALITIES)}")
         return numbers
 
     return read
 
 
-def modality_list(text):
-    """Type of a flag: different modalities, the image first, joined by commas, unchanged."""
-    names = text.split(",")
-    if names[0] != "rgb" or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
-        raise argparse.ArgumentTypeError(f"{text}: must be rgb, then different ones of {', '.join(MODALITIES)}")
-    return text
-
-
-def parse_size(text, low=1):
-    """Size in pixels, one side ("64") or "HxW" -> (H, W). Raises argparse.ArgumentTypeError if it is out of range."""
-    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+def parse_size(text):
+    """--size: pixels, one side ("64") or "HxW" -> (H, W). Else exit code 2."""
+    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < low or max(size) > MAX_SIDE:
-        span = f"pixels, {low} to {MAX_SIDE} a side"
-        raise argparse.ArgumentTypeError(f"{text}: must be {span}, as one side (64) or as HxW (48x64)")
+    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        fail(f"--size {text}: must be pixels, 1 to {MAX_SIDE} a side, such as 64 or 48x64")
     return size
 
 
-def size_text(low=1):
-    """Type of a flag: a text that parse_size reads, or an empty one, unchanged."""
-
-    def read(text):
-        if text:
-            parse_size(text, low)
-        return text
-
-    return read
-
-
 def parse_order(text, names):
-    """--order: log2(alpha) from -14 to 14, or different ones of names -> a float, or their list. Else exit code 2."""
-    try:
-        order = float(text)
-    except ValueError:
-        order = text.replace(" ", "").split(",")
-        if sorted(set(order) & set(names)) != sorted(order):
-            fail(f"--order {text}: must be joint, log2(alpha), or different ones of {', '.join(names)}")
+    """--order: log2(alpha) -> float, or different ones of names with commas between -> list. Else exit code 2."""
+    order = text.split(",")
+    if set(order) <= set(names) and len(set(order)) == len(order):
         return order
-    if not -14 <= order <= 14:
-        fail(f"--order {text}: log2(alpha) must be from -14 to 14; rgb,depth and depth,rgb are its limits")
-    return order
+    try:
+        return number(-14, 14)(text)
+    except argparse.ArgumentTypeError:
+        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {', '.join(names)}")
 
 
 class Flags(argparse.ArgumentParser):
@@ -1560,18 +1217,19 @@ class Flags(argparse.ArgumentParser):
         self.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
 
     def error(self, message):
-        flag, _, problem = message.removeprefix("argument ").partition(": ")
-        if ": must be " in problem:  # our types' messages begin with the value, those of argparse do not
+        """Print argparse's message without its usage. Messages of the types above begin with the value."""
+        message = message.removeprefix("argument ")
+        flag, _, problem = message.partition(": ")
+        if ": must be " in problem:
             fail(f"{flag} {problem}")
-        fail(f"{message.removeprefix('argument ')}; --help lists the flags")
+        fail(f"{message}; --help lists the flags")
 
 
 def source_settings(p, maps=True):
-    """The flags of scripts that read samples; maps: not images and captions alone."""
+    """The flags of scripts that read samples. maps: the samples have more than images and captions."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
     if maps:
-        unit = "metres per unit of a 16-bit PNG that has no scale of its own (KITTI: 0.00390625)"
-        p.setting("--depth-scale", 0.001, unit, POSITIVE)
+        p.setting("--depth-scale", 0.001, "metres per unit of a 16-bit PNG (KITTI: 0.00390625)", POSITIVE)
         p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
         p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
@@ -1579,7 +1237,7 @@ def source_settings(p, maps=True):
 
 
 def check_depth_range(args):
-    """Refuse settings that leave no depth."""
+    """Refuse a range that leaves no depth."""
     if 0 < args.depth_max <= args.depth_min:
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
@@ -1587,11 +1245,10 @@ def check_depth_range(args):
 def sampling_settings(p):
     """The flags of scripts that sample."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    scale = "scale of classifier-free guidance, for the image (3) or by name (rgb=3,depth=2); 1 is none"
-    p.setting("--cfg", "3", f"{scale}; the released model uses 4", by_modality(number(0, 100)))
+    guidance = by_modality(number(0, 100))
+    p.setting("--cfg", "3", "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none", guidance)
     p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
-    counted = "ensemble members and guided copies count; the members of one image stay together"
-    p.setting("--batch-size", 16, f"samples in each call of the network; {counted}", whole(1, 10**5))
+    p.setting("--batch-size", 16, "samples in each call of the network, guided copies included", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
@@ -1602,7 +1259,7 @@ def training_settings(p, steps, out):
     p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
-    p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
+    p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly to zero", COUNT)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
     p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
@@ -1613,7 +1270,7 @@ def training_settings(p, steps, out):
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
     p.setting("--out", out, "run directory")
-    p.setting("--resume", False, "go on from the newest whole checkpoint of the run directory, if there is one")
+    p.setting("--resume", False, "continue from the newest checkpoint of the run directory, if there is one")
     p.setting("--checkpoint-every", 250, "steps between checkpoints", COUNT)
     p.setting("--keep", 2, "number of checkpoints to keep, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
@@ -1624,50 +1281,32 @@ def training_settings(p, steps, out):
 
 
 def parse_run(p):
-    """Parse the flags of a training script. With --resume, the run's config.json replaces p's defaults.
-
-    Its settings are read as if they were flags, but for --out, since a run may have been copied, and for the plug-in of
-    --encoders, which must be named again, since it is code that is run.
-    """
+    """Parse the flags of a training script. With --resume, the settings of the run's config.json are the defaults."""
     args = p.parse_args()
     path = Path(args.out) / "config.json"
     if not args.resume or not path.is_file():
         return args
-    try:
-        settings = parse_json(path.read_bytes())
-    except ValueError:
-        fail(f"--resume: {path} is damaged; remove it and give the settings of the run as flags")
-    if "p_i2d" in settings:  # a run of an earlier version
-        settings["p_clean"] = {"rgb": settings["p_i2d"], "depth": settings.get("p_d2i")}
 
-    flags = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if name in ("out", "encoders", "resume") or value == p.get_default(name):
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-            continue
-        if isinstance(value, dict):  # of by_modality
-            value = ",".join(f"{key}={number}" for key, number in value.items())
-        flags.append(f"--{flag}={value}")
-    args, _ = p.parse_known_args(flags)  # settings of other versions are ignored
-    args = p.parse_args(namespace=args)
-    if settings.get("encoders") and not args.encoders:
+    settings = json.loads(path.read_bytes())
+    # A run may have been copied from its --out, and --encoders is code, which must be named to be run.
+    for name in vars(args).keys() & settings.keys() - {"out", "encoders"}:
+        p.set_defaults(**{name: settings[name]})
+    args = p.parse_args()
+    for name in ("preset", "modalities", "optimizer"):
+        if getattr(args, name, None) != settings.get(name):
+            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}")
+    if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
 
 
 # ---- Runs ----
-# Messages, devices, files that survive accidents, checkpoints, and what both training scripts do around their loops.
+# Messages, devices, files that survive accidents, checkpoints, and what both training scripts do around their losses.
 
 
 def log(message):
-    """Print one line on stderr, above a progress bar. A long message, which may quote anything, loses its middle."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    if len(line) > 300:
-        line = f"{line[:190]} ... {line[-100:]}"
-    tqdm.write(line, file=sys.stderr)
+    """Print one line on stderr, above a progress bar."""
+    tqdm.write(" ".join(message.split()), file=sys.stderr)
 
 
 def fail(message):
@@ -1676,128 +1315,61 @@ def fail(message):
     raise SystemExit(2)
 
 
-def reason(error):
-    """The first line of what an exception says."""
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def pick_device(name):
-    """--device auto | cuda | mps | cpu -> torch.device; cuda without a number is the GPU of this rank."""
-    if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-        fail(f"--device {name}: must be auto, cuda, mps or cpu")
+    """--device -> torch.device. auto is the GPU if there is one; cuda without a number is the GPU of this rank."""
     if name == "auto":
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = next(kind for kind, found in available.items() if found)
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError):  # a torch without CUDA raises AttributeError
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
         fail(f"--device {name}: not available here; use --device auto")
-    if device.type == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
-def keep_freed_memory():
-    """Tell glibc to keep freed blocks. To get one from the system again costs more than the matmul that fills it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
 def run_script(main):
-    """Call the main function of a script. A problem of the machine or the disk is one line and exit code 2.
-
-    Ctrl-C is exit code 130. Any other exception is a bug and keeps its traceback.
-    """
+    """Call main. A full disk or memory is one line and exit code 2, Ctrl-C exit code 130; a bug keeps its traceback."""
     try:
-        return main()
+        main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{reason(error)}; check the path, its permissions and the space on its disk")
-    except (MemoryError, RuntimeError) as error:
-        texts = ("can't allocate memory", "out of memory", "size calculation overflowed")  # of torch's allocators
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
-            raise
+        fail(f"{error}; check the path, its permissions and the space on its disk")
+    except (MemoryError, torch.OutOfMemoryError):
         fail("out of memory; lower --batch-size or --size")
 
 
-def claim_folder(path, *own, flag="--out"):
-    """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
-
-    These are names that only the calling script would have written, so that no file of yours is overwritten.
-    """
+def claim_folder(path, *own):
+    """Make a directory to write to: new, empty, or with one of the files called own, which only this script writes."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    first = next(folder.iterdir(), None)
-    if first and not any(any(folder.glob(pattern)) for pattern in own):
-        fail(f"{flag} {path}: already holds {first.name}; choose a new or an empty directory")
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in own):
+        fail(f"--out {path}: holds other files; choose a new or an empty directory")
     return folder
 
 
 @contextlib.contextmanager
-def tolerate(path):
-    """Report a full disk, or a picture that needs more memory than there is, and go on training."""
+def tolerate(what):
+    """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full GPU as a RuntimeError
-        log(f"{path}: not written ({reason(error)}); training goes on")
-        traceback.clear_frames(error.__traceback__)  # their variables hold on to the memory
-        torch.cuda.empty_cache()
+    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a full GPU or disk
+        cause = error.__context__ or error  # the context of torch's error is the error of the disk
+        log(f"{what}: not written ({cause}); training continues")
 
 
-def append_row(path, row):
-    """Add a row to a file of JSON lines, if the disk permits."""
-    with tolerate(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def parse_json(text):
-    """Read a dictionary from JSON text or bytes. Raises ValueError if it holds anything else."""
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON dictionary")
-    return found
-
-
-def read_rows(path):
-    """The rows of a file of JSON lines, without those that a crash or a full disk has cut."""
-    rows = []
-    if Path(path).is_file():
-        for line in Path(path).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(parse_json(line))
-    return rows
-
-
-def write_whole(path, write, sync=True):
-    """Call write(file) on a temporary file and rename it, so that a crash leaves the old file or the new one.
-
-    With sync this also holds if the machine crashes. It takes milliseconds, too long for many small files.
-    """
+@contextlib.contextmanager
+def whole_file(path):
+    """The path of a temporary file, which is renamed to path at the end: a crash leaves the old file or the new one."""
     part = Path(path).with_name("partly-written")
-    part.unlink(missing_ok=True)  # if it is a link, what it points to must not be written
+    part.unlink(missing_ok=True)  # it may be a link to a checkpoint, which must not be written
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        yield part
         os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1809,8 +1381,9 @@ def to_bytes(write, *args, **options):
     return buffer.getvalue()
 
 
-def write_bytes(path, content, sync=True):
-    write_whole(path, lambda file: file.write(content), sync)
+def write_bytes(path, content):
+    with whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def write_image(path, image, **options):
@@ -1822,84 +1395,37 @@ def write_json(path, value):
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def git_commit():
-    """The commit of this code, with -dirty if files differ from it, or "" if there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
 def list_checkpoints(out):
-    """Paths of the checkpoints in a run directory, oldest first; last.pt if there is nothing else."""
-    paths = [path for path in Path(out).glob("step-*.pt") if re.fullmatch(r"step-[0-9]{7,}\.pt", path.name)]
-    paths.sort(key=lambda path: (len(path.name), path.name))
-    return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
+    """Paths of the checkpoints step-N.pt in a run directory, oldest first."""
+    paths = [path for path in Path(out).glob("step-*.pt") if path.stem[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
 def save_checkpoint(out, state, keep):
-    """Write step-<step>.pt, point last.pt to it, and remove all but the newest checkpoints. Returns whether it could.
-
-    If it could not, for example because the disk is full, it says so, and the older checkpoints stay.
-    """
+    """Write step-N.pt, point last.pt to it, and remove all but the newest checkpoints."""
     path = out / f"step-{state['step']:07}.pt"
-    link = out / "partly-written"
-    try:
-        write_whole(path, lambda file: torch.save(state, file))
+    with whole_file(path) as part, open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # it must be on the disk before older ones are removed
+    with whole_file(out / "last.pt") as link:
         link.symlink_to(path.name)
-        os.replace(link, out / "last.pt")
-        for old in list_checkpoints(out)[:-keep]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch raises another error while it handles that of the disk
-        names = ", ".join(old.name for old in list_checkpoints(out))
-        log(f"{path}: not written ({reason(cause)}); there is {names or 'no older one'}")
-        return False
-    return True
+    for old in list_checkpoints(out)[:-keep]:
+        old.unlink()
 
 
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
-PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
-INFERENCE_KEYS = {"config": dict, "settings": dict, "ema": dict}
-TRAINING_KEYS = {**INFERENCE_KEYS, "model": dict, "step": int}
 
 
-def unpack(path):
-    """Read the dictionary that a training script saved. Its tensors are read from the file when they are used.
-
-    This runs no code and takes no more memory than the file has bytes, whatever the file declares. Raises OSError, and
-    ValueError if the file is damaged or something else.
-    """
+def read_checkpoint(path, keys=("config", "settings", "ema")):
+    """The dictionary that a training script saved. Raises ValueError if it is damaged or lacks one of the keys."""
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about some damaged files before it refuses them
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError
-            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            for code, name, _ in pickletools.genops(archive.read(pickled)):
-                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray, too
-                    raise ValueError
-            if archive.testzip():
-                raise ValueError
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except OSError as error:  # a disk that fails does not mean that the file is damaged
-        error.filename = str(path)
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does a lack of memory
-            raise
-        raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
-
-
-def read_checkpoint(path, keys=INFERENCE_KEYS):
-    """unpack a checkpoint that must hold these keys. Raises OSError, and ValueError that names what is wrong."""
-    state = unpack(path)
-    for key, kind in keys.items():
-        if not isinstance(state.get(key), kind):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        raise ValueError("cut, damaged, or not a checkpoint; give a last.pt of a training script") from None
+    for key in keys:
+        if key not in state:
             raise ValueError(f"it lacks {key!r}; give a last.pt of a training script")
-    if not isinstance(state["settings"].get("encoders", ""), str):
-        raise ValueError("its setting 'encoders' is not a file name")
     return state
 
 
@@ -1907,8 +1433,6 @@ def open_network(path, flag="--checkpoint"):
     """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
-    if path == NANO:
-        log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     try:
         state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state
@@ -1917,128 +1441,57 @@ def open_network(path, flag="--checkpoint"):
 
 
 def newest_checkpoint(out):
-    """The newest whole checkpoint of a run directory, as a dictionary, or None if it holds none yet.
-
-    Names the damaged ones that it passes over. Exit code 2 if all are damaged.
-    """
-    damaged = []
-    for path in reversed(list_checkpoints(out)):
+    """The newest checkpoint of a run that can be read; {} if there is none. Exit code 2 if all are damaged."""
+    paths = list_checkpoints(out)
+    for path in reversed(paths):
         try:
-            state = read_checkpoint(path, TRAINING_KEYS)
+            return read_checkpoint(path, ("config", "settings", "step", "skipped", "model", "ema", "optimizer"))
         except ValueError as error:
-            damaged.append(f"{path.name} is damaged ({error})")
-            continue
-        if damaged:
-            log(f"--resume: {'; '.join(damaged)}; going on from {path.name}")
-        return state
-    if damaged:
-        fail(f"--resume: no checkpoint in {out} is whole ({damaged[0]}); start anew with another --out")
-    log(f"--resume: no checkpoint in {out} yet; from the beginning")
-    return None
-
-
-def read_ranks():
-    """(rank, number of ranks) of this process, as torchrun puts them into the environment; (0, 1) without torchrun."""
-    rank = os.environ.get("RANK", "0")
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
-    if not numbers or int(rank) >= int(ranks):
-        fail(f"RANK={rank} WORLD_SIZE={ranks}: must be whole numbers, RANK the lower; use torchrun, or unset both")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if int(ranks) > 1 and not os.environ.get(name):
-            fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
-    return int(rank), int(ranks)
-
-
-def join_ranks(backend, seconds):
-    """Join the ranks of torchrun in a process group. All end if one is silent for so many seconds.
-
-    torchrun shows a second try (--max-restarts) what the first has stored, such as addresses of dead processes. So on
-    one node every try has its own keys; on several nodes, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives it a new store.
-    """
-    try:
-        store, rank, ranks = next(dist.rendezvous("env://"))
-    except (ValueError, dist.DistError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        fail(f"no other ranks at MASTER_ADDR:MASTER_PORT, {address} ({reason(error)}); start with torchrun")
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-
-
-def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT when one arrives. A second one ends the process."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return caught
+            log(f"--resume: {path.name} is passed over ({error})")
+    if paths:
+        fail(f"--resume: no checkpoint in {out} can be read; start a new run with another --out")
+    return {}
 
 
 def lock_run(out, resume):
-    """Make the run directory and lock it until this process ends, however it ends.
-
-    A directory that holds a run is refused, unless you resume it and no other process trains in it.
-    """
-    out = Path(out)
+    """Make the run directory and lock it until this process ends. One that holds a run needs --resume."""
     if list_checkpoints(out) and not resume:
-        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
-    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
+        fail(f"--out {out}: already holds a run; add --resume to continue it, or choose another --out")
+    lock = claim_folder(out, "run.lock") / "run.lock"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data loaders do not inherit a lock of this kind
+        fcntl.lockf(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"--out {out}: another process is training in it; wait for its end, or choose another --out")
     except OSError as error:  # some network disks have no locks
-        log(f"--out {out}: cannot be locked ({error.strerror}); start no second run in it")
+        log(f"--out {out}: cannot be locked ({error}); start no second run in it")
 
 
 def training_flops(config, size, teacher_config=None):
-    """FLOPs of a training step per image of size (H, W); the teacher's forward pass is a third of its training."""
+    """FLOPs of training per image of size (H, W); the teacher's forward pass is a third of its training."""
     flops = training_cost(config, size)[1]
     if teacher_config:
         flops += training_cost(teacher_config, size)[1] / 3
     return flops
 
 
-def shard(network):
-    """Split the weights of a network over the ranks. Each gathers a block's weights when it runs that block."""
-    for block in network.all_blocks():
-        fully_shard(block)
-    fully_shard(network, reshard_after_forward=True)
+def print_cost(config, size, teacher_config=None):
+    """Print what --dry-run promises, for images of size (H, W)."""
+    parameters = training_cost(config, size)[0] / 1e6
+    flops = training_flops(config, size, teacher_config) / 1e9
+    names = ", ".join(m.name for m in config.modalities)
+    print(f"{names} at {size[0]}x{size[1]}: {parameters:.1f}M parameters, {flops:.2f} GFLOP per training image")
 
 
-def local_parts(network):
-    """What this rank holds of the network's parameters, which may be sharded."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
-
-
-def check_optimizer_state(state, optimizers, parameters):
-    """Optimizer state of a checkpoint, {"state": {name: {slot: tensor}}, "param_groups": list}, copied from the file.
-
-    Raises an exception unless it fits parameters {name: Parameter}. Earlier versions saved a list of states, one for
-    each optimizer, with the index of each parameter in the place of its name.
-    """
-    if isinstance(state, list):
-        names = {p: name for name, p in parameters.items()}
-        renamed = {"state": {}, "param_groups": []}
-        for saved, optimizer in zip(state, optimizers, strict=True):
-            (group,) = saved["param_groups"]
-            group = {**group, "params": [names[p] for p in optimizer.param_groups[0]["params"]]}
-            renamed["param_groups"].append(group)
-            renamed["state"].update({group["params"][index]: slots for index, slots in saved["state"].items()})
-        state = renamed
-    for name, slots in state["state"].items():
-        for slot, value in slots.items():
-            if value.shape not in (parameters[name].shape, ()) or not value.isfinite().all():
-                raise ValueError(f"{slot} of {name}")
-            slots[slot] = value.clone()
-    return state
+def matmul_peak(device, dtype=torch.float32, repeats=10):
+    """FLOP/s of the fastest of some large square matmuls on the device: training speed is compared with it."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    fastest = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * side**3 / fastest
 
 
 @dataclass
@@ -2052,23 +1505,16 @@ class Part:
     text: torch.Tensor  # (B, L) or (B, L, text_dim)
 
 
-def drop_captions(text, dropped):
-    """Set the text (B, L) or (B, L, text_dim) of samples to zero, which is no text; dropped (B,) bool."""
-    return torch.where(dropped.view(-1, *[1] * (text.ndim - 1)), 0, text)
+def validation_batch(args, modalities, device, count=8):
+    """A Batch of the first validation samples, to draw pictures of; None if none of them can be read."""
+    source = open_source(args, "val", (args.size, args.size), modalities, device)
+    return next(in_order(source, count, count, device, strict=False), None)
 
 
 class Run:
-    """A training run: all that both stages do around the loss. The methods are called in this order:
+    """A training run: what both stages do around their losses. main and train of a script call its methods in order.
 
-    run = Run(args, device)               join the other ranks, claim the run directory
-    run.start(network, draw_samples)      average, shard, resume, compile
-    while run.goes_on():
-        run.sum_over_ranks(counts)        by which the losses are divided
-        for part in run.each(parts):
-            run.record(...)               what metrics.jsonl reports
-            run.backward(loss)
-        run.end_step()                    update the weights; log, save and draw when it is time
-    run.close()
+    That is: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA, skipped steps, checkpoints, metrics.
     """
 
     def __init__(self, args, device):
@@ -2076,7 +1522,9 @@ class Run:
         self.device = device
         self.cuda = device.type == "cuda"
         self.out = Path(args.out)
-        self.rank, self.ranks = read_ranks()
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = args.shard and self.ranks > 1
         parts = self.ranks * args.grad_accum
         if args.batch_size % parts:
             fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
@@ -2086,11 +1534,13 @@ class Run:
         self.skipped_in_a_row = 0
         self.saved = True
         self.stopping = False
-        self.caught_signals = catch_signals()
+        self.caught_signals = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch_signal)
         self.terms = []  # the names that record was called with
         self.row_sums = {}  # {name: total and count} of this rank, since the last row of metrics.jsonl
         if self.ranks > 1:
-            join_ranks("nccl" if self.cuda else "gloo", args.timeout)
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         if self.rank == 0:
             lock_run(self.out, args.resume)
 
@@ -2101,66 +1551,53 @@ class Run:
         self.model = network.to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = teacher
-        networks = [self.model, self.ema]
+        networks = [self.model]  # those that training runs
         if teacher is not None:
             networks.append(teacher.to(self.device))
-            for matrix in teacher.matrices() if self.cuda else []:
-                matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
+            if self.cuda:
+                for matrix in teacher.matrices():
+                    matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
 
-        self.sharded = args.shard and self.ranks > 1
-        for each in networks if self.sharded else []:
-            shard(each)
+        if self.sharded:
+            for each in (*networks, self.ema):
+                for module in (*each.all_blocks(), each):
+                    fully_shard(module, reshard_after_forward=True)  # its weights are gathered when it runs
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
         if args.resume:
             self.resume()
         if self.rank == 0:
-            self.write_start()
-
-        networks.remove(self.ema)
-        for each in networks if args.compile or (args.compile is None and self.cuda) else []:
-            each.compile_blocks()
-        if args.checkpoint_activations:
-            self.model.checkpoint_activations()
-        self.network = self.model
-        if self.ranks > 1 and not self.sharded:
-            self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.write_config()
+        self.network = self.wrap(networks)
 
         self.flops = training_flops(network.config, (args.size, args.size), teacher and teacher.config)
         self.peak = self.ranks * matmul_peak(self.device, torch.bfloat16 if self.cuda else torch.float32)
         if self.rank == 0:
-            print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters on {self.device}", flush=True)
-        options = {"disable": self.rank > 0, "mininterval": 2, "dynamic_ncols": True}
-        self.bar = tqdm(total=args.steps, initial=self.step, **options)
-        self.reset_clock()
+            parameters = sum(p.numel() for p in network.parameters()) / 1e6
+            print(f"{parameters:.2f}M parameters, {self.ranks} x {self.device}, from step {self.step}", flush=True)
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0, mininterval=2, dynamic_ncols=True)
+        self.clock = time.perf_counter()
+        self.clock_step = self.step
 
     def goes_on(self):
-        """Whether there is another step to take."""
+        """Begin a step. Returns False if there is none left, or if a signal has stopped the run."""
         self.step_sums = {}  # like row_sums, in this step
         return self.step < self.args.steps and not self.stopping
 
     def sum_over_ranks(self, values):
-        """{name: tensor} of this rank -> the sums over all ranks. The tensors have one shape and type.
-
-        A count of signals travels with them, so that all ranks stop after the same step.
-        """
+        """{name: tensor} of this rank -> the sums over all ranks. The tensors have one shape and type."""
         table = torch.stack(list(values.values()))
-        table = torch.cat([table, torch.full_like(table[:1], len(self.caught_signals))])
         if self.ranks > 1:
             dist.all_reduce(table)
-        self.signal_count = table[-1].max()
-        return dict(zip(values, table[:-1], strict=True))
+        return dict(zip(values, table, strict=True))
 
     def each(self, parts):
-        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part alone.
-
-        FSDP does so after each part, since a rank has no room for a whole gradient.
-        """
+        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part, FSDP after each."""
         for part in parts:
             self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
             yield part
 
     def record(self, term, name, values, part):
-        """Note values (B,), sums over the mask of modality name, for a mean in metrics.jsonl called term."""
+        """Add to the mean called term, over all samples and by training mode. values (B,) are sums over name's mask."""
         if term not in self.terms:
             self.terms.append(term)
         counts = part.mask[name].sum((1, 2, 3))  # (B,)
@@ -2169,7 +1606,7 @@ class Run:
 
     def backward(self, loss):
         """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
-        loss = loss * self.ranks  # DDP and FSDP average gradients over the ranks
+        loss = loss * self.ranks  # DDP and FSDP average gradients over the ranks, and the sum is wanted
         # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
         loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
 
@@ -2177,29 +1614,35 @@ class Run:
         """Update the weights, or skip the step; then log, save and draw when it is time."""
         args = self.args
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        if isinstance(norm, DTensor):
+        if self.sharded:
             norm = norm.full_tensor()
-        norm, signals = torch.stack([norm, self.signal_count]).tolist()  # waits for the device once
+        signals = torch.full_like(norm, len(self.caught_signals))
+        if self.ranks > 1:
+            dist.all_reduce(signals)  # if one rank is told to stop, all stop after the same step
+        norm, signals = torch.stack([norm, signals]).tolist()  # waits for the device once
         self.stopping = signals > 0
         self.step += 1
         if math.isfinite(norm):
             self.update_weights()
         else:
             self.skip_step()
-        # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
-        keep_gradients = self.ranks > 1 and args.grad_accum > 1
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=not keep_gradients)
+            # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
+            optimizer.zero_grad(set_to_none=self.ranks == 1 or args.grad_accum == 1)
         self.bar.update()
 
-        ending = self.stopping or self.step == args.steps
-        saving = ending or self.step % args.checkpoint_every == 0
-        if self.row_sums and (saving or self.step % args.log_every == 0):  # no row spans a checkpoint
+        saving = self.stopping or self.step == args.steps or self.step % args.checkpoint_every == 0
+        logging = saving or self.step % args.log_every == 0  # no row spans a checkpoint
+        drawing = self.step == args.steps or self.step % args.sample_every == 0
+        if logging and self.row_sums:
             self.write_row(norm)
         if saving:
-            self.save(ending)
-        if self.step == args.steps or self.step % args.sample_every == 0:
+            self.save()
+        if drawing:
             self.draw()
+        if logging or drawing:  # the time that this took is no part of the training speed
+            self.clock = time.perf_counter()
+            self.clock_step = self.step
 
     def close(self):
         """End the run: exit code 2 if there is no checkpoint of the last step, 130 after Ctrl-C."""
@@ -2208,53 +1651,50 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()  # if the process ends with gloo's threads alive, they may abort it (SIGABRT)
         if not self.saved and self.rank == 0:
-            problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
-            fail(f"--out {self.out}: {problem}")
+            fail(f"--out {self.out}: no checkpoint of the last step, see above; --resume continues from an older one")
         if self.stopping and self.rank == 0:
-            log(f"stopped by a signal after step {self.step} of {self.args.steps}, saved; --resume goes on")
+            log(f"stopped by a signal after step {self.step} of {self.args.steps}, saved; --resume continues")
         if signal.SIGINT in self.caught_signals:
             raise SystemExit(130)
 
-    # The steps of start and end_step.
+    def catch_signal(self, number, frame):
+        """Note a signal, so that the run stops after this step. A second one ends the process at once."""
+        self.caught_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    def write_start(self):
-        """Write config.json and a row of starts.jsonl. Rows of metrics.jsonl after this step will be written again."""
-        chip = torch.cuda.get_device_name(self.device) if self.cuda else f"{platform.machine()} {self.device.type}"
-        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": self.step}
-        start.update(commit=git_commit(), torch=torch.__version__, device=chip, ranks=self.ranks)
-        rows = [row for row in read_rows(self.out / "metrics.jsonl") if isinstance(row.get("step"), int)]
-        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+    def wrap(self, networks):
+        """Compile the networks if wanted, and return the one that predicts in training: the model or DDP around it."""
+        args = self.args
+        if args.compile or (args.compile is None and self.cuda):
+            for each in networks:
+                each.compile_blocks()
+        if args.checkpoint_activations:
+            self.model.checkpoint_activations()
+        if self.ranks > 1 and not self.sharded:
+            return DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        return self.model
+
+    def write_config(self):
+        """Write config.json. A new run begins a new metrics.jsonl; one that is resumed adds rows to it."""
+        if self.step == 0:
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
         (self.out / "samples").mkdir(exist_ok=True)
-        write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
         write_json(self.out / "config.json", vars(self.args))
-        append_row(self.out / "starts.jsonl", start)
 
     def resume(self):
-        """Load the newest checkpoint that rank 0 finds into all ranks."""
-        state = newest_checkpoint(self.out) if self.rank == 0 else None
-        progress = [state and (state["step"], state.get("skipped", 0))]
+        """Load the newest checkpoint. Rank 0 reads it and sends it to the other ranks."""
+        state = newest_checkpoint(self.out) if self.rank == 0 else {}
+        progress = [state.get("step", 0), state.get("skipped", 0)]
         if self.ranks > 1:
             dist.broadcast_object_list(progress, device=self.device)
-        if progress[0] is None:
+        self.step, self.skipped = progress
+        if self.step == 0:
             return
-        self.step, self.skipped = progress[0]
-        model, ema, optimizer = {}, {}, {}  # ranks but the first receive theirs
-        try:
-            if self.rank == 0:
-                model = rename_weights(state["model"])
-                ema = rename_weights(state["ema"])
-                for weights in (model, ema):
-                    check_weights(weights, self.model)
-                saved = state.get("optimizer") or state["optimizers"]
-                optimizer = check_optimizer_state(saved, self.optimizers, dict(self.model.named_parameters()))
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-            set_model_state_dict(self.model, model, options=options)
-            set_model_state_dict(self.ema, ema, options=options)
-            set_optimizer_state_dict(self.model, self.optimizers, optimizer, options=options)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
-            fail(f"--resume: {self.out} holds another network or optimizer; resume with its first settings")
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
+        set_model_state_dict(self.model, state.get("model", {}), options=options)
+        set_model_state_dict(self.ema, state.get("ema", {}), options=options)
+        set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
         """The rate of this step: linear warm-up, then linear decline to zero."""
@@ -2270,7 +1710,7 @@ class Run:
             optimizer.step()
         decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
         with torch.no_grad():
-            torch._foreach_lerp_(local_parts(self.ema), local_parts(self.model), 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         for name, sums in self.step_sums.items():
             self.row_sums[name] = self.row_sums.get(name, 0) + sums
         self.skipped_in_a_row = 0
@@ -2292,61 +1732,53 @@ class Run:
         """Add a row to metrics.jsonl: means since the last one, and the speed."""
         sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
-        losses = {term: means.get(term, 0.0) for term in self.terms if term.startswith("loss_")}
+        losses = {term: means[term] for term in self.terms if term.startswith("loss_") and term in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm}
-        row.update(lr=self.learning_rate(), skipped=self.skipped, images_per_s=speed)
+        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
+        row.update(skipped=self.skipped, images_per_s=speed)
         row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
         self.row_sums = {}
-        self.reset_clock()
         if self.rank == 0:
-            append_row(self.out / "metrics.jsonl", row)
+            path = self.out / "metrics.jsonl"
+            with tolerate(path), open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
             shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
-            rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
-            self.bar.set_postfix_str(f"{shown}, {rates}")
+            self.bar.set_postfix_str(f"{shown}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak")
 
-    def reset_clock(self):
-        """Begin to measure speed; what is written between two steps does not count."""
-        self.clock = time.perf_counter()
-        self.clock_step = self.step
-
-    def save(self, ending):
-        """Write a checkpoint, unless weights are not finite or this step was skipped.
-
-        After a skipped step the weights are those of the step before, but they may be diverging. So they are saved only
-        if the run ends, and then one more of the older checkpoints stays.
-        """
-        bad = torch.stack([~p.isfinite().all() for p in local_parts(self.model) + local_parts(self.ema)]).sum()
-        bad = self.sum_over_ranks({"weights": bad})["weights"].item()
-        skipping = self.skipped_in_a_row > 0
-        problem = "weights are not finite" if bad else ""
-        if skipping and not ending:
-            problem = "this step was skipped"
-        self.saved = not problem
-        if problem:
+    def save(self):
+        """Write a checkpoint, unless weights are not finite."""
+        self.saved = False
+        norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *self.ema.parameters()])
+        if self.sharded:
+            norm = norm.full_tensor()
+        if not norm.isfinite():
             if self.rank == 0:
-                log(f"step {self.step}: no checkpoint, since {problem}")
+                log(f"step {self.step}: no checkpoint, since weights are not finite")
             return
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
-        state = {"config": asdict(self.model.config), "settings": vars(self.args)}
-        state.update(step=self.step, skipped=self.skipped)
-        state["model"] = get_model_state_dict(self.model, options=options)
-        state["ema"] = get_model_state_dict(self.ema, options=options)
-        state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        state = {
+            "config": asdict(self.model.config),
+            "settings": vars(self.args),
+            "step": self.step,
+            "skipped": self.skipped,
+            "model": get_model_state_dict(self.model, options=options),
+            "ema": get_model_state_dict(self.ema, options=options),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+        }
         if self.rank == 0:
-            self.saved = save_checkpoint(self.out, state, self.args.keep + skipping)
-        self.reset_clock()
+            with tolerate(f"checkpoint of step {self.step}"):
+                save_checkpoint(self.out, state, self.args.keep)
+                self.saved = True
 
     def draw(self):
         """Write a picture of samples. All ranks take part if the network is split over them."""
         if self.rank == 0 or self.sharded:
             path = self.out / "samples" / f"{self.step:07}.png"
-            with tolerate(path.parent):
+            with tolerate(path):
                 picture = self.draw_samples(self.ema)
                 if picture is not None and self.rank == 0:
                     write_image(path, picture)
-        self.reset_clock()
 
 
 # ---- Pictures ----
@@ -2354,7 +1786,7 @@ class Run:
 
 # Colours of depth, from far to near: equal distances in CIELAB, and lightness that rises throughout.
 FAR_TO_NEAR = "#080628 #280d51 #671c75 #9f2d6f #c6425d #e26147 #f29247 #f9c16d #fcf0b4"
-ANCHORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])  # (9, 3)
+DEPTH_COLORS = np.array([ImageColor.getrgb(color) for color in FAR_TO_NEAR.split()])  # (9, 3)
 
 
 def paint_rgb(rgb, valid=None):
@@ -2385,8 +1817,8 @@ def paint_depth(depth, valid=None):
     smallest = 1e-3 * max(np.median(depth[valid]), 1e-30)
     inverse = 1 / np.maximum(np.where(valid, depth, np.inf), smallest)
     far, near = np.percentile(inverse[valid], (2, 98))
-    level = np.clip((inverse - far) / max(near - far, 1e-9 * abs(near)), 0, 1)  # (H, W)
-    channels = [np.interp(level * (len(ANCHORS) - 1), range(len(ANCHORS)), channel) for channel in ANCHORS.T]
+    level = np.clip((inverse - far) / max(near - far, 1e-9 * abs(near)), 0, 1) * (len(DEPTH_COLORS) - 1)  # (H, W)
+    channels = [np.interp(level, range(len(DEPTH_COLORS)), channel) for channel in DEPTH_COLORS.T]
     return np.where(valid[..., None], np.stack(channels, -1), 0).astype(np.uint8)
 
 
@@ -2401,11 +1833,10 @@ def paint(modality, values, valid=None):
 def enlarged(picture, side):
     """(H, W, 3) uint8 -> Image: a small picture enlarged by a whole factor to about side, a large one shrunk."""
     image = Image.fromarray(picture)
-    longer = max(image.size)
-    if longer > 2 * side:
-        shrunk = [max(1, round(n * 2 * side / longer)) for n in image.size]
-        return image.resize(shrunk, Image.LANCZOS)
-    factor = max(1, round(side / longer))
+    if max(image.size) > 2 * side:
+        image.thumbnail((2 * side, 2 * side), Image.LANCZOS)
+        return image
+    factor = max(1, round(side / max(image.size)))
     return image.resize([n * factor for n in image.size], Image.NEAREST)
 
 
@@ -2419,20 +1850,19 @@ def draw_caption(text, width):
 
 def draw_grid(rows, labels=(), cell=128):
     """Rows of pictures (H, W, 3) uint8, each with a label on its left, as an Image. A string in a row is a caption."""
-    pictures = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
-    width = 4 + max(x.width for row in pictures for x in row if not isinstance(x, str))
-    cells = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in pictures]
+    rows = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
+    width = 4 + max(x.width for row in rows for x in row if not isinstance(x, str))
+    rows = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in rows]
 
     margin = 110 if labels else 0
-    heights = [4 + max(image.height for image in row) for row in cells]
-    canvas = Image.new("RGB", (margin + width * max(map(len, cells)), sum(heights)), "white")
-    top = 0
-    for i, row in enumerate(cells):
+    heights = [4 + max(image.height for image in row) for row in rows]
+    canvas = Image.new("RGB", (margin + width * max(map(len, rows)), sum(heights)), "white")
+    for i, row in enumerate(rows):
+        top = sum(heights[:i])
         for column, image in enumerate(row):
             canvas.paste(image, (margin + column * width, top))
         if labels:
             ImageDraw.Draw(canvas).multiline_text((4, top + 6), labels[i], fill="black", font_size=15)
-        top += heights[i]
     return canvas
 
 
@@ -2452,25 +1882,26 @@ def write_folder(out, batch):
     for i, name in enumerate(batch.names):
         row = {"file_name": f"{name}.jpg", "text": batch.captions[i]}
         image = Image.fromarray(paint_rgb(batch.values["rgb"][i]))
-        write_bytes(out / row["file_name"], to_bytes(image.save, "JPEG", quality=100, subsampling=0), sync=False)
+        write_bytes(out / row["file_name"], to_bytes(image.save, "JPEG", quality=100, subsampling=0))
         for m in ("depth", "normal"):
             row[f"{m}_file_name"] = f"{name}.{m}.npy"
             content = array_bytes(batch.values[m][i], batch.valid[m][i])
-            write_bytes(out / row[f"{m}_file_name"], content, sync=False)
-        rows.append(json.dumps(row))
-    write_bytes(out / "metadata.jsonl", "".join(f"{row}\n" for row in rows).encode())
+            write_bytes(out / row[f"{m}_file_name"], content)
+        rows.append(json.dumps(row) + "\n")
+    write_bytes(out / "metadata.jsonl", "".join(rows).encode())
 
 
 def world_grid(batch, count=8):
     """The first samples of a Batch as an Image: image, depth and normals, and depth as a sensor would have seen it."""
     rgb = batch.values["rgb"][:count]
-    depth = batch.values["depth"][:count]
+    depth = batch.values["depth"]
+    valid = batch.valid["depth"][:count]
     sensor = sensor_mask(rgb, "mixed", PerSampleRNG(0, range(len(rgb))).rand)
     rows = {
         "image": map(paint_rgb, rgb),
-        "depth": map(paint_depth, depth, batch.valid["depth"]),
-        "depth as\ntrained on": map(paint_depth, depth, batch.valid["depth"][:count] & sensor),
-        "normal": map(paint_normal, batch.values["normal"][:count], batch.valid["normal"]),
+        "depth": map(paint_depth, depth, valid),
+        "depth as\ntrained on": map(paint_depth, depth, valid & sensor),
+        "normal": map(paint_normal, batch.values["normal"], batch.valid["normal"][:count]),
     }
     return draw_grid(list(rows.values()), list(rows))
 
@@ -2478,21 +1909,17 @@ def world_grid(batch, count=8):
 def main():
     p = Flags(__doc__)
     p.setting("--out", "runs/world", "new or empty directory to write to")
-    p.setting("--split", "val", "train or val", one_of(*SPLITS))
+    p.setting("--split", "val", "train or val", choices=SPLITS)
     p.setting("--size", 32, "side in pixels", whole(1, 2048))
     p.setting("--count", 8, "number of samples", whole(1, 10**5))
     p.setting("--measured", 1.0, "share of the pixels that depth and normals keep", number(0, 1, above=True))
     args = p.parse_args()
-    if args.count * args.size**2 > 1 << 24:
-        fail(f"--count {args.count}: {args.size}x{args.size} pixels each are too many for memory; give fewer")
     out = claim_folder(args.out)
-    size = (args.size, args.size)
 
+    size = (args.size, args.size)
     batch = SyntheticWorld(args.split, size).samples(range(args.count))
-    measured = PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
-    batch.valid = {m: measured & batch.valid[m] for m in ("depth", "normal")}
-    if not batch.valid["depth"].flatten(1).any(1).all():
-        fail(f"--measured {args.measured}: a scene keeps no pixel; give a larger share")
+    kept = PerSampleRNG("measured", range(args.count)).rand(1, *size) < args.measured
+    batch.valid = {m: kept & batch.valid[m] for m in ("depth", "normal")}
 
     write_folder(out, batch)
     write_image(out / "grid.png", world_grid(batch))

@@ -291,7 +291,7 @@ def load_map(args, name):
     scale = args.depth_scale if path.suffix == ".png" else 1.0
     try:
         with data.reading(path):
-            depth, _ = data.read_map(DEPTH, path.name, data.read_file(path), scale=scale)
+            depth, _ = data.read_map(DEPTH, path.name, path.read_bytes(), scale=scale)
             if depth.shape[:2] != args.map_size:
                 raise data.BadSample(f"has shape {depth.shape[:2]}; must have that of the true map, {args.map_size}")
     except data.BadSample as error:
@@ -529,7 +529,7 @@ def parse():
     p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or names, such as depth,rgb")
     p.setting("--judge", "", "follow, joint: checkpoint that estimates depth in images; --checkpoint if empty")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
-    p.setting("--align", "affine", "alignment of depth: none, scale or affine", data.one_of("none", "scale", "affine"))
+    p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))
     p.setting("--predictions", "", "depth: DIR with NAME.npy or NAME.png of another model, to score instead")
     p.setting("--features", "", "image: TorchScript features of the Frechet distance; the file is run, so trust it")
     p.setting("--seed", 0, "seed of the noise", data.SEED)

@@ -50,7 +50,7 @@ def parse():
     p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
     p.setting("--refine", "", "modality that a second pass generates again, from the clean result of the first")
     p.setting("--count", 4, "number of samples for every prompt and every input", data.whole(1, 10**5))
-    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect", data.size_text())
+    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect")
     p.setting("--steps", 0, f"of each pass; 0 is {STEPS}, or {I2D_STEPS} from a clean image", data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--seed", 0, "seed of the first sample's noise; each next sample adds 1", data.SEED)
@@ -111,7 +111,7 @@ def read_inputs(paths, sampler):
     try:
         for name, path in paths.items():
             with data.reading(path):
-                values, valid = data.read_map(MODALITIES[name], path, data.read_file(path))
+                values, valid = data.read_map(MODALITIES[name], path, Path(path).read_bytes())
                 if maps and valid.shape != shape:
                     raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
             shape = valid.shape

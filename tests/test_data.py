@@ -78,7 +78,8 @@ def test_normals_agree_with_depth():
     tan = (scene["fov"] / 2).tan().view(-1, 1, 1)
     z = out["depth"][:, 0]
     points = torch.stack([x * tan * z, y * tan * z, z], 1)
-    right, down = points.diff(dim=3)[:, :, :-1], points.diff(dim=2)[..., :-1]
+    right = points.diff(dim=3)[:, :, :-1]
+    down = points.diff(dim=2)[..., :-1]
     normal = torch.nn.functional.normalize(torch.linalg.cross(right, down, dim=1), dim=1)
     agree = (normal * out["normal"][:, :, :-1, :-1]).sum(1).abs()
     assert (agree[z[:, :-1, :-1] > 0] > 0.99).float().mean() > 0.9
@@ -115,7 +116,8 @@ def test_captions_say_what_is_there():
     scenes = draw_scenes("val", range(300))
     out = render(scenes, 48)
     for i in range(300):
-        line, k = caption(scenes, i), int(scenes["count"][i])
+        line = caption(scenes, i)
+        k = int(scenes["count"][i])
         words = [w for w in line.split() if w in COLORS]
         assert len(words) == k == len(set(words))
         columns = scenes["centre"][i, :k, 0] / scenes["centre"][i, :k, 2]
@@ -199,7 +201,8 @@ def test_split_mix_is_the_published_generator():
 
 
 def test_what_a_sample_draws_does_not_depend_on_its_batch():
-    together, alone = PerSampleRNG(0, [4, 5, 6]), PerSampleRNG(0, [6])
+    together = PerSampleRNG(0, [4, 5, 6])
+    alone = PerSampleRNG(0, [6])
     for kind, shape in (("rand", ()), ("randn", (1, 4, 4)), ("rand", (3,)), ("randn", (3, 3)), ("randn", ())):
         drawn = getattr(together, kind)(*shape)
         assert drawn.shape == (3, *shape)
@@ -211,14 +214,17 @@ def test_what_a_sample_draws_does_not_depend_on_its_batch():
 def test_draws_are_independent_and_have_their_distributions():
     """Kolmogorov's distance at a level of 1e-6; no correlation of values, draws, samples or neighbouring indices."""
     draws = PerSampleRNG(0, range(1000))
-    uniform, again = draws.rand(100), draws.rand(100)
-    normal, normal_again = draws.randn(100), draws.randn(100)
+    uniform = draws.rand(100)
+    again = draws.rand(100)
+    normal = draws.randn(100)
+    normal_again = draws.randn(100)
     expected = torch.linspace(0, 1, 100_000, dtype=torch.float64)
     for values in (uniform, torch.special.ndtr(normal.double())):
         assert values.min() >= 0 and values.max() < 1
         assert (values.flatten().double().sort().values - expected).abs().max() < 2.7 / 100_000**0.5
     assert normal.abs().max() > 4
-    centred, centred_again = uniform - 0.5, again - 0.5
+    centred = uniform - 0.5
+    centred_again = again - 0.5
     pairs = (
         (centred, centred_again),
         (centred[1:], centred[:-1]),

@@ -2,18 +2,16 @@
 
 import contextlib
 import errno
+import json
 import os
-import pickle
 import resource
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -102,12 +100,9 @@ STATES = {  # what is done to a checkpoint: what the line says
     "nan": (with_weight(poisoned(torch.nan)), "text_tokenizer.bias is not finite"),
     "infinite": (with_weight(poisoned(torch.inf)), "text_tokenizer.bias is not finite"),
     "a list for a tensor": (with_weight(lambda w: w.tolist()), "lacks text_tokenizer.bias"),
-    "sparse": (with_weight(lambda w: w.to_sparse()), "damaged"),
     "no ema": (lambda state: state.pop("ema"), "lacks 'ema'"),
-    "ema a list": (lambda state: state.update(ema=[1]), "lacks 'ema'"),
     "no config": (lambda state: state.pop("config"), "lacks 'config'"),
     "no settings": (lambda state: state.pop("settings"), "lacks 'settings'"),
-    "encoders a number": (lambda state: state["settings"].update(encoders=3), "'encoders'"),
     "config key missing": (lambda state: state["config"].pop("width"), "width"),
     "config key unknown": (with_config(experts=8), "experts"),
     "width negative": (with_config(width=-64), "width is -64"),
@@ -141,47 +136,19 @@ def test_a_wrong_checkpoint_is_refused_in_one_line(case, tmp_path, capsys):
     refused(capsys, says, data.open_network, tmp_path / "last.pt", "--init")
 
 
-def stored(content):
-    """A function that writes the files {name: bytes} as a zip."""
-
-    def write(path):
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, value in content.items():
-                archive.writestr(f"last/{name}", value)
-
-    return write
-
-
 def cut(path):
     torch.save(checkpoint(), path)
     path.write_bytes(path.read_bytes()[:-1000])
-
-
-def compressed(path):
-    """A zip of a few kB that declares 100 MB."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("last/data.pkl", pickle.dumps({}, 2))
-        archive.writestr("last/data/0", bytes(100_000_000))
-
-
-def allocating(path):
-    """A pickle of a few bytes that makes an array of 64 GB."""
-    stored({"data.pkl": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R."})(path)
 
 
 FILES = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("hello"),
     "a directory": lambda path: path.mkdir(),
-    "a fifo": os.mkfifo,
     "cut": cut,
     "code": lambda path: torch.save({"config": Evil()}, path),
     "a list": lambda path: torch.save([1, 2], path),
-    "a zip": stored({"data": b"1"}),
-    "a pickle": stored({"data.pkl": pickle.dumps({"a": 1}, 2)}),
-    "two pickles": stored({"data.pkl": b"", "more/data.pkl": b""}),
-    "a zip bomb": compressed,
-    "an array of 64 GB": allocating,
+    "weights alone": lambda path: torch.save(checkpoint()["ema"], path),
     "old format": lambda path: torch.save(checkpoint(), path, _use_new_zipfile_serialization=False),
 }
 
@@ -190,21 +157,8 @@ FILES = {
 def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     FILES[case](tmp_path / "last.pt")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(capsys, "last.pt", data.open_network, tmp_path / "last.pt")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_a_tensor_larger_than_its_file_takes_no_memory(tmp_path, capsys):
-    """One number expanded to a network's 12 billion: the shapes fit the config, the file is small."""
-    config = asdict(Config(width=1 << 13, depth=12, head=64, patch=4, size=16, text_length=8))
-    with torch.device("meta"):
-        shapes = DiT(Config(**config)).state_dict()
-    state = {"config": config, "settings": {}, "ema": {n: torch.zeros(1).expand(w.shape) for n, w in shapes.items()}}
-    torch.save(state, tmp_path / "last.pt")
-    assert (tmp_path / "last.pt").stat().st_size < 100_000
-    refused(capsys, "not contiguous", data.open_network, tmp_path / "last.pt")
 
 
 def test_the_network_of_the_repository_loads():
@@ -273,120 +227,69 @@ def copy_run(ran, out):
     return out
 
 
-def with_optimizer(change):
-    """Change the state of one parameter in the optimizer."""
-    return lambda state: change(state["optimizer"]["state"]["text_tokenizer.bias"])
+TRAINING = ("model", "optimizer", "step")  # an optimizer is lacking in checkpoints of early versions
 
 
-def huge(dtype=torch.float32):
-    """A tensor of one number, expanded to 2^33."""
-    return torch.zeros(1, dtype=dtype).expand(1 << 33)
-
-
-TRAINING = {
-    "no model": lambda state: state.pop("model"),
-    "no optimizer": lambda state: state.pop("optimizer"),
-    "no step": lambda state: state.pop("step"),
-    "step a word": lambda state: state.update(step="two"),
-    "model not finite": lambda state: state["model"]["text_tokenizer.bias"].fill_(torch.nan),
-    "average not finite": lambda state: state["ema"]["text_tokenizer.bias"].fill_(torch.nan),
-    "optimizer a number": lambda state: state.update(optimizer=3),
-    "optimizer empty": lambda state: state.update(optimizer={}),
-    "a parameter missing": lambda state: state["optimizer"]["state"].pop("text_tokenizer.bias"),
-    "more parameters": lambda state: state["optimizer"]["state"].update(more={"step": torch.tensor(1.0)}),
-    "another shape": with_optimizer(lambda slots: slots.update(exp_avg=huge())),
-    "larger": with_optimizer(lambda slots: slots.update(exp_avg=huge(torch.half))),
-    "moment not finite": with_optimizer(lambda slots: slots["exp_avg"].fill_(torch.inf)),
-    "moment a number": with_optimizer(lambda slots: slots.update(exp_avg=3)),
-}
-
-
-@pytest.mark.parametrize("case", TRAINING)
-def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_one_line(case, ran, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("key", TRAINING)
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(key, ran, tmp_path, monkeypatch, capsys):
     out = copy_run(ran, tmp_path / "run")
     state = torch.load(ran / "last.pt", weights_only=True)
-    TRAINING[case](state)
+    del state[key]
     torch.save(state, out / "step-0000002.pt")
-    refused(capsys, "--resume", run, train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
-    assert [row["step"] for row in data.read_rows(out / "metrics.jsonl")] == [1, 2]
+    with pytest.raises(SystemExit) as stopped:
+        run(train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+    passed_over, refusal = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "no checkpoint" in refusal
+    assert f"step-0000002.pt is passed over (it lacks '{key}'" in passed_over
 
 
-def as_an_earlier_version_saved(state, network):
-    """The checkpoint with a list of optimizers, by index, and with the names that weights had."""
-
+def test_names_of_weights_of_an_earlier_version_are_read(tmp_path):
     def old_name(name):
         if name.startswith("cross_time_embedders."):
             return name.replace("cross_time_embedders.", "mixers.", 1)
         return name.replace("time_embedders.", "timesteps.", 1)
 
-    state = dict(state)
-    merged = state.pop("optimizer")
-    names = {p: name for name, p in network.named_parameters()}
-    state["optimizers"] = []
-    for optimizer in network.configure_optimizers(1e-3):
-        own = [names[p] for p in optimizer.param_groups[0]["params"]]
-        group = next(group for group in merged["param_groups"] if group["params"] == own)
-        slots = {index: merged["state"][name] for index, name in enumerate(own)}
-        state["optimizers"].append({"state": slots, "param_groups": [group | {"params": list(range(len(own)))}]})
-    for part in ("model", "ema"):
-        state[part] = {old_name(name): value for name, value in state[part].items()}
-    return state | {"sums": {"loss_rgb": torch.ones(2)}}
+    state = checkpoint(SMALL.with_modalities(RGB, DEPTH))
+    old = {old_name(name): value for name, value in state["ema"].items()}
+    torch.save(state | {"ema": old}, tmp_path / "last.pt")
+    loaded = data.open_network(tmp_path / "last.pt")[0].state_dict()
+    assert old.keys() != loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in state["ema"].items())
 
 
-def test_a_run_of_an_earlier_version_goes_on_bit_for_bit(ran, tmp_path, monkeypatch):
-    copies = [copy_run(ran, tmp_path / name) for name in ("new", "old")]
-    state = torch.load(ran / "last.pt", weights_only=True)
-    network = DiT(Config(**state["config"]))
-    torch.save(as_an_earlier_version_saved(state, network), copies[1] / "step-0000002.pt")
-    for out in copies:
-        run(train_t2i, f"--resume --steps 4 --out {out}", monkeypatch)
-    new, old = (torch.load(out / "last.pt", weights_only=True) for out in copies)
-    for part in ("model", "ema"):
-        assert all(torch.equal(old[part][name], value) for name, value in new[part].items())
+@pytest.mark.parametrize("flag", ["--preset tiny", "--optimizer adamw"])
+def test_another_network_or_optimizer_is_refused_on_resuming(flag, ran, monkeypatch, capsys):
+    says = f"{flag.split()[0]} must be that of the run"
+    refused(capsys, says, run, train_t2i, f"--resume {flag} --out {ran}", monkeypatch)
 
 
-def test_probabilities_of_an_earlier_version_are_read(tmp_path, monkeypatch):
-    settings = {"p_i2d": 0.25, "p_d2i": 0.5, "solver": "heun", "dry_run": 0}
-    data.write_json(tmp_path / "config.json", settings)
-    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--out", str(tmp_path)])
-    assert train_forcing.parse().p_clean == {"rgb": 0.25, "depth": 0.5}
-    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--p-clean", "depth=0.1", "--out", str(tmp_path)])
-    assert train_forcing.parse().p_clean == {"depth": 0.1}
-
-
-CONFIGS = {
-    "no json": (b"{", "is damaged"),
-    "a list": (b"[1]", "is damaged"),
-    "a number": (b"3", "is damaged"),
-    "deep": (b"[" * 100_000, "is damaged"),
-    "not utf-8": (b'{"lr": "\xff"}', "is damaged"),
-    "a list of steps": (b'{"steps": [3]}', "--steps [3]: must be a whole number"),
-    "a word of steps": (b'{"steps": "three"}', "--steps"),
-    "steps zero": (b'{"steps": 0}', "--steps"),
-    "an optimizer": (b'{"optimizer": "sgd"}', "--optimizer"),
-    "a plug-in": (b'{"encoders": "code.py"}', "--encoders code.py"),
-}
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_bad_values_in_config_json_are_refused(case, tmp_path, monkeypatch, capsys):
-    content, says = CONFIGS[case]
-    (tmp_path / "config.json").write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["train_t2i.py", "--resume", "--out", str(tmp_path)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train_t2i.parse()
-    assert stopped.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+def test_encoders_must_be_named_again_on_resuming(ran, tmp_path, monkeypatch, capsys):
+    out = copy_run(ran, tmp_path / "run")
+    settings = json.loads((out / "config.json").read_text())
+    data.write_json(out / "config.json", settings | {"encoders": "code.py"})
+    refused(capsys, "--encoders code.py", run, train_t2i, f"--resume --out {out}", monkeypatch)
 
 
 def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkeypatch):
     settings = {"lr": 1e-5, "steps": 7, "shard": True, "compile": False, "data": "a b", "out": "elsewhere", "old": 1}
-    data.write_json(tmp_path / "config.json", settings | {"encoders": "plug-in.py"})
+    settings |= {"preset": "nano", "optimizer": "muon", "encoders": "plug-in.py"}
+    data.write_json(tmp_path / "config.json", settings)
     line = ["train_t2i.py", "--resume", "--steps", "9", "--encoders", "other.py", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", line)
     args = train_t2i.parse()
     assert (args.lr, args.steps, args.shard, args.compile, args.data) == (1e-5, 9, True, False, "a b")
     assert (args.out, args.encoders, args.resume, args.batch_size) == (str(tmp_path), "other.py", True, 32)
+    assert "old" not in vars(args)
+
+
+def test_settings_by_modality_survive_resuming(tmp_path, monkeypatch):
+    line = ["train_forcing.py", "--p-clean", "rgb=0.25,depth=0.5", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    data.write_json(tmp_path / "config.json", vars(train_forcing.parse()))
+    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--out", str(tmp_path)])
+    assert train_forcing.parse().p_clean == {"rgb": 0.25, "depth": 0.5}
+    monkeypatch.setattr(sys, "argv", ["train_forcing.py", "--resume", "--p-clean", "depth=0.1", "--out", str(tmp_path)])
+    assert train_forcing.parse().p_clean == {"depth": 0.1}
 
 
 def test_a_copied_run_leaves_the_original_alone(ran, tmp_path, monkeypatch):
@@ -399,21 +302,11 @@ def test_a_copied_run_leaves_the_original_alone(ran, tmp_path, monkeypatch):
     assert written(ran) == before and torch.load(out / "last.pt", weights_only=True)["step"] == 3
 
 
-def test_resuming_ignores_malformed_rows(ran, tmp_path, monkeypatch):
-    out = copy_run(ran, tmp_path / "run")
-    odd = b'\n3\n[1]\n"word"\n{}\n{"step": "two"}\n{"step": null}\n\xff\xfe\n' + b"[" * 100_000 + b"\n"
-    for name in ("metrics.jsonl", "starts.jsonl"):
-        with open(out / name, "ab") as file:
-            file.write(odd)
-    run(train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
-    assert [row["step"] for row in data.read_rows(out / "metrics.jsonl")] == [1, 2, 3]
-
-
 # ---- What is saved, and what is removed ----
 
 
 def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatch, capsys):
-    """All further steps are skipped, and the good one stays, though just one is kept."""
+    """The good one stays, though just one is kept."""
     out = copy_run(ran, tmp_path / "run")
     load = data.Run.resume
 
@@ -426,19 +319,17 @@ def test_no_checkpoint_is_written_once_weights_diverge(ran, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as stopped:
         run(train_t2i, f"--resume --steps 8 --checkpoint-every 1 --keep 1 --out {out}", monkeypatch)
     lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "there is no checkpoint of the last step" in lines[-1]
-    assert any("step 7: no checkpoint, since this step was skipped" in line for line in lines)
+    assert stopped.value.code == 2 and "no checkpoint of the last step" in lines[-1]
     assert any("step 8: no checkpoint, since weights are not finite" in line for line in lines)
     assert [path.name for path in data.list_checkpoints(out)] == ["step-0000002.pt"]
     assert data.newest_checkpoint(out)["step"] == 2
 
 
-def test_a_skipped_last_step_loses_nothing(tmp_path, monkeypatch):
-    """Its weights are those of the step before. The good checkpoint is kept beside it, since they may be diverging."""
-    clip, norms = torch.nn.utils.clip_grad_norm_, iter([1.0, 1.0, 1.0, torch.nan])
+def test_a_skipped_last_step_saves_the_weights_of_the_step_before(tmp_path, monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = iter([1.0, 1.0, 1.0, torch.nan])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * next(norms))
-    run(train_t2i, f"{QUICK} --steps 4 --checkpoint-every 2 --keep 1 --out {tmp_path}/run", monkeypatch)
-    assert [path.name for path in data.list_checkpoints(tmp_path / "run")] == ["step-0000002.pt", "step-0000004.pt"]
+    run(train_t2i, f"{QUICK} --steps 4 --checkpoint-every 2 --out {tmp_path}/run", monkeypatch)
     state = data.newest_checkpoint(tmp_path / "run")
     assert (state["step"], state["skipped"]) == (4, 1)
     assert state["optimizer"]["state"]["text_tokenizer.bias"]["step"] == 3
@@ -461,43 +352,51 @@ def test_an_average_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsy
 
 def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
     for step in (9, 10, 10_000_000, 10_000_001):
-        assert data.save_checkpoint(tmp_path, checkpoint(step=step), keep=2)
-        assert data.read_checkpoint(tmp_path / "last.pt")["step"] == step
+        data.save_checkpoint(tmp_path, checkpoint(step=step), keep=2)
+        assert data.open_network(tmp_path / "last.pt")[1]["step"] == step
     names = ["step-10000000.pt", "step-10000001.pt"]
     assert [path.name for path in data.list_checkpoints(tmp_path)] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", *names]
 
 
-@pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "text"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tmp_path, capsys):
     for step in (1, 2):
-        state = checkpoint(step=step)
-        state["model"]["text_tokenizer.weight"].fill_(2.0)
-        data.save_checkpoint(tmp_path, state, keep=2)
+        data.save_checkpoint(tmp_path, checkpoint(step=step), keep=2)
     path = tmp_path / "step-0000002.pt"
-    content = bytearray(path.read_bytes())
-    content[content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000] ^= 1
-    path.write_bytes({"cut": content[:-100], "one bit": content, "empty": b"", "text": b"hello"}[damage])
-    refused(capsys, "last.pt: damaged", data.open_network, tmp_path / "last.pt")
+    path.write_bytes({"cut": path.read_bytes()[:-100], "empty": b"", "text": b"hello"}[damage])
+    refused(capsys, "last.pt: cut, damaged", data.open_network, tmp_path / "last.pt")
     assert data.newest_checkpoint(tmp_path)["step"] == 1
-    assert "step-0000002.pt is damaged" in capsys.readouterr().err
+    assert "step-0000002.pt is passed over" in capsys.readouterr().err
     (tmp_path / "step-0000001.pt").write_bytes(b"")
-    refused(capsys, "step-0000002.pt is damaged", data.newest_checkpoint, tmp_path)
-    assert data.newest_checkpoint(tmp_path / "nothing here") is None
+    with pytest.raises(SystemExit) as stopped:
+        data.newest_checkpoint(tmp_path)
+    assert stopped.value.code == 2 and "can be read" in capsys.readouterr().err.splitlines()[-1]
+    assert data.newest_checkpoint(tmp_path / "nothing here") == {}
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
-    assert data.save_checkpoint(tmp_path, checkpoint(step=1), keep=1)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(tmp_path, monkeypatch):
+    data.save_checkpoint(tmp_path, checkpoint(step=1), keep=1)
     before = (tmp_path / "last.pt").read_bytes()
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert not data.save_checkpoint(tmp_path, checkpoint(step=2), keep=1)
-    assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space left on device"):
+        data.save_checkpoint(tmp_path, checkpoint(step=2), keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt"]
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_crash_between_a_checkpoint_and_last_pt_harms_neither(tmp_path):
+    """It may leave the temporary file as a link to the checkpoint, which the next one must not write through."""
+    data.save_checkpoint(tmp_path, checkpoint(step=1), keep=2)
+    (tmp_path / "partly-written").symlink_to("step-0000001.pt")
+    before = (tmp_path / "step-0000001.pt").read_bytes()
+    data.save_checkpoint(tmp_path, checkpoint(step=2), keep=2)
+    assert (tmp_path / "step-0000001.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt", "step-0000002.pt"]
 
 
 def test_only_what_a_run_has_written_is_counted_and_removed(tmp_path):
@@ -611,12 +510,9 @@ def failing(error):
 
 def test_what_the_machine_lacks_is_one_line(capsys):
     full = OSError(28, "No space left on device", "runs/grid.png")
-    refused(capsys, "runs/grid.png: No space left on device", data.run_script, failing(full))
+    refused(capsys, "No space left on device: 'runs/grid.png'", data.run_script, failing(full))
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")):
         refused(capsys, "lower --batch-size or --size", data.run_script, failing(error))
-    for shape in ((1 << 50,), (1 << 40, 1 << 40)):
-        refused(capsys, "lower --batch-size or --size", data.run_script, lambda shape=shape: torch.ones(shape))
-    refused(capsys, "lower --batch-size or --size", data.run_script, lambda: np.ones(1 << 50))
 
 
 def test_bugs_keep_their_traceback_and_ctrl_c_is_130():
@@ -640,33 +536,6 @@ def test_ctrl_c_ends_a_script_without_a_traceback(weights, tmp_path):
     assert process.returncode == 130 and "Traceback" not in printed
 
 
-RANKS = {
-    "RANK=x": "RANK=x WORLD_SIZE=1: must be whole numbers",
-    "RANK=-1": "RANK=-1 WORLD_SIZE=1: must be whole numbers",
-    "WORLD_SIZE=two": "WORLD_SIZE=two: must be whole numbers",
-    "WORLD_SIZE=0": "RANK=0 WORLD_SIZE=0: must be whole numbers, RANK the lower",
-    "WORLD_SIZE=2": "RANK is not set",
-    "RANK=1": "RANK=1 WORLD_SIZE=1: must be whole numbers, RANK the lower",
-    "WORLD_SIZE=2 RANK=0": "MASTER_ADDR is not set",
-    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost": "MASTER_PORT is not set",
-    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x": "MASTER_ADDR:MASTER_PORT, localhost:x",
-}
-
-
-@pytest.mark.parametrize("environment", RANKS)
-def test_a_bad_rank_or_world_size_is_refused(environment, monkeypatch, capsys):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for setting in environment.split():
-        monkeypatch.setenv(*setting.split("="))
-
-    def join():
-        if data.read_ranks()[1] > 1:
-            data.join_ranks("gloo", 10)
-
-    refused(capsys, RANKS[environment], join)
-
-
 # ---- The loop ----
 
 
@@ -680,5 +549,5 @@ def test_pictures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, monkeypatch, c
     monkeypatch.setattr(train_t2i, "draw_samples", picture)
     train_t2i.main()
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
-    assert len(said) == 2 and "CUDA out of memory.); training goes on" in said[0] and "cuDNN" in said[1]
+    assert len(said) == 2 and "CUDA out of memory. more); training continues" in said[0] and "cuDNN" in said[1]
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2

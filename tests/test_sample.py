@@ -116,7 +116,7 @@ def test_a_directory_that_holds_samples_is_refused(call, tmp_path, capsys):
     before = (tmp_path / "s/000/depth.npy").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         call("--count 1 --steps 2 --out s")
-    assert stopped.value.code == 2 and "--out s: already holds" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--out s: holds other files" in capsys.readouterr().err
     assert (tmp_path / "s/000/depth.npy").read_bytes() == before
 
 

@@ -10,8 +10,10 @@ MATRIX = torch.block_diag(*[HADAMARD] * 3)  # of the four pixels of each colour
 
 
 class Encoders:
-    image_channels, image_stride = 12, 2
-    text_dim, text_length = 16, 20
+    image_channels = 12
+    image_stride = 2
+    text_dim = 16
+    text_length = 20
 
     def __init__(self, device):
         self.matrix = MATRIX.to(device)
@@ -22,6 +24,7 @@ class Encoders:
     def decode_image(self, latents):
         return F.pixel_shuffle(torch.einsum("oc,bohw->bchw", self.matrix, latents), 2)
 
+    @torch.inference_mode()  # as an encoder may do: nothing may change its result in place
     def encode_text(self, captions):
         text = torch.zeros(len(captions), self.text_length, self.text_dim)
         for row, line in zip(text, captions, strict=True):
