@@ -24,7 +24,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -44,11 +44,6 @@ from torch.utils.flop_counter import FlopCounterMode
 T_MIN = 0.05  # the weight of the loss is 1 / max(t, T_MIN)^2, as in the released code
 
 
-def per_sample(t):
-    """Reshape t (B,) to (B, 1, 1, 1), so that it scales images."""
-    return t.view(-1, 1, 1, 1)
-
-
 def corrupt(x0, noise, t, valid=None):
     """Interpolate between clean values and noise: x_t = (1 - t) x0 + t noise (Eq. 5).
 
@@ -58,7 +53,7 @@ def corrupt(x0, noise, t, valid=None):
     Args: x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool, or None if no pixel is missing.
     Returns (B, C, H, W).
     """
-    x_t = torch.lerp(x0, noise, per_sample(t))
+    x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
     if valid is None:
         return x_t
     return torch.where(valid, x_t, noise)
@@ -69,10 +64,10 @@ def loss_mask(x0, t, valid=None):
 
     Missing pixels carry none, and neither does a modality that is held clean (t = 0).
     """
-    noised = per_sample(t > 0)
-    if valid is None:
-        return noised.expand_as(x0)
-    return (valid & noised).expand_as(x0)
+    mask = (t > 0).view(-1, 1, 1, 1).expand_as(x0)
+    if valid is not None:
+        mask = mask & valid
+    return mask
 
 
 def squared_error(x0_hat, x0, mask):
@@ -316,25 +311,15 @@ def interpolate(values, anchors, points):
 # An entry says everything that the network, the losses and the sampler need to know of a modality.
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How the stored values of a modality become the values that are diffused, and back. Shapes (B, C, H, W) stay."""
-
-    encode: Callable  # (stored values, valid or None) -> values that are diffused
-    decode: Callable  # its inverse; what encode discards, such as the scale of depth, stays lost
-    finish: Callable  # repairs decoded values after a median or a resize has mixed them
+Encoding = namedtuple("Encoding", "encode decode finish")  # the methods of Modality that have these names
 
 
 def keep_values(x, valid=None):
     return x
 
 
-def clamp_image(x):
-    return x.clamp(-1, 1)
-
-
 ENCODINGS = {  # keys of Modality.encoding
-    "plain": Encoding(keep_values, keep_values, clamp_image),  # values in [-1, 1], such as images
+    "plain": Encoding(keep_values, keep_values, functools.partial(torch.clamp, min=-1, max=1)),  # such as images
     "relative depth": Encoding(normalize_depth, uncontract, keep_values),
     "unit vectors": Encoding(keep_values, keep_values, F.normalize),  # F.normalize: to length 1 over the channels
 }
@@ -342,10 +327,7 @@ ENCODINGS = {  # keys of Modality.encoding
 
 @dataclass(frozen=True)
 class Modality:
-    """One entry of the list that the network, the losses and the sampler loop over.
-
-    Raises ValueError if a table has no such key, or p_clean is not a probability.
-    """
+    """One entry of the list that the network, the losses and the sampler loop over. Values are (B, C, H, W)."""
 
     name: str
     channels: int
@@ -375,15 +357,15 @@ class Modality:
         return self.weight * LOSS_WEIGHTS[self.loss](t)
 
     def encode(self, x, valid=None):
-        """Stored values (B, C, H, W), valid (B, 1, H, W) bool or None -> the values that are diffused."""
+        """Stored values, valid (B, 1, H, W) bool or None -> the values that are diffused."""
         return ENCODINGS[self.encoding].encode(x, valid)
 
     def decode(self, x0):
-        """Inverse of encode; depth comes back relative to the mean of its map."""
+        """Inverse of encode. What encode discards, such as the scale of depth, stays lost."""
         return ENCODINGS[self.encoding].decode(x0)
 
     def finish(self, x):
-        """Decoded values (B, C, H, W) after a median or a resize -> values as they are stored."""
+        """Repair decoded values that a median or a resize has mixed: clamp images, scale normals to length 1."""
         return ENCODINGS[self.encoding].finish(x)
 
 
@@ -429,9 +411,8 @@ class Config:
         for m in entries:
             if self.patch % m.stride:
                 raise ValueError(f"patch is {self.patch}, must be a multiple of the stride of {m.name}, {m.stride}")
-        for values in ({m.name for m in entries}, {m.id for m in entries}):
-            if not 0 < len(values) == len(entries):
-                raise ValueError("modalities must have different names and ids, and there must be at least one")
+        if len({m.name for m in entries}) < len(entries) or len({m.id for m in entries}) < len(entries):
+            raise ValueError("modalities must have different names and ids")
 
     def with_modalities(self, *entries):
         """This network over the given entries; their decoders are at most as deep as decoder_depth."""
@@ -452,10 +433,6 @@ class Config:
             text_dim=encoders.text_dim,
             text_length=encoders.text_length,
         )
-
-    def token_values(self, modality):
-        """Number of values in a token of the modality."""
-        return modality.channels * (self.patch // modality.stride) ** 2
 
     def fit(self, height, width, side):
         """The size (H, W) that keeps the aspect, is near side x side pixels in area, and is a multiple of the patch."""
@@ -562,11 +539,12 @@ class Decoder(nn.Module):
     def __init__(self, config, modality):
         super().__init__()
         width = config.width
+        num_values = modality.channels * (config.patch // modality.stride) ** 2
         self.blocks = nn.ModuleList(Block(width, config.head) for _ in range(modality.decoder_depth))
         if self.blocks:
             self.block_modulation = nn.Linear(width, 3 * width, bias=False)
         self.modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Linear(width, config.token_values(modality))
+        self.head = nn.Linear(width, num_values)
 
     def forward(self, x, vector, rope):
         """x (B, n, D), conditioning vector (B, D), rope (cos, sin) of these tokens -> (B, n, C * patch^2)."""
@@ -591,11 +569,12 @@ class DiT(nn.Module):
         self.modalities = config.modalities
         width = config.width
         names = [m.name for m in self.modalities]
+        num_values = {m.name: m.channels * (config.patch // m.stride) ** 2 for m in self.modalities}
         pairs = [f"{a}_to_{b}" for a, b in itertools.permutations(names, 2)]
 
         self.text_bytes = None if config.text_dim else nn.Embedding(256, 32)
         self.text_tokenizer = nn.Linear(config.text_dim or 32 * TEXT_PATCH, width)
-        self.tokenizers = nn.ModuleDict({m.name: nn.Linear(config.token_values(m), width) for m in self.modalities})
+        self.tokenizers = nn.ModuleDict({name: nn.Linear(num_values[name], width) for name in names})
         self.time_embedders = nn.ModuleDict({name: TimestepEmbedder(width) for name in names})
         self.cross_time_embedders = nn.ModuleDict({pair: TimestepEmbedder(width) for pair in pairs})
         self.modulations = nn.ModuleDict({name: nn.Linear(width, 3 * width, bias=False) for name in names})
@@ -618,22 +597,13 @@ class DiT(nn.Module):
         for parameter in nn.ModuleList(silent).parameters():
             nn.init.zeros_(parameter)
 
+    @torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # it changes nothing on other devices
     def forward(self, noisy, t, text):
         """Predict the clean values of any subset of the modalities: x0_hat = g(x_t, t, text) of Sec. 3.1.
 
-        On CUDA, linear layers and attention run in bfloat16.
-
-        Args:
-            noisy: {m: (B, C, H, W)}.
-            t: {m: (B,)} in [0, 1].
-            text: (B, L) uint8, or (B, L, text_dim) embeddings; zeros are no text.
+        Args: noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8 or (B, L, text_dim), zeros for no text.
         Returns {m: (B, C, H, W)}.
         """
-        with torch.autocast("cuda", torch.bfloat16, enabled=text.is_cuda):
-            return self.predict_x0(noisy, t, text)
-
-    def predict_x0(self, noisy, t, text):
-        """forward, in the precision that the caller has chosen."""
         inputs = [m for m in self.modalities if m.name in noisy]
         vectors = self.conditioning_vectors(inputs, t)  # {m: (B, D)}
 
@@ -715,35 +685,30 @@ class DiT(nn.Module):
         columns = zip(*(schedule[name] for name in names), strict=True)
         levels = [{name: float(t) for name, t in zip(names, column, strict=True)} for column in columns]
 
+        def batch_level(t):
+            return torch.full((len(text),), t, device=text.device)
+
         def noise_given(t):
             for name, (x0, valid) in given.items():
-                x[name] = corrupt(x0, noise[name], torch.full((len(x0),), t[name], device=x0.device), valid)  # Eq. 5
+                x[name] = corrupt(x0, noise[name], batch_level(t[name]), valid)  # Eq. 5
 
         x = {name: noise[name] for name in names}
         noise_given(levels[0])
-        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
+        for t, s in itertools.pairwise(levels):  # an Euler step from noise levels t to s
+            t_batch = {name: batch_level(t[name]) for name in names}
+            x0_hat = self(x, t_batch, text)
             generated = [name for name in names if name not in given and s[name] < t[name]]
             guided = [name for name in generated if guidance.get(name, 1) != 1 and low <= t[name] <= high]
-            x0_hat = self.predict_guided(x, t, text, {name: guidance[name] for name in guided})
-            for name in generated:  # an Euler step on the velocity that x0_hat implies
+            if guided:
+                without_text = self(x, t_batch, torch.zeros_like(text))
+                for name in guided:
+                    x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
+            for name in generated:
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
             noise_given(s)
             if callback:
                 callback(dict(x))
         return x
-
-    def predict_guided(self, x, t, text, guidance):
-        """forward at one noise level t {m: float} for the whole batch, with classifier-free guidance {m: scale}."""
-        texts = torch.cat([text, torch.zeros_like(text)]) if guidance else text  # with the caption, and without
-        copies = len(texts) // len(text)
-        levels = {name: torch.full((len(texts),), t[name], device=text.device) for name in x}
-        x0_hat = self({name: x[name].repeat(copies, 1, 1, 1) for name in x}, levels, texts)
-
-        result = {name: x0_hat[name][: len(text)] for name in x}
-        for name, scale in guidance.items():
-            without_text = x0_hat[name][len(text) :]
-            result[name] = torch.lerp(without_text, result[name], float(scale))
-        return result
 
     # ---- Weights ----
 

@@ -345,7 +345,6 @@ def test_modalities_of_one_name_or_one_id_are_refused():
         ({"head": 24}, "head is 24, must be a multiple of 16"),
         ({"width": 96}, "width is 96, must be a multiple of 4 x head, 64"),
         ({"text_length": 9}, "text_length is 9, must be a multiple of 8"),
-        ({"modalities": ()}, "at least one"),
         ({"modalities": (replace(RGB, stride=3),)}, "patch is 4, must be a multiple of the stride of rgb, 3"),
     ],
 )
