@@ -7,9 +7,6 @@ is partly trusted.
 A modality is an entry in a list, and every loop runs over the entries. Only the first entry, the image, has a role of
 its own: its noise level modulates the text tokens, and the modulation of a new modality starts as a copy of its own.
 
-The file reads from top to bottom: flow matching, noise levels in training, noise levels in sampling, depth as pixels,
-modalities, network, sampler, weights, optimizers, cost.
-
 References:
   Modality Forcing               https://arxiv.org/abs/2606.13676   sections and equations cited below
   x-prediction on pixels (JiT)   https://arxiv.org/abs/2511.13720
@@ -38,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # ---- Flow matching (Sec. 3.1, Eq. 5-7) ----
 # A clean sample x0 is mixed with noise, and the network predicts x0 from the mixture. The network gets no mask channel:
-# missing pixels are noise, and it must recognise them. The functions below return sums. The training scripts divide
-# them by the number of values that carry a loss in the whole batch.
+# missing pixels are noise, and it must recognise them. Errors are sums here. The training scripts divide them by the
+# number of values that carry a loss in the whole batch.
 
 T_MIN = 0.05  # the weight of the loss is 1 / max(t, T_MIN)^2, as in the released code
 
@@ -47,8 +44,7 @@ T_MIN = 0.05  # the weight of the loss is 1 / max(t, T_MIN)^2, as in the release
 def corrupt(x0, noise, t, valid=None):
     """Interpolate between clean values and noise: x_t = (1 - t) x0 + t noise (Eq. 5).
 
-    A missing pixel is noise alone, whatever t is (Sec. 3.2). The value that x0 stores there, which may be NaN, never
-    reaches the result.
+    A missing pixel is noise alone, whatever t is and whatever x0 stores there, NaN included (Sec. 3.2).
 
     Args: x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool, or None if no pixel is missing.
     Returns (B, C, H, W).
@@ -60,10 +56,7 @@ def corrupt(x0, noise, t, valid=None):
 
 
 def loss_mask(x0, t, valid=None):
-    """Which values carry a loss, (B, C, H, W) bool. Arguments as in corrupt.
-
-    Missing pixels carry none, and neither does a modality that is held clean (t = 0).
-    """
+    """Which values carry a loss, (B, C, H, W) bool: those of valid pixels with t > 0. Arguments as in corrupt."""
     mask = (t > 0).view(-1, 1, 1, 1).expand_as(x0)
     if valid is not None:
         mask = mask & valid
@@ -90,8 +83,8 @@ LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # keys of M
 def distillation_weight(t, low, high):
     """Weight of Eq. 8: low at t = 0, high at t = 1, and linear between them. (B,) -> (B,)
 
-    t is the noise level of the modalities that the teacher cannot see. The weight grows with it: at t = 1 they tell
-    the student nothing, so the teacher knows as much. At t = 0 they tell it what the teacher cannot know.
+    t is the noise level of the modalities that the teacher cannot see. At t = 0 they tell the student what the teacher
+    cannot know. At t = 1 they tell it nothing.
     """
     return low + (high - low) * t
 
@@ -128,10 +121,7 @@ def logit_normal(u):
 
 
 def plateau_logit_normal(u):
-    """Quantile function of the density p(t) = q(min(t, mode)) / norm, with q that of the logit-normal: u -> t.
-
-    The density follows q up to its mode and stays at that height up to t = 1. u in (0, 1), any shape.
-    """
+    """Quantile function of the density q(min(t, mode)) / norm, where q is the logit-normal's: u in (0, 1) -> t."""
     mode = 0.5
     for _ in range(100):  # the mode solves logit(mode) = MU + SIGMA^2 (2 mode - 1)
         mode = 1 / (1 + math.exp(-MU - SIGMA**2 * (2 * mode - 1)))
@@ -151,15 +141,13 @@ TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}  # k
 def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
     """Draw a noise level for each sample and modality: the training modes of Sec. 3.2.
 
-    With probability m.p_clean modality m is held at t = 0. Otherwise its t is drawn from m.timesteps, independently of
-    the others. If nothing would be left that carries a loss, the sample holds nothing clean: all keep the t that they
-    drew.
+    Each modality m draws t from m.timesteps, independently of the others. With probability m.p_clean it is then held
+    clean, at t = 0, unless that would leave the sample without a loss.
 
     Args:
         modalities: list of Modality.
         rand: function without arguments that draws (B,) from U(0, 1).
-        has_pixels: {m: (B,) bool}, the samples in which the modality has a valid pixel. A modality that is not listed
-            has some in all samples. Where it has none it is pure noise, t = 1.
+        has_pixels: {m: (B,) bool}, where the modality has a valid pixel; elsewhere t = 1. By default it always has.
         subsets: hold each modality clean independently, so that any number may be. By default at most one is.
     Returns {m: (B,)}.
     """
@@ -229,9 +217,10 @@ def make_schedule(names, steps, order=JOINT, strength=None):
         if isinstance(order, list):
             turn = turns.index(name) if name in turns else num_turns
             schedule[name] = grid[(step - turn * steps).clamp(0, steps)]  # 1 before its turn, 0 after it
+        elif name != names[0] and names[0] in generated:
+            schedule[name] = warp(lead, order)
         else:
-            follows = name != names[0] and names[0] in generated
-            schedule[name] = warp(lead, order if follows else 0.0)
+            schedule[name] = lead
 
     for name, trust in strength.items():
         if 0 < trust < 1:
@@ -242,8 +231,7 @@ def make_schedule(names, steps, order=JOINT, strength=None):
 
 
 # ---- Depth as pixels (Sec. 3.2) ----
-# Depth goes through no learned encoder. It is normalised and contracted pixel by pixel, so that single pixels can carry
-# a loss.
+# Depth is normalised and contracted, but no learned encoder mixes its pixels, so that single ones can carry a loss.
 
 
 def contract(z):
@@ -309,7 +297,6 @@ def interpolate(values, anchors, points):
 
 # ---- Modalities ----
 # An entry says everything that the network, the losses and the sampler need to know of a modality.
-
 
 Encoding = namedtuple("Encoding", "encode decode finish")  # the methods of Modality that have these names
 
@@ -420,15 +407,12 @@ class Config:
         return replace(self, modalities=tuple(entries))
 
     def with_encoders(self, encoders):
-        """This network over the image latents and text embeddings of frozen encoders (data.PixelsAndBytes).
-
-        The patch becomes a multiple of their stride, so that the token grids of all modalities coincide.
-        """
+        """This network over the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
         stride = encoders.image_stride
         image = replace(self.modalities[0], channels=encoders.image_channels, stride=stride)
         return replace(
             self,
-            patch=max(1, self.patch // stride) * stride,
+            patch=max(1, self.patch // stride) * stride,  # so that the token grids of all modalities coincide
             modalities=(image, *self.modalities[1:]),
             text_dim=encoders.text_dim,
             text_length=encoders.text_length,
@@ -453,14 +437,12 @@ PRESETS = {  # text-to-image networks; with_modalities replaces their list of mo
 class TimestepEmbedder(nn.Module):
     """Noise level t (B,) in [0, 1] -> (B, D), through sinusoids of 1000 t."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        half = self.frequencies // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
         angles = 1000 * t.float()[:, None] * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
@@ -710,14 +692,11 @@ class DiT(nn.Module):
                 callback(dict(x))
         return x
 
-    # ---- Weights ----
+    # ---- Checkpoints ----
 
     @classmethod
     def from_checkpoint(cls, state):
-        """Build the averaged network of a checkpoint, {"config": dict, "ema": weights}: frozen, float32, on the CPU.
-
-        Raises ValueError, which names the first thing that is wrong.
-        """
+        """Build the averaged network of a checkpoint: frozen, float32, on the CPU. Raises ValueError if it is wrong."""
         try:
             config = Config(**state["config"])
             with torch.device("meta"):
@@ -733,8 +712,7 @@ class DiT(nn.Module):
     def warm_start(self, weights):
         """Load the weights of a network of fewer modalities (Sec. 3.2); new modulations are cloned from the image's.
 
-        Tokenizer, time embedders and decoder of a new modality keep their fresh values. Raises ValueError unless
-        weights is a whole network of the first modality, or of the first and some of the others.
+        The other parts of a new modality keep their fresh values. Raises ValueError if weights do not fit.
         """
         image, *others = self.modalities
         new = [m for m in others if f"modulations.{m.name}.weight" not in weights]
@@ -807,15 +785,9 @@ def check_weights(weights, network):
             raise ValueError(f"{name} is not finite")
 
 
-# ---- Cost ----
-
-
 def training_cost(config, size):
-    """(parameters, FLOPs per image) of training on images of size (H, W): matmuls and attention, both passes.
-
-    Counted on the meta device, where nothing is computed.
-    """
-    with torch.device("meta"):
+    """(parameters, FLOPs per image) of training on images of size (H, W): matmuls and attention, both passes."""
+    with torch.device("meta"):  # nothing is computed
         network = DiT(config)
         noisy = {m.name: torch.zeros(1, *m.shape(size)) for m in config.modalities}
         t = {m.name: torch.zeros(1) for m in config.modalities}
@@ -841,14 +813,10 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
     return 2 * side**3 / fastest
 
 
-# ---- Muon on a CPU ----
-
-
 def orthogonalize(gradient, coefficients, steps, eps):
-    """Muon's Newton-Schulz iteration x <- (a + b G + c G^2) x with G = x x^T: (n, m) -> (n, m), singular values near 1.
+    """Muon's iteration x <- (a + b G + c G^2) x with G = x x^T, which brings the singular values of x (n, m) near 1.
 
-    torch's own iterates in bfloat16, which is 20 times slower on CPUs that lack it. This one takes float32, and
-    iterates only G and the product of the factors, which are the smaller matrices.
+    torch's own is in bfloat16, which is 20 times slower on most CPUs. This one iterates G and the product of factors.
     """
     if isinstance(gradient, DTensor):  # with --shard every rank iterates on the whole matrix, and keeps its part
         whole = orthogonalize(gradient.full_tensor(), coefficients, steps, eps)
