@@ -29,20 +29,16 @@ import logging
 import math
 import multiprocessing
 import os
-import pickletools
-import platform
+import pickle
 import random
 import re
 import signal
 import stat
-import subprocess
 import sys
 import tarfile
 import textwrap
 import time
-import traceback
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,9 +65,6 @@ from model import (
     MODALITIES,
     TEXT_PATCH,
     DiT,
-    check_weights,
-    matmul_peak,
-    rename_weights,
     split_by_mode,
     training_cost,
 )
@@ -841,7 +834,7 @@ class SampleFiles:
         text = row.get("text")
         if "json" in self.files:
             with reading("json"):
-                row = parse_json(self.read(self.files["json"]))
+                row = json.loads(self.read(self.files["json"]))
             text = row.get("caption")
         if "txt" in self.files:
             with reading("txt"):
@@ -1021,7 +1014,7 @@ def read_index(folder):
                 name = line.decode().strip()
                 row = {"file_name": f"{name}/image.jpg", "depth_file_name": f"{name}/depth.png"}
             else:
-                row = parse_json(line)
+                row = json.loads(line)
                 name = os.path.splitext(row["file_name"])[0]
         except (ValueError, KeyError, TypeError):
             samples.append(SampleFiles(where, where, "not UTF-8 JSON with a file_name"))
@@ -1321,12 +1314,12 @@ def end_workers():
 
 
 # ---- Encoders ----
-# What the network sees of images and captions: pixels and bytes, or what --encoders FILE.py makes of them.
-# Frozen encoders turn a small pixel model into a latent one, with text embeddings, with no other change.
+# What the network sees of images and captions: pixels and bytes, or what --encoders FILE.py makes of them. Frozen
+# encoders turn the pixel model into a latent one that reads text embeddings. Nothing else changes.
 
 
 def truncated_words(caption, length):
-    """The words of a caption that encode_text cuts, including one that it would split; "" if all fit."""
+    """The words of a caption that encode_text would cut or split, joined by spaces; "" if all fit."""
     words = caption.split()
     tokens = itertools.accumulate(math.ceil(len(word.encode()) / TEXT_PATCH) for word in words)
     return " ".join(word for word, used in zip(words, tokens, strict=True) if used > length // TEXT_PATCH)
@@ -1335,12 +1328,12 @@ def truncated_words(caption, length):
 def encode_text(captions, length):
     """Captions -> (B, length) uint8: UTF-8, each word at the start of a token of TEXT_PATCH bytes, zeros between.
 
-    A word longer than a token goes on in the next one. What does not fit in length is cut. An empty caption is all
+    A word longer than a token continues in the next one. What does not fit in length is cut. An empty caption is all
     zeros.
     """
     text = np.zeros((len(captions), length // TEXT_PATCH, TEXT_PATCH), np.uint8)
-    for row, line in zip(text, captions, strict=True):
-        words = (word.encode() for word in line.split())
+    for row, caption in zip(text, captions, strict=True):
+        words = (word.encode() for word in caption.split())
         pieces = (word[i : i + TEXT_PATCH] for word in words for i in range(0, len(word), TEXT_PATCH))
         for token, piece in zip(row, pieces, strict=False):
             token[: len(piece)] = np.frombuffer(piece, np.uint8)
@@ -1348,7 +1341,7 @@ def encode_text(captions, length):
 
 
 class PixelsAndBytes:
-    """No encoders. What load(device) of a plug-in returns has the same seven members:
+    """No encoders. The object that load(device) of a --encoders file returns has the same seven members:
 
     encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
     decode_image  the inverse
@@ -1379,63 +1372,51 @@ class PixelsAndBytes:
 @torch.no_grad()
 def check_encoders(encoders, device, config):
     """Raise ValueError unless encoders return what PixelsAndBytes documents, for a batch of two."""
-    for name, least in {"image_channels": 1, "image_stride": 1, "text_length": 1, "text_dim": 0}.items():
-        value = getattr(encoders, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}, must be a whole number from {least}")
-    if not encoders.text_dim and encoders.text_length % TEXT_PATCH:
-        raise ValueError(f"text_length is {encoders.text_length}; must be a multiple of {TEXT_PATCH} bytes")
-
-    stride = encoders.image_stride
     patch = config.with_encoders(encoders).patch
-    rgb = torch.linspace(-1, 1, 144 * patch**2, device=device).view(2, 3, 4 * patch, 6 * patch)
+    rgb = torch.zeros(2, 3, 4 * patch, 6 * patch, device=device)
     latents = encoders.encode_image(rgb)
-    text_shape = (2, encoders.text_length, encoders.text_dim) if encoders.text_dim else (2, encoders.text_length)
-    text_dtype = torch.float32 if encoders.text_dim else torch.uint8
+    latent_size = [side // encoders.image_stride for side in rgb.shape[2:]]
+    text_shape = [2, encoders.text_length]
+    if encoders.text_dim:
+        text_shape.append(encoders.text_dim)
     checks = [
-        (
-            "encode_image",
-            latents,
-            (2, encoders.image_channels, 4 * patch // stride, 6 * patch // stride),
-            torch.float32,
-        ),
-        ("decode_image", encoders.decode_image(latents), tuple(rgb.shape), torch.float32),
-        ("encode_text", encoders.encode_text(["", "a red ball"]), text_shape, text_dtype),
+        ("encode_image", latents, [2, encoders.image_channels, *latent_size]),
+        ("decode_image", encoders.decode_image(latents), list(rgb.shape)),
+        ("encode_text", encoders.encode_text(["", "a red ball"]), text_shape),
     ]
-    for name, returned, shape, dtype in checks:
-        if tuple(returned.shape) != shape or returned.dtype != dtype:
-            raise ValueError(f"{name} returned {tuple(returned.shape)} {returned.dtype}; must be {shape} {dtype}")
-        if not returned.isfinite().all():
-            raise ValueError(f"{name} returned NaN or infinity")
+    for name, returned, shape in checks:
+        if list(returned.shape) != shape or not returned.isfinite().all():
+            raise ValueError(
+                f"{name} returned {returned.dtype} of shape {list(returned.shape)}; must be finite, {shape}"
+            )
 
 
 def load_encoders(path, device, config):
-    """Run a plug-in, a Python file, and check what its load(device) returns."""
-    if not (path.endswith(".py") and Path(path).is_file()):
-        fail(f"--encoders {path}: no such file, or its name does not end in .py")
+    """Run a --encoders file, and check what its load(device) returns."""
+    if not os.path.isfile(path):
+        fail(f"--encoders {path}: no such file")
     try:
         spec = importlib.util.spec_from_file_location("encoders", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         encoders = module.load(device)
         check_encoders(encoders, device, config)
-    except (Exception, SystemExit) as error:
-        fail(f"--encoders {path}: {type(error).__name__}: {error}; README shows a file that works")
+    except Exception as error:
+        fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
     return encoders
 
 
 def open_encoders(path, device, config, trained_with=None):
-    """--encoders -> the encoders that a plug-in loads, or PixelsAndBytes if path is empty.
+    """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty.
 
-    trained_with: the plug-in that a checkpoint names ("" for none). Encoders that do not fit its config are refused.
+    trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
+    Encoders that do not fit the checkpoint end the program with one line.
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
-    if trained_with and path and Path(trained_with).name != Path(path).name:
-        log(f"--encoders {path}: the checkpoint was trained with {trained_with}; are they the same?")
     if trained_with is not None and config.with_encoders(encoders) != config:
         image = config.modalities[0]
-        used = f"--encoders {trained_with}" if trained_with else "no --encoders"
         needs = f"{image.channels} channels at 1/{image.stride}, text {config.text_length} x {config.text_dim}"
+        used = trained_with or "no file"
         fail(f"--encoders {path or '(none)'}: the checkpoint was trained with {used}: {needs}; give what fits")
     return encoders
 
@@ -1471,78 +1452,41 @@ SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
 
 
-def one_of(*names):
-    """Type of a flag: one of the names, unchanged."""
-
-    def read(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text}: must be one of {', '.join(filter(None, names))}")
-        return text
-
-    return read
-
-
 def by_modality(read_number):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A lone number is for the image."""
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the image."""
 
     def read(text):
         numbers = {}
-        for entry in filter(None, text.split(",")):
+        for entry in text.split(","):
             name, _, value = entry.rpartition("=")
-            name = name or "rgb"
-            if name not in MODALITIES or name in numbers:
-                known = ", ".join(MODALITIES)
-                raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5,depth=0.2, of {known}")
-            try:
-                numbers[name] = read_number(value)
-            except argparse.ArgumentTypeError as error:
-                raise argparse.ArgumentTypeError(f"{text}: {str(error).partition(': ')[2]}") from None
+            numbers[name or "rgb"] = read_number(value)
+        if not numbers.keys() <= MODALITIES.keys():
+            known = ", ".join(MODALITIES)
+            raise argparse.ArgumentTypeError(f"{text}: must be a number, or such as rgb=0.5,depth=0.2, of {known}")
         return numbers
 
     return read
 
 
-def modality_list(text):
-    """Type of a flag: different modalities, the image first, joined by commas, unchanged."""
-    names = text.split(",")
-    if names[0] != "rgb" or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
-        raise argparse.ArgumentTypeError(f"{text}: must be rgb, then different ones of {', '.join(MODALITIES)}")
-    return text
-
-
-def parse_size(text, low=1):
-    """Size in pixels, one side ("64") or "HxW" -> (H, W). Raises argparse.ArgumentTypeError if it is out of range."""
-    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+def parse_size(text):
+    """--size: pixels, one side ("64") or "HxW" -> (H, W). Else exit code 2."""
+    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text)
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) < low or max(size) > MAX_SIDE:
-        span = f"pixels, {low} to {MAX_SIDE} a side"
-        raise argparse.ArgumentTypeError(f"{text}: must be {span}, as one side (64) or as HxW (48x64)")
+    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
+        fail(f"--size {text}: must be pixels, 1 to {MAX_SIDE} a side, such as 64 or 48x64")
     return size
 
 
-def size_text(low=1):
-    """Type of a flag: a text that parse_size reads, or an empty one, unchanged."""
-
-    def read(text):
-        if text:
-            parse_size(text, low)
-        return text
-
-    return read
-
-
 def parse_order(text, names):
-    """--order: log2(alpha) from -14 to 14, or different ones of names -> a float, or their list. Else exit code 2."""
-    try:
-        order = float(text)
-    except ValueError:
-        order = text.replace(" ", "").split(",")
-        if sorted(set(order) & set(names)) != sorted(order):
-            fail(f"--order {text}: must be joint, log2(alpha), or different ones of {', '.join(names)}")
+    """--order: log2(alpha) -> float, or different ones of names with commas between -> list. Else exit code 2."""
+    order = text.split(",")
+    if set(order) <= set(names) and len(set(order)) == len(order):
         return order
-    if not -14 <= order <= 14:
-        fail(f"--order {text}: log2(alpha) must be from -14 to 14; rgb,depth and depth,rgb are its limits")
-    return order
+    try:
+        return number(-14, 14)(text)
+    except argparse.ArgumentTypeError:
+        known = ", ".join(names)
+        fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {known}")
 
 
 class Flags(argparse.ArgumentParser):
@@ -1561,18 +1505,19 @@ class Flags(argparse.ArgumentParser):
         self.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
 
     def error(self, message):
-        flag, _, problem = message.removeprefix("argument ").partition(": ")
-        if ": must be " in problem:  # our types' messages begin with the value, those of argparse do not
+        """Print argparse's message without its usage. Messages of the types above begin with the value."""
+        message = message.removeprefix("argument ")
+        flag, _, problem = message.partition(": ")
+        if ": must be " in problem:
             fail(f"{flag} {problem}")
-        fail(f"{message.removeprefix('argument ')}; --help lists the flags")
+        fail(f"{message}; --help lists the flags")
 
 
 def source_settings(p, maps=True):
-    """The flags of scripts that read samples; maps: not images and captions alone."""
+    """The flags of scripts that read samples. maps: the samples have more than images and captions."""
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
     if maps:
-        unit = "metres per unit of a 16-bit PNG that has no scale of its own (KITTI: 0.00390625)"
-        p.setting("--depth-scale", 0.001, unit, POSITIVE)
+        p.setting("--depth-scale", 0.001, "metres per unit of a 16-bit PNG (KITTI: 0.00390625)", POSITIVE)
         p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
         p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
@@ -1580,7 +1525,7 @@ def source_settings(p, maps=True):
 
 
 def check_depth_range(args):
-    """Refuse settings that leave no depth."""
+    """Refuse a range that leaves no depth."""
     if 0 < args.depth_max <= args.depth_min:
         fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
@@ -1588,11 +1533,10 @@ def check_depth_range(args):
 def sampling_settings(p):
     """The flags of scripts that sample."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    scale = "scale of classifier-free guidance, for the image (3) or by name (rgb=3,depth=2); 1 is none"
-    p.setting("--cfg", "3", f"{scale}; the released model uses 4", by_modality(number(0, 100)))
+    guidance = by_modality(number(0, 100))
+    p.setting("--cfg", "3", "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none", guidance)
     p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
-    counted = "ensemble members and guided copies count; the members of one image stay together"
-    p.setting("--batch-size", 16, f"samples in each call of the network; {counted}", whole(1, 10**5))
+    p.setting("--batch-size", 16, "samples in each call of the network, guided copies included", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
@@ -1603,7 +1547,7 @@ def training_settings(p, steps, out):
     p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
-    p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", one_of("muon", "adamw"))
+    p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly to zero", COUNT)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
     p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
@@ -1614,7 +1558,7 @@ def training_settings(p, steps, out):
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
     p.setting("--out", out, "run directory")
-    p.setting("--resume", False, "go on from the newest whole checkpoint of the run directory, if there is one")
+    p.setting("--resume", False, "continue from the newest checkpoint of the run directory, if there is one")
     p.setting("--checkpoint-every", 250, "steps between checkpoints", COUNT)
     p.setting("--keep", 2, "number of checkpoints to keep, the newest ones", COUNT)
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
@@ -1625,50 +1569,34 @@ def training_settings(p, steps, out):
 
 
 def parse_run(p):
-    """Parse the flags of a training script. With --resume, the run's config.json replaces p's defaults.
+    """Parse the flags of a training script. With --resume, the settings of the run's config.json are the defaults.
 
-    Its settings are read as if they were flags, but for --out, since a run may have been copied, and for the plug-in of
-    --encoders, which must be named again, since it is code that is run.
+    Two settings are not taken from it: --out, since a run may have been copied, and --encoders, since that file is run.
     """
     args = p.parse_args()
     path = Path(args.out) / "config.json"
     if not args.resume or not path.is_file():
         return args
-    try:
-        settings = parse_json(path.read_bytes())
-    except ValueError:
-        fail(f"--resume: {path} is damaged; remove it and give the settings of the run as flags")
-    if "p_i2d" in settings:  # a run of an earlier version
-        settings["p_clean"] = {"rgb": settings["p_i2d"], "depth": settings.get("p_d2i")}
 
-    flags = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if name in ("out", "encoders", "resume") or value == p.get_default(name):
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-            continue
-        if isinstance(value, dict):  # of by_modality
-            value = ",".join(f"{key}={number}" for key, number in value.items())
-        flags.append(f"--{flag}={value}")
-    args, _ = p.parse_known_args(flags)  # settings of other versions are ignored
-    args = p.parse_args(namespace=args)
-    if settings.get("encoders") and not args.encoders:
+    settings = json.loads(path.read_bytes())
+    for name in vars(args).keys() & settings.keys() - {"out", "encoders"}:
+        p.set_defaults(**{name: settings[name]})
+    args = p.parse_args()
+    for name in ("preset", "modalities", "optimizer"):
+        if getattr(args, name, None) != settings.get(name):
+            fail(f"--resume: --{name} must be that of the run, {settings[name]}")
+    if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
 
 
 # ---- Runs ----
-# Messages, devices, files that survive accidents, checkpoints, and what both training scripts do around their loops.
+# Messages, devices, files that survive accidents, checkpoints, and what both training scripts do around their losses.
 
 
 def log(message):
-    """Print one line on stderr, above a progress bar. A long message, which may quote anything, loses its middle."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    if len(line) > 300:
-        line = f"{line[:190]} ... {line[-100:]}"
-    tqdm.write(line, file=sys.stderr)
+    """Print one line on stderr, above a progress bar."""
+    tqdm.write(" ".join(message.split()), file=sys.stderr)
 
 
 def fail(message):
@@ -1677,128 +1605,67 @@ def fail(message):
     raise SystemExit(2)
 
 
-def reason(error):
-    """The first line of what an exception says."""
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def pick_device(name):
-    """--device auto | cuda | mps | cpu -> torch.device; cuda without a number is the GPU of this rank."""
-    if name.split(":")[0] not in ("auto", "cuda", "mps", "cpu"):
-        fail(f"--device {name}: must be auto, cuda, mps or cpu")
+    """--device -> torch.device. auto is the GPU if there is one; cuda without a number is the GPU of this rank."""
     if name == "auto":
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = next(kind for kind, found in available.items() if found)
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError):  # a torch without CUDA raises AttributeError
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
         fail(f"--device {name}: not available here; use --device auto")
-    if device.type == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
-def keep_freed_memory():
-    """Tell glibc to keep freed blocks. To get one from the system again costs more than the matmul that fills it."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
 def run_script(main):
-    """Call the main function of a script. A problem of the machine or the disk is one line and exit code 2.
+    """Call the main function of a script. A problem of the disk or of memory is one line and exit code 2.
 
     Ctrl-C is exit code 130. Any other exception is a bug and keeps its traceback.
     """
     try:
-        return main()
+        main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{reason(error)}; check the path, its permissions and the space on its disk")
-    except (MemoryError, RuntimeError) as error:
-        texts = ("can't allocate memory", "out of memory", "size calculation overflowed")  # of torch's allocators
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in texts):
-            raise
+        fail(f"{error}; check the path, its permissions and the space on its disk")
+    except (MemoryError, torch.OutOfMemoryError):
         fail("out of memory; lower --batch-size or --size")
 
 
-def claim_folder(path, *own, flag="--out"):
-    """Make a directory to write to. It must be new, or empty, or hold a file that fits one of the patterns own.
+def claim_folder(path, *own):
+    """Make a directory to write to. It must be new or empty, or hold one of the files called own.
 
     These are names that only the calling script would have written, so that no file of yours is overwritten.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    first = next(folder.iterdir(), None)
-    if first and not any(any(folder.glob(pattern)) for pattern in own):
-        fail(f"{flag} {path}: already holds {first.name}; choose a new or an empty directory")
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in own):
+        fail(f"--out {path}: holds other files; choose a new or an empty directory")
     return folder
 
 
 @contextlib.contextmanager
-def tolerate(path):
-    """Report a full disk, or a picture that needs more memory than there is, and go on training."""
+def tolerate(what):
+    """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:  # torch reports a full GPU as a RuntimeError
-        log(f"{path}: not written ({reason(error)}); training goes on")
-        traceback.clear_frames(error.__traceback__)  # their variables hold on to the memory
-        torch.cuda.empty_cache()
+        cause = error.__context__ or error  # torch.save raises an error of its own after that of the disk
+        log(f"{what}: not written ({cause}); training continues")
 
 
-def append_row(path, row):
-    """Add a row to a file of JSON lines, if the disk permits."""
-    with tolerate(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def parse_json(text):
-    """Read a dictionary from JSON text or bytes. Raises ValueError if it holds anything else."""
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON dictionary")
-    return found
-
-
-def read_rows(path):
-    """The rows of a file of JSON lines, without those that a crash or a full disk has cut."""
-    rows = []
-    if Path(path).is_file():
-        for line in Path(path).read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(parse_json(line))
-    return rows
-
-
-def write_whole(path, write, sync=True):
-    """Call write(file) on a temporary file and rename it, so that a crash leaves the old file or the new one.
-
-    With sync this also holds if the machine crashes. It takes milliseconds, too long for many small files.
-    """
+@contextlib.contextmanager
+def whole_file(path):
+    """The path of a temporary file, which is renamed to path at the end: a crash leaves the old file or the new one."""
     part = Path(path).with_name("partly-written")
-    part.unlink(missing_ok=True)  # if it is a link, what it points to must not be written
+    part.unlink(missing_ok=True)  # it may be a link to a checkpoint, which must not be written
     try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+        yield part
         os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)
-        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -1810,8 +1677,9 @@ def to_bytes(write, *args, **options):
     return buffer.getvalue()
 
 
-def write_bytes(path, content, sync=True):
-    write_whole(path, lambda file: file.write(content), sync)
+def write_bytes(path, content):
+    with whole_file(path) as part:
+        part.write_bytes(content)
 
 
 def write_image(path, image, **options):
@@ -1823,84 +1691,42 @@ def write_json(path, value):
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def git_commit():
-    """The commit of this code, with -dirty if files differ from it, or "" if there is none."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
 def list_checkpoints(out):
-    """Paths of the checkpoints in a run directory, oldest first; last.pt if there is nothing else."""
-    paths = [path for path in Path(out).glob("step-*.pt") if re.fullmatch(r"step-[0-9]{7,}\.pt", path.name)]
-    paths.sort(key=lambda path: (len(path.name), path.name))
-    return paths or [path for path in [Path(out) / "last.pt"] if path.exists()]
+    """Paths of the checkpoints step-N.pt in a run directory, oldest first."""
+    paths = [path for path in Path(out).glob("step-*.pt") if path.stem[5:].isdigit()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
 def save_checkpoint(out, state, keep):
-    """Write step-<step>.pt, point last.pt to it, and remove all but the newest checkpoints. Returns whether it could.
-
-    If it could not, for example because the disk is full, it says so, and the older checkpoints stay.
-    """
+    """Write step-N.pt, point last.pt to it, and remove all but the newest checkpoints."""
     path = out / f"step-{state['step']:07}.pt"
-    link = out / "partly-written"
-    try:
-        write_whole(path, lambda file: torch.save(state, file))
+    with whole_file(path) as part, open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # it must be on the disk before older ones are removed
+    with whole_file(out / "last.pt") as link:
         link.symlink_to(path.name)
-        os.replace(link, out / "last.pt")
-        for old in list_checkpoints(out)[:-keep]:
-            old.unlink()
-    except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch raises another error while it handles that of the disk
-        names = ", ".join(old.name for old in list_checkpoints(out))
-        log(f"{path}: not written ({reason(cause)}); there is {names or 'no older one'}")
-        return False
-    return True
+    for old in list_checkpoints(out)[:-keep]:
+        old.unlink()
 
 
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
-PICKLED = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"  # classes in a checkpoint
-INFERENCE_KEYS = {"config": dict, "settings": dict, "ema": dict}
-TRAINING_KEYS = {**INFERENCE_KEYS, "model": dict, "step": int}
+INFERENCE_KEYS = ("config", "settings", "ema")
+TRAINING_KEYS = ("config", "settings", "step", "skipped", "model", "ema", "optimizer")
 
 
-def unpack(path):
+def read_checkpoint(path, keys):
     """Read the dictionary that a training script saved. Its tensors are read from the file when they are used.
 
-    This runs no code and takes no more memory than the file has bytes, whatever the file declares. Raises OSError, and
-    ValueError if the file is damaged or something else.
+    Raises OSError, and ValueError if the file is damaged or lacks one of the keys.
     """
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about some damaged files before it refuses them
-            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
-                raise ValueError
-            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            for code, name, _ in pickletools.genops(archive.read(pickled)):
-                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, name):  # torch allows bytearray, too
-                    raise ValueError
-            if archive.testzip():
-                raise ValueError
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except OSError as error:  # a disk that fails does not mean that the file is damaged
-        error.filename = str(path)
-        raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # nor does a lack of memory
-            raise
-        raise ValueError("damaged, or no checkpoint of this project; give a last.pt of a training script") from None
-
-
-def read_checkpoint(path, keys=INFERENCE_KEYS):
-    """unpack a checkpoint that must hold these keys. Raises OSError, and ValueError that names what is wrong."""
-    state = unpack(path)
-    for key, kind in keys.items():
-        if not isinstance(state.get(key), kind):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        raise ValueError("cut, damaged, or not a checkpoint; give a last.pt of a training script") from None
+    for key in keys:
+        if key not in state:
             raise ValueError(f"it lacks {key!r}; give a last.pt of a training script")
-    if not isinstance(state["settings"].get("encoders", ""), str):
-        raise ValueError("its setting 'encoders' is not a file name")
     return state
 
 
@@ -1911,92 +1737,39 @@ def open_network(path, flag="--checkpoint"):
     if path == NANO:
         log(f"{flag} {NANO}: the network that comes with the repository, trained on the built-in world")
     try:
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, INFERENCE_KEYS)
         return DiT.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
 
 def newest_checkpoint(out):
-    """The newest whole checkpoint of a run directory, as a dictionary, or None if it holds none yet.
+    """The newest checkpoint of a run directory that can be read, as a dictionary; {} if there is none yet.
 
-    Names the damaged ones that it passes over. Exit code 2 if all are damaged.
+    Exit code 2 if there are some, but none can be read.
     """
-    damaged = []
-    for path in reversed(list_checkpoints(out)):
+    paths = list_checkpoints(out)
+    for path in reversed(paths):
         try:
-            state = read_checkpoint(path, TRAINING_KEYS)
+            return read_checkpoint(path, TRAINING_KEYS)
         except ValueError as error:
-            damaged.append(f"{path.name} is damaged ({error})")
-            continue
-        if damaged:
-            log(f"--resume: {'; '.join(damaged)}; going on from {path.name}")
-        return state
-    if damaged:
-        fail(f"--resume: no checkpoint in {out} is whole ({damaged[0]}); start anew with another --out")
-    log(f"--resume: no checkpoint in {out} yet; from the beginning")
-    return None
-
-
-def read_ranks():
-    """(rank, number of ranks) of this process, as torchrun puts them into the environment; (0, 1) without torchrun."""
-    rank = os.environ.get("RANK", "0")
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    numbers = re.fullmatch("[0-9]{1,6} [0-9]{1,6}", f"{rank} {ranks}")
-    if not numbers or int(rank) >= int(ranks):
-        fail(f"RANK={rank} WORLD_SIZE={ranks}: must be whole numbers, RANK the lower; use torchrun, or unset both")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if int(ranks) > 1 and not os.environ.get(name):
-            fail(f"WORLD_SIZE={ranks}: {name} is not set; start with torchrun, or unset WORLD_SIZE")
-    return int(rank), int(ranks)
-
-
-def join_ranks(backend, seconds):
-    """Join the ranks of torchrun in a process group. All end if one is silent for so many seconds.
-
-    torchrun shows a second try (--max-restarts) what the first has stored, such as addresses of dead processes. So on
-    one node every try has its own keys; on several nodes, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives it a new store.
-    """
-    try:
-        store, rank, ranks = next(dist.rendezvous("env://"))
-    except (ValueError, dist.DistError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        fail(f"no other ranks at MASTER_ADDR:MASTER_PORT, {address} ({reason(error)}); start with torchrun")
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-
-
-def catch_signals():
-    """A list that gets the number of a SIGTERM or SIGINT when one arrives. A second one ends the process."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return caught
+            log(f"--resume: {path.name} is passed over ({error})")
+    if paths:
+        fail(f"--resume: no checkpoint in {out} can be read; start a new run with another --out")
+    return {}
 
 
 def lock_run(out, resume):
-    """Make the run directory and lock it until this process ends, however it ends.
-
-    A directory that holds a run is refused, unless you resume it and no other process trains in it.
-    """
-    out = Path(out)
+    """Make the run directory and lock it until this process ends. One that holds a run needs --resume."""
     if list_checkpoints(out) and not resume:
-        fail(f"--out {out}: already holds a run; add --resume to go on with it, or choose another --out")
-    claim_folder(out, "run.lock", "starts.jsonl", "step-*.pt", "last.pt")
-    file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
+        fail(f"--out {out}: already holds a run; add --resume to continue it, or choose another --out")
+    lock = claim_folder(out, "run.lock") / "run.lock"
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data loaders do not inherit a lock of this kind
+        fcntl.lockf(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"--out {out}: another process is training in it; wait for its end, or choose another --out")
     except OSError as error:  # some network disks have no locks
-        log(f"--out {out}: cannot be locked ({error.strerror}); start no second run in it")
+        log(f"--out {out}: cannot be locked ({error}); start no second run in it")
 
 
 def training_flops(config, size, teacher_config=None):
@@ -2007,6 +1780,26 @@ def training_flops(config, size, teacher_config=None):
     return flops
 
 
+def print_cost(config, size, teacher_config=None):
+    """Print what --dry-run promises, for images of size (H, W)."""
+    names = ", ".join(m.name for m in config.modalities)
+    print(f"{size[0]}x{size[1]}, {names}: {training_cost(config, size)[0] / 1e6:.1f}M parameters")
+    flops = training_flops(config, size, teacher_config)
+    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
+
+
+def matmul_peak(device, dtype=torch.float32, repeats=10):
+    """FLOP/s of the fastest of some large square matmuls on the device: training speed is compared with it."""
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    fastest = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * side**3 / fastest
+
+
 def shard(network):
     """Split the weights of a network over the ranks. Each gathers a block's weights when it runs that block."""
     for block in network.all_blocks():
@@ -2014,32 +1807,9 @@ def shard(network):
     fully_shard(network, reshard_after_forward=True)
 
 
-def local_parts(network):
-    """What this rank holds of the network's parameters, which may be sharded."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
-
-
-def check_optimizer_state(state, optimizers, parameters):
-    """Optimizer state of a checkpoint, {"state": {name: {slot: tensor}}, "param_groups": list}, copied from the file.
-
-    Raises an exception unless it fits parameters {name: Parameter}. Earlier versions saved a list of states, one for
-    each optimizer, with the index of each parameter in the place of its name.
-    """
-    if isinstance(state, list):
-        names = {p: name for name, p in parameters.items()}
-        renamed = {"state": {}, "param_groups": []}
-        for saved, optimizer in zip(state, optimizers, strict=True):
-            (group,) = saved["param_groups"]
-            group = {**group, "params": [names[p] for p in optimizer.param_groups[0]["params"]]}
-            renamed["param_groups"].append(group)
-            renamed["state"].update({group["params"][index]: slots for index, slots in saved["state"].items()})
-        state = renamed
-    for name, slots in state["state"].items():
-        for slot, value in slots.items():
-            if value.shape not in (parameters[name].shape, ()) or not value.isfinite().all():
-                raise ValueError(f"{slot} of {name}")
-            slots[slot] = value.clone()
-    return state
+def whole_norm(norm):
+    """A norm over weights or gradients, which may be sharded, as a plain tensor."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @dataclass
@@ -2053,22 +1823,23 @@ class Part:
     text: torch.Tensor  # (B, L) or (B, L, text_dim)
 
 
-def drop_captions(text, dropped):
-    """Set the text (B, L) or (B, L, text_dim) of samples to zero, which is no text; dropped (B,) bool."""
-    return torch.where(dropped.view(-1, *[1] * (text.ndim - 1)), 0, text)
+def validation_batch(args, modalities, device, count=8):
+    """A Batch of the first validation samples, to draw pictures of; None if none of them can be read."""
+    source = open_source(args, "val", (args.size, args.size), modalities, device)
+    return next(in_order(source, count, count, device, strict=False), None)
 
 
 class Run:
-    """A training run: all that both stages do around the loss. The methods are called in this order:
+    """A training run: everything that both stages do around their losses. The methods are called in this order:
 
     run = Run(args, device)               join the other ranks, claim the run directory
-    run.start(network, draw_samples)      average, shard, resume, compile
+    run.start(network, draw_samples)      make the EMA; shard, resume, compile
     while run.goes_on():
-        run.sum_over_ranks(counts)        by which the losses are divided
+        run.sum_over_ranks(counts)        the numbers of values by which the losses are divided
         for part in run.each(parts):
-            run.record(...)               what metrics.jsonl reports
+            run.record(...)               a term of the loss, for metrics.jsonl
             run.backward(loss)
-        run.end_step()                    update the weights; log, save and draw when it is time
+        run.end_step()                    clip the gradient, update weights and EMA; log, save and draw when it is time
     run.close()
     """
 
@@ -2077,7 +1848,9 @@ class Run:
         self.device = device
         self.cuda = device.type == "cuda"
         self.out = Path(args.out)
-        self.rank, self.ranks = read_ranks()
+        self.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = args.shard and self.ranks > 1
         parts = self.ranks * args.grad_accum
         if args.batch_size % parts:
             fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
@@ -2087,11 +1860,13 @@ class Run:
         self.skipped_in_a_row = 0
         self.saved = True
         self.stopping = False
-        self.caught_signals = catch_signals()
+        self.caught_signals = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch_signal)
         self.terms = []  # the names that record was called with
         self.row_sums = {}  # {name: total and count} of this rank, since the last row of metrics.jsonl
         if self.ranks > 1:
-            join_ranks("nccl" if self.cuda else "gloo", args.timeout)
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         if self.rank == 0:
             lock_run(self.out, args.resume)
 
@@ -2102,57 +1877,46 @@ class Run:
         self.model = network.to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.teacher = teacher
-        networks = [self.model, self.ema]
+        networks = [self.model]  # those that training runs
         if teacher is not None:
             networks.append(teacher.to(self.device))
-            for matrix in teacher.matrices() if self.cuda else []:
-                matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
+            if self.cuda:
+                for matrix in teacher.matrices():
+                    matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
 
-        self.sharded = args.shard and self.ranks > 1
-        for each in networks if self.sharded else []:
-            shard(each)
+        if self.sharded:
+            for each in (*networks, self.ema):
+                shard(each)
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
         if args.resume:
             self.resume()
         if self.rank == 0:
-            self.write_start()
-
-        networks.remove(self.ema)
-        for each in networks if args.compile or (args.compile is None and self.cuda) else []:
-            each.compile_blocks()
-        if args.checkpoint_activations:
-            self.model.checkpoint_activations()
-        self.network = self.model
-        if self.ranks > 1 and not self.sharded:
-            self.network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.write_config()
+        self.network = self.wrap(networks)
 
         self.flops = training_flops(network.config, (args.size, args.size), teacher and teacher.config)
         self.peak = self.ranks * matmul_peak(self.device, torch.bfloat16 if self.cuda else torch.float32)
         if self.rank == 0:
-            print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters on {self.device}", flush=True)
-        options = {"disable": self.rank > 0, "mininterval": 2, "dynamic_ncols": True}
-        self.bar = tqdm(total=args.steps, initial=self.step, **options)
-        self.reset_clock()
+            parameters = sum(p.numel() for p in network.parameters()) / 1e6
+            print(f"{parameters:.2f}M parameters, {self.ranks} x {self.device}, from step {self.step}", flush=True)
+        self.bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0, mininterval=2, dynamic_ncols=True)
+        self.clock = time.perf_counter()
+        self.clock_step = self.step
 
     def goes_on(self):
-        """Whether there is another step to take."""
+        """Begin a step. Returns False if there is none left, or if a signal has stopped the run."""
         self.step_sums = {}  # like row_sums, in this step
         return self.step < self.args.steps and not self.stopping
 
     def sum_over_ranks(self, values):
-        """{name: tensor} of this rank -> the sums over all ranks. The tensors have one shape and type.
-
-        A count of signals travels with them, so that all ranks stop after the same step.
-        """
+        """{name: tensor} of this rank -> the sums over all ranks. The tensors have one shape and type."""
         table = torch.stack(list(values.values()))
-        table = torch.cat([table, torch.full_like(table[:1], len(self.caught_signals))])
         if self.ranks > 1:
             dist.all_reduce(table)
-        self.signal_count = table[-1].max()
-        return dict(zip(values, table[:-1], strict=True))
+        return dict(zip(values, table, strict=True))
 
     def each(self, parts):
-        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part alone.
+        """Iterate over the parts of a batch, so that DDP sums gradients over the ranks after the last part only.
 
         FSDP does so after each part, since a rank has no room for a whole gradient.
         """
@@ -2161,7 +1925,10 @@ class Run:
             yield part
 
     def record(self, term, name, values, part):
-        """Note values (B,), sums over the mask of modality name, for a mean in metrics.jsonl called term."""
+        """Add to the mean in metrics.jsonl called term: values (B,) are sums over the mask of the modality name.
+
+        Each training mode gets a mean of its own, too (model.split_by_mode).
+        """
         if term not in self.terms:
             self.terms.append(term)
         counts = part.mask[name].sum((1, 2, 3))  # (B,)
@@ -2169,18 +1936,22 @@ class Run:
             self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
 
     def backward(self, loss):
-        """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
-        loss = loss * self.ranks  # DDP and FSDP average gradients over the ranks
+        """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks.
+
+        DDP and FSDP average gradients over the ranks. Multiplied by the number of ranks, the average is the sum.
+        """
+        loss = loss * self.ranks
         # A loss that is not finite may have a finite gradient. NaN in every gradient makes all ranks skip the step.
         loss.backward(torch.where(loss.isfinite(), 1.0, torch.nan))
 
     def end_step(self):
         """Update the weights, or skip the step; then log, save and draw when it is time."""
         args = self.args
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        norm, signals = torch.stack([norm, self.signal_count]).tolist()  # waits for the device once
+        norm = whole_norm(torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.clip))
+        signals = torch.full_like(norm, len(self.caught_signals))
+        if self.ranks > 1:
+            dist.all_reduce(signals)  # if one rank is told to stop, all stop after the same step
+        norm, signals = torch.stack([norm, signals]).tolist()  # waits for the device once
         self.stopping = signals > 0
         self.step += 1
         if math.isfinite(norm):
@@ -2193,14 +1964,18 @@ class Run:
             optimizer.zero_grad(set_to_none=not keep_gradients)
         self.bar.update()
 
-        ending = self.stopping or self.step == args.steps
-        saving = ending or self.step % args.checkpoint_every == 0
-        if self.row_sums and (saving or self.step % args.log_every == 0):  # no row spans a checkpoint
+        saving = self.stopping or self.step == args.steps or self.step % args.checkpoint_every == 0
+        logging = saving or self.step % args.log_every == 0  # no row spans a checkpoint
+        drawing = self.step == args.steps or self.step % args.sample_every == 0
+        if logging and self.row_sums:
             self.write_row(norm)
         if saving:
-            self.save(ending)
-        if self.step == args.steps or self.step % args.sample_every == 0:
+            self.save()
+        if drawing:
             self.draw()
+        if logging or drawing:  # the time that this took is no part of the training speed
+            self.clock = time.perf_counter()
+            self.clock_step = self.step
 
     def close(self):
         """End the run: exit code 2 if there is no checkpoint of the last step, 130 after Ctrl-C."""
@@ -2209,53 +1984,54 @@ class Run:
             dist.barrier()
             dist.destroy_process_group()  # if the process ends with gloo's threads alive, they may abort it (SIGABRT)
         if not self.saved and self.rank == 0:
-            problem = "there is no checkpoint of the last step, see above; --resume goes on from an older one"
-            fail(f"--out {self.out}: {problem}")
+            fail(f"--out {self.out}: no checkpoint of the last step, see above; --resume continues from an older one")
         if self.stopping and self.rank == 0:
-            log(f"stopped by a signal after step {self.step} of {self.args.steps}, saved; --resume goes on")
+            log(f"stopped by a signal after step {self.step} of {self.args.steps}, saved; --resume continues")
         if signal.SIGINT in self.caught_signals:
             raise SystemExit(130)
 
+    def catch_signal(self, number, frame):
+        """Note a signal, so that the run stops after this step. A second one ends the process at once."""
+        self.caught_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     # The steps of start and end_step.
 
-    def write_start(self):
-        """Write config.json and a row of starts.jsonl. Rows of metrics.jsonl after this step will be written again."""
-        chip = torch.cuda.get_device_name(self.device) if self.cuda else f"{platform.machine()} {self.device.type}"
-        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv, "step": self.step}
-        start.update(commit=git_commit(), torch=torch.__version__, device=chip, ranks=self.ranks)
-        rows = [row for row in read_rows(self.out / "metrics.jsonl") if isinstance(row.get("step"), int)]
-        lines = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+    def wrap(self, networks):
+        """Compile the networks if wanted, and return the one that predicts in training: the model or DDP around it."""
+        args = self.args
+        if args.compile or (args.compile is None and self.cuda):
+            for each in networks:
+                each.compile_blocks()
+        if args.checkpoint_activations:
+            self.model.checkpoint_activations()
+        if self.ranks > 1 and not self.sharded:
+            return DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        return self.model
+
+    def write_config(self):
+        """Write config.json. A new run begins a new metrics.jsonl; one that is resumed adds rows to it."""
+        if self.step == 0:
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
         (self.out / "samples").mkdir(exist_ok=True)
-        write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
         write_json(self.out / "config.json", vars(self.args))
-        append_row(self.out / "starts.jsonl", start)
 
     def resume(self):
-        """Load the newest checkpoint that rank 0 finds into all ranks."""
-        state = newest_checkpoint(self.out) if self.rank == 0 else None
-        progress = [state and (state["step"], state.get("skipped", 0))]
+        """Load the newest checkpoint. Rank 0 reads it and sends it to the other ranks."""
+        state = {}
+        if self.rank == 0:
+            state = newest_checkpoint(self.out)
+        progress = [state.get("step", 0), state.get("skipped", 0)]
         if self.ranks > 1:
             dist.broadcast_object_list(progress, device=self.device)
-        if progress[0] is None:
+        self.step, self.skipped = progress
+        if self.step == 0:
             return
-        self.step, self.skipped = progress[0]
-        model, ema, optimizer = {}, {}, {}  # ranks but the first receive theirs
-        try:
-            if self.rank == 0:
-                model = rename_weights(state["model"])
-                ema = rename_weights(state["ema"])
-                for weights in (model, ema):
-                    check_weights(weights, self.model)
-                saved = state.get("optimizer") or state["optimizers"]
-                optimizer = check_optimizer_state(saved, self.optimizers, dict(self.model.named_parameters()))
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-            set_model_state_dict(self.model, model, options=options)
-            set_model_state_dict(self.ema, ema, options=options)
-            set_optimizer_state_dict(self.model, self.optimizers, optimizer, options=options)
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, LookupError, TypeError, RuntimeError, ValueError):
-            fail(f"--resume: {self.out} holds another network or optimizer; resume with its first settings")
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
+        set_model_state_dict(self.model, state.get("model", {}), options=options)
+        set_model_state_dict(self.ema, state.get("ema", {}), options=options)
+        set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
         """The rate of this step: linear warm-up, then linear decline to zero."""
@@ -2271,7 +2047,7 @@ class Run:
             optimizer.step()
         decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
         with torch.no_grad():
-            torch._foreach_lerp_(local_parts(self.ema), local_parts(self.model), 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         for name, sums in self.step_sums.items():
             self.row_sums[name] = self.row_sums.get(name, 0) + sums
         self.skipped_in_a_row = 0
@@ -2293,61 +2069,60 @@ class Run:
         """Add a row to metrics.jsonl: means since the last one, and the speed."""
         sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
-        losses = {term: means.get(term, 0.0) for term in self.terms if term.startswith("loss_")}
+        losses = {term: means[term] for term in self.terms if term.startswith("loss_") and term in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm}
-        row.update(lr=self.learning_rate(), skipped=self.skipped, images_per_s=speed)
-        row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
+        row = {
+            "step": self.step,
+            "loss": sum(losses.values()),
+            **means,
+            "grad_norm": norm,
+            "lr": self.learning_rate(),
+            "skipped": self.skipped,
+            "images_per_s": speed,
+            "tflops": speed * self.flops / 1e12,
+            "utilization": speed * self.flops / self.peak,
+        }
         self.row_sums = {}
-        self.reset_clock()
         if self.rank == 0:
-            append_row(self.out / "metrics.jsonl", row)
+            path = self.out / "metrics.jsonl"
+            with tolerate(path), open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
             shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
             rates = f"{speed:.0f} images/s, {row['tflops']:.2f} TFLOP/s, {row['utilization']:.2f} of matmul peak"
             self.bar.set_postfix_str(f"{shown}, {rates}")
 
-    def reset_clock(self):
-        """Begin to measure speed; what is written between two steps does not count."""
-        self.clock = time.perf_counter()
-        self.clock_step = self.step
-
-    def save(self, ending):
-        """Write a checkpoint, unless weights are not finite or this step was skipped.
-
-        After a skipped step the weights are those of the step before, but they may be diverging. So they are saved only
-        if the run ends, and then one more of the older checkpoints stays.
-        """
-        bad = torch.stack([~p.isfinite().all() for p in local_parts(self.model) + local_parts(self.ema)]).sum()
-        bad = self.sum_over_ranks({"weights": bad})["weights"].item()
-        skipping = self.skipped_in_a_row > 0
-        problem = "weights are not finite" if bad else ""
-        if skipping and not ending:
-            problem = "this step was skipped"
-        self.saved = not problem
-        if problem:
+    def save(self):
+        """Write a checkpoint, unless weights are not finite."""
+        self.saved = False
+        weights = [*self.model.parameters(), *self.ema.parameters()]
+        if not whole_norm(torch.nn.utils.get_total_norm(weights)).isfinite():
             if self.rank == 0:
-                log(f"step {self.step}: no checkpoint, since {problem}")
+                log(f"step {self.step}: no checkpoint, since weights are not finite")
             return
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
-        state = {"config": asdict(self.model.config), "settings": vars(self.args)}
-        state.update(step=self.step, skipped=self.skipped)
-        state["model"] = get_model_state_dict(self.model, options=options)
-        state["ema"] = get_model_state_dict(self.ema, options=options)
-        state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizers, options=options)
+        state = {
+            "config": asdict(self.model.config),
+            "settings": vars(self.args),
+            "step": self.step,
+            "skipped": self.skipped,
+            "model": get_model_state_dict(self.model, options=options),
+            "ema": get_model_state_dict(self.ema, options=options),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+        }
         if self.rank == 0:
-            self.saved = save_checkpoint(self.out, state, self.args.keep + skipping)
-        self.reset_clock()
+            with tolerate(f"checkpoint of step {self.step}"):
+                save_checkpoint(self.out, state, self.args.keep)
+                self.saved = True
 
     def draw(self):
         """Write a picture of samples. All ranks take part if the network is split over them."""
         if self.rank == 0 or self.sharded:
             path = self.out / "samples" / f"{self.step:07}.png"
-            with tolerate(path.parent):
+            with tolerate(path):
                 picture = self.draw_samples(self.ema)
                 if picture is not None and self.rank == 0:
                     write_image(path, picture)
-        self.reset_clock()
 
 
 # ---- Pictures ----
@@ -2453,11 +2228,11 @@ def write_folder(out, batch):
     for i, name in enumerate(batch.names):
         row = {"file_name": f"{name}.jpg", "text": batch.captions[i]}
         image = Image.fromarray(paint_rgb(batch.values["rgb"][i]))
-        write_bytes(out / row["file_name"], to_bytes(image.save, "JPEG", quality=100, subsampling=0), sync=False)
+        write_bytes(out / row["file_name"], to_bytes(image.save, "JPEG", quality=100, subsampling=0))
         for m in ("depth", "normal"):
             row[f"{m}_file_name"] = f"{name}.{m}.npy"
             content = array_bytes(batch.values[m][i], batch.valid[m][i])
-            write_bytes(out / row[f"{m}_file_name"], content, sync=False)
+            write_bytes(out / row[f"{m}_file_name"], content)
         rows.append(json.dumps(row))
     write_bytes(out / "metadata.jsonl", "".join(f"{row}\n" for row in rows).encode())
 
@@ -2479,7 +2254,7 @@ def world_grid(batch, count=8):
 def main():
     p = Flags(__doc__)
     p.setting("--out", "runs/world", "new or empty directory to write to")
-    p.setting("--split", "val", "train or val", one_of(*SPLITS))
+    p.setting("--split", "val", "train or val", choices=SPLITS)
     p.setting("--size", 32, "side in pixels", whole(1, 2048))
     p.setting("--count", 8, "number of samples", whole(1, 10**5))
     p.setting("--measured", 1.0, "share of the pixels that depth and normals keep", number(0, 1, above=True))

@@ -661,7 +661,7 @@ def parse():
     p.setting("--judge", "", "follow, joint: checkpoint that finds depth in images; empty is the one that made them")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     modes = ("none", "scale", "affine")
-    p.setting("--align", "affine", f"alignment of depth before it is scored: {', '.join(modes)}", data.one_of(*modes))
+    p.setting("--align", "affine", f"alignment of depth before it is scored: {', '.join(modes)}", choices=modes)
     p.setting("--predictions", "", "depth: DIR of another model's NAME.npy, .pfm or .png, to score instead")
     p.setting("--features", "", "image: TorchScript features of the Frechet distance; the file is run, so trust it")
     p.setting("--seed", 0, "of the noise", data.SEED)

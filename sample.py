@@ -52,7 +52,7 @@ def parse_flags():
     p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
     p.setting("--refine", "", "modality to generate again in a second pass, from all others, held clean")
     p.setting("--count", 4, "number of samples of every prompt for every input", data.whole(1, 10**5))
-    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect", data.size_text())
+    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect")
     steps = f"steps of each pass; 0 is {I2D_STEPS} where a clean image is given, else 50"
     p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")

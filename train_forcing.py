@@ -4,20 +4,20 @@
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
     python train_forcing.py --data DIR      your own images and depth, of any sparsity; docs/data.md lists the layouts
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
-    python train_forcing.py --resume        go on after an interruption
+    python train_forcing.py --resume        continue after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
-The whole method is in the function train below. Every modality draws its own noise level, is corrupted to it, and is
-predicted. A modality that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are noise and
-carry none either. The network gets no mask channel: it must recognise noise. The image prediction also stays near that
-of the frozen text-to-image network, the teacher, mostly where depth is noise (Eq. 8).
+The method is in the functions train and distill below. Every modality draws its own noise level, is corrupted to it,
+and is predicted. A modality that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
+noise and carry no loss either. The network gets no mask channel: it must recognise noise. The image prediction also
+stays near that of the frozen text-to-image network, the teacher (Eq. 8). data.Run has what both stages share: clipping,
+the learning rate, the averaged weights (EMA), ranks, checkpoints and metrics.
 
-The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses by modality and
-training mode, speed), samples/ and the last checkpoints. Give its last.pt to sample.py and evaluate.py.
+The run directory (--out) gets config.json, metrics.jsonl (losses by modality and training mode, speed), samples/ and
+the last checkpoints. Give its last.pt to sample.py and evaluate.py.
 """
 
-import argparse
 import itertools
 from dataclasses import replace
 
@@ -35,40 +35,33 @@ from model import (
     loss_mask,
     make_schedule,
     squared_error,
-    training_cost,
 )
 
 
 def sparsity(text):
-    """Type of --sparsity: a pattern of data.sensor_mask, unchanged."""
+    """Type of --sparsity: a pattern of data.sensor_mask or a share, unchanged."""
     if text not in ("mixed", *data.PATTERNS):
-        try:
-            data.number(0, 1, above=True)(text)
-        except argparse.ArgumentTypeError:
-            known = f"must be mixed, {', '.join(data.PATTERNS)}, or a share above 0, up to 1"
-            raise argparse.ArgumentTypeError(f"{text}: {known}") from None
+        data.number(0, 1, above=True)(text)  # raises an error that names the range
     return text
 
 
 def parse():
     p = data.Flags(__doc__)
-    start = "checkpoint to start from, or none; if it lacks one of --modalities, it is also the teacher"
-    p.setting("--init", "runs/t2i/last.pt", start)
-    network = f"network: {', '.join(PRESETS)}; the default is that of --init, or nano without it"
-    p.setting("--preset", "", network, data.one_of("", *PRESETS))
-    p.setting(
-        "--modalities", "rgb,depth", f"what to train: rgb and others of {', '.join(MODALITIES)}", data.modality_list
-    )
+    p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, which may also be the teacher, or none")
+    p.setting("--preset", "", "network; the default is that of --init, or nano without it", choices=PRESETS)
+    p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
-    kept = f"what training sees of depth and normals: mixed, {', '.join(data.PATTERNS)}, or a share such as 0.1"
-    p.setting("--sparsity", "mixed", kept, sparsity)
-    clean = "probability that a sample holds a modality clean, such as rgb=0.25,depth=0.5; 0.2 for what is not named"
-    p.setting("--p-clean", "", clean, data.by_modality(data.SHARE))
+    patterns = ", ".join(data.PATTERNS)
+    p.setting(
+        "--sparsity", "mixed", f"pixels of depth and normals: mixed, {patterns}, or a share such as 0.1", sparsity
+    )
+    shares = data.by_modality(data.SHARE)
+    p.setting("--p-clean", {}, "probability of holding a modality clean, such as rgb=0.25,depth=0.5; else 0.2", shares)
     p.setting("--clean-subsets", False, "hold any number of modalities clean, each with its probability, not just one")
     # The paper names no distillation weights. These are ours.
-    weight = "weight of self-distillation where the modalities that the teacher lacks are"
-    p.setting("--distill-hi", 0.5, f"{weight} pure noise (lambda_hi of Eq. 8); both 0: none", data.number(0, 1000))
-    p.setting("--distill-lo", 0.05, f"{weight} clean (lambda_lo of Eq. 8)", data.number(0, 1000))
+    weight = data.number(0, 1000)
+    p.setting("--distill-hi", 0.5, "lambda_hi of Eq. 8, where what the teacher does not see is noise", weight)
+    p.setting("--distill-lo", 0.05, "lambda_lo of Eq. 8, where it is clean; both 0: no teacher", weight)
     data.training_settings(p, steps=540, out="runs/forcing")
     args = data.parse_run(p)
     data.check_depth_range(args)
@@ -80,32 +73,34 @@ def parse():
 def choose_modalities(args):
     """The entries of --modalities with the probabilities of --p-clean."""
     names = args.modalities.split(",")
-    for name in args.p_clean:
+    if names[0] != "rgb" or len(set(names)) < len(names) or not set(names) <= set(MODALITIES):
+        data.fail(f"--modalities {args.modalities}: must be rgb, then different ones of {', '.join(MODALITIES)}")
+    for name, share in args.p_clean.items():
         if name not in names:
-            data.fail(f"--p-clean {name}={args.p_clean[name]}: {name} is not in --modalities, {args.modalities}")
+            data.fail(f"--p-clean {name}={share}: {name} is not in --modalities, {args.modalities}")
     modalities = [replace(MODALITIES[name], p_clean=args.p_clean.get(name, 0.2)) for name in names]
     total = sum(m.p_clean for m in modalities)
     if total > 1 and not args.clean_subsets:
-        data.fail(f"--p-clean: the sum of the probabilities is {total:g}, must be at most 1 without --clean-subsets")
+        data.fail(f"--p-clean: the sum of the probabilities is {total:g}; must be at most 1 without --clean-subsets")
     return modalities
 
 
 def load_init(args):
-    """--init -> (network or None, setting --encoders that it was trained with, or None)."""
-    sizing_a_preset = args.dry_run and args.preset  # needs no weights
-    if args.init == "none" or sizing_a_preset:
+    """--init -> (network or None, the --encoders that it was trained with, or None)."""
+    only_cost = args.dry_run and args.preset  # needs no weights
+    if args.init == "none" or only_cost:
         return None, None
     network, state = data.open_network(args.init, "--init")
     return network, state["settings"].get("encoders", "")
 
 
-def choose_network(args, init, init_encoders, device):
+def choose_network(args, modalities, init, init_encoders, device):
     """(Config of the network, encoders). Sets args.size if it is left to the network."""
     base = PRESETS[args.preset or "nano"]
     if init is not None and not args.preset:
         base = init.config
     encoders = data.open_encoders(args.encoders, device, base, init_encoders)
-    config = base.with_modalities(*choose_modalities(args)).with_encoders(encoders)
+    config = base.with_modalities(*modalities).with_encoders(encoders)
     if init is not None:
         check_init(args.init, init.modalities, config.modalities)
     args.size = args.size or config.size
@@ -115,7 +110,7 @@ def choose_network(args, init, init_encoders, device):
 
 
 def check_init(path, found, wanted):
-    """Refuse a checkpoint of which one of the modalities is not among those to train. The first is the image."""
+    """Refuse a checkpoint of modalities that this run does not train; p_clean may differ. The first is the image."""
     found = [replace(m, p_clean=0) for m in found]
     wanted = [replace(m, p_clean=0) for m in wanted]
     if found[0] != wanted[0] or any(m not in wanted for m in found):
@@ -124,32 +119,23 @@ def check_init(path, found, wanted):
 
 
 def choose_teacher(args, init, config):
-    """The network of --init, if it lacks a modality that this run trains; else None."""
-    if init is None or not (args.distill_lo or args.distill_hi):
+    """The network of --init, if it lacks a modality that this run trains; else None.
+
+    There is no teacher either if both weights of Eq. 8 are zero.
+    """
+    if init is None or args.distill_lo == args.distill_hi == 0:
         return None
     lacking = {m.name for m in config.modalities} - {m.name for m in init.modalities}
     return init if lacking else None
 
 
-def print_cost(args, config, teacher):
-    size = (args.size, args.size)
-    names = ", ".join(m.name for m in config.modalities)
-    print(f"{args.size}x{args.size}, {names}: {training_cost(config, size)[0] / 1e6:.1f}M parameters")
-    if teacher is not None:
-        print(f"teacher: {training_cost(teacher.config, size)[0] / 1e6:.1f}M parameters")
-    flops = data.training_flops(config, size, teacher and teacher.config)
-    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
-
-
 @torch.no_grad()
-def draw_samples(network, encoders, args, device, count=8):
+def draw_samples(network, encoders, args, device):
     """A picture of validation samples, then what the network makes of them: each modality from the others, and all
     from the captions. None if the samples cannot be read.
     """
-    size = (args.size, args.size)
     image = network.modalities[0]
-    source = data.open_source(args, "val", size, network.modalities, device)
-    batch = next(data.in_order(source, count, count, device, strict=False), None)
+    batch = data.validation_batch(args, network.modalities, device)
     if batch is None:
         return None
 
@@ -159,12 +145,13 @@ def draw_samples(network, encoders, args, device, count=8):
     known = {}
     rows = {}
     for m in network.modalities:
-        noise[m.name] = torch.randn(len(text), *m.shape(size), generator=generator).to(device)
+        noise[m.name] = torch.randn(len(text), *m.shape((args.size, args.size)), generator=generator).to(device)
         values = batch.values[m.name]
         valid = batch.valid[m.name]
-        stored = encoders.encode_image(values) if m is image else values
-        known[m.name] = (m.encode(stored, valid), valid)
         rows[m.name] = [data.paint(m, x, None if valid is None else valid[i]) for i, x in enumerate(values)]
+        if m is image:
+            values = encoders.encode_image(values)
+        known[m.name] = (m.encode(values, valid), valid)
 
     def sample(given):
         schedule = make_schedule(list(noise), 25, strength=dict.fromkeys(given, 1.0))
@@ -184,29 +171,46 @@ def draw_samples(network, encoders, args, device, count=8):
     return data.draw_grid(list(rows.values()), list(rows))
 
 
+def distill(run, part, x0_hat, num_scored, args):
+    """Self-distillation (Eq. 8): the loss that keeps x0_hat near the teacher's predictions from the same noisy values.
+
+    Its weight grows with the noise level of the modalities that the teacher does not see: at t = 1 they tell nothing,
+    so both networks know the same. The mean over several such modalities is our choice; the paper has one.
+    """
+    seen = [m.name for m in run.teacher.modalities]
+    unseen = [m.name for m in run.model.modalities if m.name not in seen]
+    with torch.no_grad():
+        target = run.teacher({name: part.noisy[name] for name in seen}, part.t, part.text)
+    t_unseen = torch.stack([part.t[name] for name in unseen]).mean(0)  # (B,)
+    distill_weight = distillation_weight(t_unseen, args.distill_lo, args.distill_hi)  # (B,)
+    total = 0.0
+    for m in run.teacher.modalities:
+        error = squared_error(x0_hat[m.name], target[m.name], part.mask[m.name])  # (B,)
+        loss = distill_weight * m.loss_weight(part.t[m.name]) * error  # (B,)
+        total = total + loss.sum() / num_scored[m.name].clamp(min=1)
+        run.record(f"loss_distill_{m.name}", m.name, loss, part)
+    return total
+
+
 def train(run, batches, encoders, args):
     modalities = run.model.modalities
     image, *others = modalities
-    taught = []
-    if run.teacher is not None:
-        taught_names = [m.name for m in run.teacher.modalities]
-        taught = [m for m in modalities if m.name in taught_names]
-    not_taught = [m.name for m in modalities if m not in taught]
-
     while run.goes_on():
         parts = []
         for batch in itertools.islice(batches, args.grad_accum):
-            # Draw the batch, all but the image as sparse as sensors leave it. All randomness follows from the seed and
-            # the indices of the samples, so it does not depend on how a batch is split over ranks and parts.
+            # Random numbers follow from the seed and the indices of the samples. So they do not depend on how a batch
+            # is split over ranks and parts.
             rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
-            measured = data.sensor_mask(batch.values[image.name], args.sparsity, rng.rand)
             x0 = {image.name: encoders.encode_image(batch.values[image.name])}
             valid = {image.name: None}
+
+            # Thin out the other modalities as sensors do. Depth is normalised by the mean of the pixels that are left.
+            sensor_mask = data.sensor_mask(batch.values[image.name], args.sparsity, rng.rand)
             for m in others:
-                valid[m.name] = batch.valid[m.name] & measured
+                valid[m.name] = batch.valid[m.name] & sensor_mask
                 x0[m.name] = m.encode(batch.values[m.name], valid[m.name])
             text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
-            text = data.drop_captions(text, rng.rand() < args.drop_caption)
+            text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
 
             # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
             present = {m.name: valid[m.name].flatten(1).any(1) for m in others}
@@ -218,8 +222,8 @@ def train(run, batches, encoders, args):
                 mask[name] = loss_mask(x, t[name], valid[name])
             parts.append(data.Part(x0, noisy, t, mask, text))
 
-        # A modality's loss is a mean over its values in the whole batch: those of all parts and all ranks. A mean of
-        # means would be another loss where sparse depth leaves one part with more pixels than another.
+        # A modality's loss is a mean over its values in the whole batch: divide by their number in all parts and on all
+        # ranks. A mean of means would differ where sparse depth leaves one part with more pixels than another.
         num_scored = run.sum_over_ranks({m.name: sum(part.mask[m.name].sum() for part in parts) for m in modalities})
 
         for part in run.each(parts):
@@ -232,30 +236,21 @@ def train(run, batches, encoders, args):
                 total = total + loss.sum() / num_scored[m.name].clamp(min=1)
                 run.record(f"loss_{m.name}", m.name, loss, part)
                 run.record(f"error_{m.name}", m.name, error, part)
-
-            # Self-distillation: what the teacher knows is kept, mostly where what it lacks is noise.
             if run.teacher is not None:
-                with torch.no_grad():
-                    target = run.teacher({m.name: part.noisy[m.name] for m in taught}, part.t, part.text)
-                t_not_taught = torch.stack([part.t[name] for name in not_taught]).mean(0)
-                strength = distillation_weight(t_not_taught, args.distill_lo, args.distill_hi)  # (B,)
-                for m in taught:
-                    error = squared_error(x0_hat[m.name], target[m.name], part.mask[m.name])  # (B,)
-                    loss = strength * m.loss_weight(part.t[m.name]) * error  # (B,), Eq. 8
-                    total = total + loss.sum() / num_scored[m.name].clamp(min=1)
-                    run.record(f"loss_distill_{m.name}", m.name, loss, part)
+                total = total + distill(run, part, x0_hat, num_scored, args)
             run.backward(total)
         run.end_step()
 
 
 def main():
     args = parse()
+    modalities = choose_modalities(args)
     device = data.pick_device("cpu" if args.dry_run else args.device)
     init, init_encoders = load_init(args)
-    config, encoders = choose_network(args, init, init_encoders, device)
+    config, encoders = choose_network(args, modalities, init, init_encoders, device)
     teacher = choose_teacher(args, init, config)
     if args.dry_run:
-        print_cost(args, config, teacher)
+        data.print_cost(config, (args.size, args.size), teacher and teacher.config)
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)

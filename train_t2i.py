@@ -1,16 +1,17 @@
 """Stage 1: text-to-image pretraining. Flow matching on pixels with x-prediction (Sec. 3.1, Eq. 5-7).
 
     python train_t2i.py                          the built-in world on what this machine has; minutes on two CPU cores
-    python train_t2i.py --resume                 go on after an interruption
+    python train_t2i.py --resume                 continue after an interruption
     python train_t2i.py --data 'shards/{000..999}.tar'    your own images; docs/data.md lists the layouts
     python train_t2i.py --preset 3b --dry-run    print the number of parameters and the FLOPs, and stop
     torchrun --nproc-per-node 8 train_t2i.py --preset 370m --resume \
         --batch-size 1024 --grad-accum 4 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
 
-The run directory (--out) gets config.json, starts.jsonl (what ran where), metrics.jsonl (losses and speed), samples/
-and the last checkpoints. train_forcing.py starts from last.pt, the newest. docs/gpu-node.md has more on clusters.
+The run directory (--out) gets config.json, metrics.jsonl (losses and speed), samples/ and the last checkpoints.
+train_forcing.py starts from last.pt, the newest. docs/gpu-node.md has more on clusters.
 
-A step reads: draw a batch -> draw noise levels -> corrupt -> predict -> loss -> step. data.Run does the rest.
+A step reads: draw a batch -> draw noise levels -> corrupt -> predict -> loss -> step. data.Run has what both stages
+share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and metrics.
 """
 
 import itertools
@@ -29,13 +30,12 @@ from model import (
     loss_mask,
     sampling_grid,
     squared_error,
-    training_cost,
 )
 
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting("--preset", "nano", f"network: {', '.join(PRESETS)}", data.one_of(*PRESETS))
+    p.setting("--preset", "nano", "network", choices=PRESETS)
     data.source_settings(p, maps=False)
     data.training_settings(p, steps=650, out="runs/t2i")
     return data.parse_run(p)
@@ -52,24 +52,17 @@ def choose_network(args, device):
     return replace(config, size=args.size), encoders
 
 
-def print_cost(args, config):
-    parameters, flops = training_cost(config, (args.size, args.size))
-    print(f"{args.preset} at {args.size}x{args.size}, text-to-image: {parameters / 1e6:.1f}M parameters")
-    print(f"training FLOPs per image (matmuls and attention): {flops / 1e9:.2f} GFLOP")
-
-
 @torch.no_grad()
-def draw_samples(network, encoders, args, device, count=8):
+def draw_samples(network, encoders, args, device):
     """A picture of validation images, above what the network makes of their captions; None if they cannot be read."""
-    size = (args.size, args.size)
     image = network.modalities[0]
-    source = data.open_source(args, "val", size, network.modalities, device)
-    batch = next(data.in_order(source, count, count, device, strict=False), None)
+    batch = data.validation_batch(args, network.modalities, device)
     if batch is None:
         return None
 
     text = encoders.encode_text(batch.captions).to(device)
-    noise = torch.randn(len(text), *image.shape(size), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
     samples = network.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, guidance={"rgb": 3.0})
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]
@@ -81,18 +74,20 @@ def train(run, batches, encoders, args):
     while run.goes_on():
         parts = []
         for batch in itertools.islice(batches, args.grad_accum):
-            # All randomness follows from the seed and the indices of the samples, so it does not depend on how a batch
+            # Random numbers follow from the seed and the indices of the samples. So they do not depend on how a batch
             # is split over ranks and parts.
             rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
             x0 = {"rgb": encoders.encode_image(batch.values["rgb"])}
             text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True)
-            text = data.drop_captions(text, rng.rand() < args.drop_caption)
+            text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
+            # The probability of a clean image, p_clean, has no effect here: no sample is held clean as a whole.
             t = draw_noise_levels(modalities, rng.rand)
             noisy = {"rgb": corrupt(x0["rgb"], rng.randn(*x0["rgb"].shape[1:]), t["rgb"])}  # Eq. 5
             mask = {"rgb": loss_mask(x0["rgb"], t["rgb"])}
             parts.append(data.Part(x0, noisy, t, mask, text))
 
-        # The loss is a mean over the values of the whole batch: those of all parts and all ranks.
+        # The loss is a mean over the values of the whole batch, so it is divided by their number in all parts and on
+        # all ranks.
         num_scored = run.sum_over_ranks({"rgb": sum(part.mask["rgb"].sum() for part in parts)})
 
         for part in run.each(parts):
@@ -110,7 +105,7 @@ def main():
     device = data.pick_device("cpu" if args.dry_run else args.device)
     config, encoders = choose_network(args, device)
     if args.dry_run:
-        print_cost(args, config)
+        data.print_cost(config, (args.size, args.size))
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)

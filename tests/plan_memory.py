@@ -147,7 +147,7 @@ def format_plan(plans):
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting("--preset", "370m", f"network: {', '.join(PRESETS)}", data.one_of(*PRESETS))
+    p.setting("--preset", "370m", f"network: {', '.join(PRESETS)}", choices=PRESETS)
     p.setting("--modalities", "rgb,depth", f"names with commas between, of {', '.join(MODALITIES)}")
     p.setting("--t2i", False, "plan stage 1, text-to-image, instead of stage 2")
     p.add_argument("--no-teacher", action="store_true", help="leave out stage 2's teacher, as --init none does")
@@ -155,7 +155,7 @@ def parse():
     p.setting("--batch-size", 128, "images in a step on all GPUs together", data.whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "parts that each GPU's images are split into", data.whole(1, 1 << 20))
     p.setting("--gpus", 8, "number of GPUs", data.whole(1, 1 << 16))
-    p.setting("--optimizer", "muon", "muon or adamw", data.one_of("muon", "adamw"))
+    p.setting("--optimizer", "muon", "muon or adamw", choices=["muon", "adamw"])
     return p.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import re
@@ -76,7 +77,16 @@ def finish(process):
 
 
 def rows(out):
-    return {row["step"]: row for row in data.read_rows(Path(out) / "metrics.jsonl")}
+    """{step: row of metrics.jsonl}. A step that was taken again after resuming has its last row."""
+    path = Path(out) / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    return {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def starts(printed):
+    """(number of ranks, first step) of each start that was printed."""
+    return [(int(ranks), int(step)) for ranks, step in re.findall(r"(\d+) x cpu, from step (\d+)", printed)]
 
 
 def losses(out):
@@ -169,22 +179,23 @@ DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.squared_
     assert {beside for _, beside in found[2:]} == {"[0, 0, 0, 0]"}
 
 
-def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeypatch):
-    """Rank 1 alone is signalled in step 2: both stop after step 3. That checkpoint is damaged, so both go on from step
-    2, with sharded weights; after step 4 one rank goes on with whole ones. All as if one had taken the five steps.
+def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeypatch, capfd):
+    """Rank 1 alone is signalled in step 3: both stop after it. That checkpoint is damaged, so both continue from step
+    2, with sharded weights; after step 4 one rank continues with whole ones. All as if one had taken the five steps.
     """
     signalled = "os.kill(os.getpid(), signal.SIGTERM)"
     line = f"{QUICK} --steps 5 --checkpoint-every 1 --keep 9"
-    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/a", in_step(2, signalled, rank=1), LAUNCHER))
+    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/a", in_step(3, signalled, rank=1), LAUNCHER))
     assert code == 0 and "stopped by a signal after step 3 of 5" in printed, printed
+    assert starts(printed) == [(2, 0)]
     damaged = tmp_path / "a/step-0000003.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
-    again = start("train_t2i", f"--resume --shard --out {tmp_path}/a", in_step(3, signalled, rank=1), LAUNCHER)
+    again = start("train_t2i", f"--resume --shard --out {tmp_path}/a", in_step(4, signalled, rank=1), LAUNCHER)
     code, printed = finish(again)
-    assert code == 0 and "step-0000003.pt is damaged" in printed and "after step 4 of 5" in printed, printed
+    assert code == 0 and "step-0000003.pt is passed over" in printed and "after step 4 of 5" in printed, printed
+    assert starts(printed) == [(2, 2)]
     run(train_t2i, f"--resume --no-shard --out {tmp_path}/a", monkeypatch)
-    starts = data.read_rows(tmp_path / "a/starts.jsonl")
-    assert [(row["ranks"], row["step"]) for row in starts] == [(2, 0), (2, 2), (1, 4)]
+    assert starts(capfd.readouterr().out) == [(1, 4)]
     run(train_t2i, f"{line} --out {tmp_path}/one", monkeypatch)
     for step, row in losses(tmp_path / "one").items():
         assert losses(tmp_path / "a")[step] == pytest.approx(row, rel=1e-3, abs=1e-4)
@@ -203,13 +214,13 @@ def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_othe
     out = f"--out {tmp_path}/a"
     legs = [
         start("train_forcing", f"{line} --out {tmp_path}/one", FLOAT64),
-        start("train_forcing", f"{line} --shard {out}", FLOAT64 + in_step(1, stop), LAUNCHER),
+        start("train_forcing", f"{line} --shard {out}", FLOAT64 + in_step(2, stop), LAUNCHER),
     ]
-    assert [finish(leg)[0] for leg in legs] == [0, 0]
-    assert finish(start("train_forcing", f"--resume --no-shard {out}", FLOAT64 + in_step(3, stop)))[0] == 0
-    assert finish(start("train_forcing", f"--resume --shard {out}", FLOAT64, LAUNCHER))[0] == 0
-    starts = data.read_rows(tmp_path / "a/starts.jsonl")
-    assert [(row["ranks"], row["step"]) for row in starts] == [(2, 0), (1, 2), (2, 4)]
+    ended = [finish(leg) for leg in legs]
+    ended.append(finish(start("train_forcing", f"--resume --no-shard {out}", FLOAT64 + in_step(4, stop))))
+    ended.append(finish(start("train_forcing", f"--resume --shard {out}", FLOAT64, LAUNCHER)))
+    assert [code for code, _ in ended] == [0, 0, 0, 0], ended
+    assert [starts(printed) for _, printed in ended] == [[(1, 0)], [(2, 0)], [(1, 2)], [(2, 4)]]
     expected = losses(tmp_path / "one")
     for step, row in losses(tmp_path / "a").items():
         assert row == pytest.approx(expected[step], rel=1e-9, abs=1e-12)
@@ -254,15 +265,14 @@ model.squared_error = squared_error
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_on_all_ranks(t2i, tmp_path):
-    """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3. Neither of these is saved."""
+    """Of three losses a step, calls 4 and 8 are rgb's in step 2 and depth's in step 3. Their weights are those of step 1."""
     two = start("train_forcing", forcing(tmp_path / "a", t2i, 4), broken((4, 8)), LAUNCHER)
     code, printed = finish(two)
     assert code == 0 and len(re.findall(r"step \d+ skipped", printed)) == 2
     assert re.search(r"step 2 skipped, not finite: loss_rgb, ", printed)
     assert re.search(r"step 3 skipped, not finite: loss_depth, .*loss_depth_joint", printed)
     assert [row.get("skipped") for row in rows(tmp_path / "a").values()] == [0, 2]
-    assert [path.name for path in data.list_checkpoints(tmp_path / "a")] == ["step-0000001.pt", "step-0000004.pt"]
-    assert "step 3: no checkpoint, since this step was skipped" in printed
+    assert same(weights(tmp_path / "a", 3), weights(tmp_path / "a", 1))
     state = torch.load(tmp_path / "a/last.pt", weights_only=True)
     steps = {slots["step"].item() for slots in state["optimizer"]["state"].values() if "step" in slots}
     assert state["step"] == 4 and steps == {2}  # those skipped left no trace
@@ -396,29 +406,41 @@ def full_disk():
 
 
 def test_a_full_disk_is_told_and_survived(tmp_path, monkeypatch, capsys):
-    """A checkpoint and a row are lost; training goes on, the next checkpoint is whole, and at the end all is well."""
-    save, append, out = data.save_checkpoint, data.append_row, tmp_path / "a"
+    """A checkpoint and a row are lost; training continues, the next checkpoint is whole, and at the end all is well."""
+    save = data.save_checkpoint
+    write_row = data.Run.write_row
+    out = tmp_path / "a"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/metrics.jsonl").symlink_to("/dev/full")
 
     def save_where_it_is_full(out, state, keep):
         with full_disk() if state["step"] == 2 else contextlib.nullcontext():
-            return save(out, state, keep)
+            save(out, state, keep)
+
+    def write_row_where_it_is_full(self, norm):
+        self.out = tmp_path / "full" if self.step == 2 else out
+        write_row(self, norm)
+        self.out = out
 
     monkeypatch.setattr(data, "save_checkpoint", save_where_it_is_full)
-    monkeypatch.setattr(data, "append_row", lambda path, row: append("/dev/full" if row["step"] == 2 else path, row))
+    monkeypatch.setattr(data.Run, "write_row", write_row_where_it_is_full)
     run(train_t2i, f"{QUICK} --steps 3 --checkpoint-every 1 --keep 9 --out {out}", monkeypatch)
     said = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
-    assert len(said) == 2 and "/dev/full" in said[0] and "training goes on" in said[0]
-    assert re.search(r"step-0000002.pt: not written \(File too large\); there is step-0000001.pt", said[1])
+    assert len(said) == 2 and all("training continues" in line for line in said)
+    assert "metrics.jsonl" in said[0] and "No space left on device" in said[0]
+    assert "checkpoint of step 2" in said[1] and "File too large" in said[1]
     assert sorted(rows(out)) == [1, 3]
     assert [path.name for path in data.list_checkpoints(out)] == ["step-0000001.pt", "step-0000003.pt"]
+    assert not (out / "partly-written").exists()
 
 
 def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch, capsys):
-    save, out = data.save_checkpoint, tmp_path / "a"
+    save = data.save_checkpoint
+    out = tmp_path / "a"
 
     def save_where_it_is_full(out, state, keep):
         with full_disk() if state["step"] == 2 else contextlib.nullcontext():
-            return save(out, state, keep)
+            save(out, state, keep)
 
     monkeypatch.setattr(data, "save_checkpoint", save_where_it_is_full)
     with pytest.raises(SystemExit) as stopped:
@@ -428,12 +450,12 @@ def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch, capsys
 
 
 def test_a_rank_that_dies_takes_the_job_down_and_torchrun_starts_it_again(tmp_path, monkeypatch):
-    """Killed in its third step, rank 1 ends the job; the second try goes on from step 2 and computes what one would."""
+    """Killed in its third step, rank 1 ends the job; the second try continues from step 2 and computes what one would."""
     first_try = 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), signal.SIGKILL)'
     die = in_step(3, first_try, rank=1)
     line = f"{QUICK} --steps 4 --checkpoint-every 1 --shard --resume"
-    assert finish(start("train_t2i", f"{line} --out {tmp_path}/a", die, RESTARTING))[0] == 0
-    assert [row["step"] for row in data.read_rows(tmp_path / "a/starts.jsonl")] == [0, 2]
+    code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/a", die, RESTARTING))
+    assert code == 0 and starts(printed) == [(2, 0), (2, 2)], printed
     code, printed = finish(start("train_t2i", f"{line} --out {tmp_path}/b", die, LAUNCHER))
     assert code != 0 and re.search(r"rank\s*: 1", printed) and "SIGKILL" in printed  # and long before --timeout
     run(train_t2i, f"{line} --out {tmp_path}/one", monkeypatch)
@@ -465,24 +487,26 @@ def test_the_average_is_no_part_of_the_graph(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_at_any_moment(t2i, tmp_path):
     """kill -9 at random times, twice or KILLS times: in the end every number is that of a run left alone."""
-    rng, kills, out = random.Random(0), int(os.environ.get("KILLS", 2)), tmp_path / "cut"
+    rng = random.Random(0)
+    kills = int(os.environ.get("KILLS", 2))
+    out = tmp_path / "cut"
     line = f"{QUICK} --init {t2i} --steps {10 + 10 * kills} --checkpoint-every 1"
     code, printed = finish(start("train_forcing", f"{line} --out {tmp_path}/whole"))  # as many threads as the others
     assert code == 0, printed
-    for kill in range(kills):
+    steps = []
+    for _ in range(kills):
         process = start("train_forcing", f"{line} --resume --out {out}")
-        while process.poll() is None and len(data.read_rows(out / "starts.jsonl")) <= kill:
-            time.sleep(0.02)
+        steps += starts(process.stdout.readline())
         if rng.random() < 0.75:  # not before it has taken a step
             wait_for_step(out, max(rows(out), default=0) + 1, process)
         time.sleep(rng.uniform(0, 0.6))
         assert process.poll() is None, finish(process)
         process.kill()
-        finish(process)
+        steps += starts(finish(process)[1])
     code, printed = finish(start("train_forcing", f"{line} --resume --out {out}"))
     assert code == 0, printed
-    steps = [row["step"] for row in data.read_rows(out / "starts.jsonl")]
-    print("started at steps", steps)
+    steps += starts(printed)
+    print("started at", steps)
     assert len(steps) == kills + 1 and len(set(steps)) > kills / 2
     assert losses(out) == losses(tmp_path / "whole")
     assert same(weights(out), weights(tmp_path / "whole"))
