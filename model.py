@@ -20,7 +20,6 @@ import functools
 import itertools
 import math
 import re
-import time
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -46,8 +45,7 @@ def corrupt(x0, noise, t, valid=None):
 
     A missing pixel is noise alone, whatever t is and whatever x0 stores there, NaN included (Sec. 3.2).
 
-    Args: x0, noise (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool, or None if no pixel is missing.
-    Returns (B, C, H, W).
+    x0, noise and the result are (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool, or None if none is missing.
     """
     x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
     if valid is None:
@@ -90,21 +88,16 @@ def distillation_weight(t, low, high):
 
 
 def split_by_mode(name, values, t):
-    """Sum the values of one modality over the samples of each training mode, so that a log can show the modes apart.
+    """Sum the values (..., B) of one modality over the samples of each training mode; logs show the modes apart.
 
-    Args: name of the modality; values (..., B); t {m: (B,)}.
-    Returns {suffix: (...)}: "" for all samples; if t has other modalities, also "_given_<other>" for the samples in
-    which that one is held clean, and "_joint" for those in which no other is.
+    Returns {suffix: (...)}: "" for all samples; if t {m: (B,)} has other modalities, also "_given_<other>" for those in
+    which the other is held clean, and "_joint" for those in which no other is.
     """
-    all_samples = torch.ones_like(t[name], dtype=torch.bool)
-    modes = {"": all_samples}
-    joint = all_samples
-    for other in t:
-        if other != name:
-            modes[f"_given_{other}"] = t[other] == 0
-            joint = joint & (t[other] > 0)
-    if len(t) > 1:
-        modes["_joint"] = joint
+    others_clean = {f"_given_{other}": t[other] == 0 for other in t if other != name}
+    modes = {"": torch.ones_like(t[name], dtype=torch.bool)}
+    modes.update(others_clean)
+    if others_clean:
+        modes["_joint"] = ~torch.stack(list(others_clean.values())).any(0)
     return {suffix: torch.where(mask, values, 0.0).sum(-1) for suffix, mask in modes.items()}
 
 
@@ -139,17 +132,15 @@ TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}  # k
 
 
 def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
-    """Draw a noise level for each sample and modality: the training modes of Sec. 3.2.
+    """Draw a noise level for each sample and modality, {m: (B,)}: the training modes of Sec. 3.2.
 
     Each modality m draws t from m.timesteps, independently of the others. With probability m.p_clean it is then held
     clean, at t = 0, unless that would leave the sample without a loss.
 
     Args:
-        modalities: list of Modality.
         rand: function without arguments that draws (B,) from U(0, 1).
         has_pixels: {m: (B,) bool}, where the modality has a valid pixel; elsewhere t = 1. By default it always has.
         subsets: hold each modality clean independently, so that any number may be. By default at most one is.
-    Returns {m: (B,)}.
     """
     choice = rand()
     exists = {m.name: torch.ones_like(choice, dtype=torch.bool) for m in modalities}
@@ -266,10 +257,7 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
     valid pixels. The distance between pixels is taken over their position (the longer side of the image is 2) and twice
     their predicted log depth, so that a correction stays on its surface. All arguments and the result: (B, 1, H, W).
     """
-    height, width = depth.shape[2:]
-    rows = torch.arange(height, device=depth.device)
-    columns = torch.arange(width, device=depth.device)
-    positions = torch.cartesian_prod(rows, columns) * (2 / max(height, width))  # (H * W, 2)
+    positions = torch.ones_like(depth[0, 0]).nonzero() * (2 / max(depth.shape[2:]))  # (H * W, 2): row and column
 
     completed = []
     for prediction, truth, mask in zip(relative.clamp(min=1e-3), depth, valid, strict=True):
@@ -409,13 +397,11 @@ class Config:
     def with_encoders(self, encoders):
         """This network over the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
         stride = encoders.image_stride
+        patch = max(1, self.patch // stride) * stride  # so that the token grids of all modalities coincide
         image = replace(self.modalities[0], channels=encoders.image_channels, stride=stride)
+        modalities = (image, *self.modalities[1:])
         return replace(
-            self,
-            patch=max(1, self.patch // stride) * stride,  # so that the token grids of all modalities coincide
-            modalities=(image, *self.modalities[1:]),
-            text_dim=encoders.text_dim,
-            text_length=encoders.text_length,
+            self, patch=patch, modalities=modalities, text_dim=encoders.text_dim, text_length=encoders.text_length
         )
 
     def fit(self, height, width, side):
@@ -454,12 +440,9 @@ def token_ids(modality_id, rows, columns, device=None):
 
 
 def rope_angles(ids, head):
-    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head / 2).
-
-    Rows and columns get three eighths of the channels each, modality and text position one eighth.
-    """
+    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head / 2)."""
     angles = []
-    for axis, eighths in enumerate((1, 3, 3, 1)):
+    for axis, eighths in enumerate((1, 3, 3, 1)):  # the share of the channels that turn with the axis
         count = head * eighths // 16
         rates = 100.0 ** -(torch.arange(count, device=ids.device) / count)
         angles.append(ids[:, axis, None] * rates)
@@ -503,11 +486,9 @@ class Block(nn.Module):
         qk = qk.unflatten(-1, (-1, self.head))  # (B, N, heads, head)
         v = v.unflatten(-1, (-1, self.head))
         qk = F.rms_norm(qk.float(), (self.head,)) * self.qk_scale
-        qk = rotate(qk, *rope).to(v.dtype)
-        q, k = qk.split([self.query_heads, self.key_heads], 2)
-        attention = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
-        )  # (B, heads, N, head)
+        qk = rotate(qk, *rope).to(v.dtype).transpose(1, 2)  # (B, heads, N, head)
+        q, k = qk.split([self.query_heads, self.key_heads], 1)
+        attention = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), enable_gqa=True)
         attention = attention.transpose(1, 2).flatten(2)  # (B, N, D)
 
         ffn = F.silu(ffn_gate) * ffn_up  # (B, N, 3 D)
@@ -590,7 +571,10 @@ class DiT(nn.Module):
         vectors = self.conditioning_vectors(inputs, t)  # {m: (B, D)}
 
         # One sequence of tokens: [text | modality | modality | ...].
-        tokens = [self.embed_text(text)]  # (B, N_text, D)
+        if self.text_bytes is not None:
+            text = self.text_bytes(text.long())  # (B, L, 32)
+            text = text.unflatten(1, (-1, TEXT_PATCH)).flatten(2)  # (B, N_text, 32 * TEXT_PATCH)
+        tokens = [self.text_tokenizer(text)]  # (B, N_text, D)
         text_positions = torch.arange(tokens[0].shape[1], device=text.device)
         ids = [F.pad(text_positions[:, None], (3, 0))]  # (N_text, 4)
         grids = {}
@@ -636,13 +620,6 @@ class DiT(nn.Module):
             vectors[m.name] = vector
         return vectors
 
-    def embed_text(self, text):
-        """Bytes (B, L) or embeddings (B, L, text_dim) -> tokens (B, N, D)."""
-        if self.text_bytes is not None:
-            text = self.text_bytes(text.long())  # (B, L, 32)
-            text = text.unflatten(1, (-1, TEXT_PATCH)).flatten(2)  # (B, L / TEXT_PATCH, 32 * TEXT_PATCH)
-        return self.text_tokenizer(text)
-
     # ---- Sampler (Sec. 4.2) ----
 
     @torch.no_grad()
@@ -651,14 +628,13 @@ class DiT(nn.Module):
 
         Args:
             schedule: {m: S + 1 noise levels} of make_schedule. A modality without a row is no input of the network.
-            noise: {m: (B, C, H, W)}.
-            text: as in forward.
+            noise, text: {m: (B, C, H, W)}, and as in forward.
             given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. At every step these are noised
                 to the level of their row, as in training: missing pixels are noise.
             guidance: {m: scale} of classifier-free guidance; 1, the default, is none.
             guidance_interval: (lowest, highest) noise level at which guidance acts.
             callback: called with {m: x_t} after each step.
-        Returns {m: (B, C, H, W)} for Modality.decode. Raises ValueError if the rows differ in length.
+        Returns {m: (B, C, H, W)} for Modality.decode.
         """
         given = given or {}
         guidance = guidance or {}
@@ -704,7 +680,11 @@ class DiT(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"its config is wrong: {error}") from None
 
-        weights = rename_weights(state["ema"])
+        weights = {}
+        for name, weight in state["ema"].items():
+            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
+            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
+            weights[name] = weight
         check_weights(weights, network)
         network.to_empty(device="cpu").load_state_dict(weights)
         return network.requires_grad_(False)
@@ -760,16 +740,6 @@ class DiT(nn.Module):
         return optimizers
 
 
-def rename_weights(weights):
-    """Weights of a checkpoint of any version -> the same under the names that the network has now."""
-    renamed = {}
-    for name, weight in weights.items():
-        name = re.sub("^timesteps[.]", "time_embedders.", name)
-        name = re.sub("^mixers[.]", "cross_time_embedders.", name)
-        renamed[name] = weight
-    return renamed
-
-
 def check_weights(weights, network):
     """Raise ValueError unless weights, {name: tensor}, are all those of the network, in its shapes, and finite."""
     expected = network.state_dict()
@@ -778,9 +748,9 @@ def check_weights(weights, network):
             raise ValueError(f"it lacks {name}")
         if name not in expected:
             raise ValueError(f"it holds {name}, which is no part of the network")
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, must have {tuple(expected[name].shape)}"
-            raise ValueError(f"{name} has shape {shapes}")
+        shape = tuple(weights[name].shape)
+        if shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {shape}, must have {tuple(expected[name].shape)}")
         if not weights[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
 
@@ -799,18 +769,6 @@ def training_cost(config, size):
         x0_hat = network(noisy, t, text)
         sum(x.sum() for x in x0_hat.values()).backward()
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
-
-
-def matmul_peak(device, dtype=torch.float32, repeats=10):
-    """FLOP/s of the fastest of some large square matmuls on the device: training speed is compared with it."""
-    side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    fastest = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # reading a value waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
-    return 2 * side**3 / fastest
 
 
 def orthogonalize(gradient, coefficients, steps, eps):
