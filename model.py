@@ -261,26 +261,23 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
 
     completed = []
     for prediction, truth, mask in zip(relative.clamp(min=1e-3), depth, valid, strict=True):
-        anchors = mask.flatten().nonzero()[:, 0]
-        if len(anchors):
-            evenly = torch.linspace(0, len(anchors) - 1, min(len(anchors), max_anchors), device=depth.device)
-            anchors = anchors[evenly.long()]
-            features = torch.cat([positions, 2 * prediction.log().view(-1, 1)], 1)  # (H * W, 3)
-            log_ratio = (truth / prediction).log().flatten()[anchors]
-            correction = interpolate(log_ratio, features[anchors], features).exp()
-            prediction = prediction * correction.view_as(prediction)
+        index = mask.flatten().nonzero()[:, 0]
+        if len(index):
+            evenly = torch.linspace(0, len(index) - 1, min(len(index), max_anchors), device=depth.device)
+            index = index[evenly.long()]
+            points = torch.cat([positions, 2 * prediction.log().view(-1, 1)], 1)  # (H * W, 3)
+            anchors = points[index]  # (A, 3)
+            error = (truth / prediction).log().flatten()[index]  # (A,)
+
+            # Simple kriging with covariance exp(-distance). The nugget keeps it solvable where anchors coincide.
+            nugget = 1e-3 * torch.eye(len(anchors), device=depth.device)
+            covariance = torch.exp(-torch.cdist(anchors, anchors)) + nugget
+            mean = error.median()
+            weights = torch.linalg.solve(covariance, error - mean)
+            parts = [torch.exp(-torch.cdist(part, anchors)) @ weights for part in points.split(1 << 14)]
+            prediction = prediction * (mean + torch.cat(parts)).exp().view_as(prediction)
         completed.append(torch.where(mask, truth, prediction))
     return torch.stack(completed)
-
-
-def interpolate(values, anchors, points):
-    """Simple kriging with covariance exp(-distance): values (A,) at anchors (A, F) -> values at points (P, F), (P,)."""
-    mean = values.median()
-    nugget = 1e-3 * torch.eye(len(anchors), device=anchors.device)  # keeps the system solvable where anchors coincide
-    covariance = torch.exp(-torch.cdist(anchors, anchors)) + nugget
-    weights = torch.linalg.solve(covariance, values - mean)
-    parts = [torch.exp(-torch.cdist(part, anchors)) @ weights for part in points.split(1 << 14)]  # limits memory
-    return mean + torch.cat(parts)
 
 
 # ---- Modalities ----
