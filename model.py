@@ -45,7 +45,7 @@ def corrupt(x0, noise, t, valid=None):
 
     A missing pixel is noise alone, whatever t is and whatever x0 stores there, NaN included (Sec. 3.2).
 
-    x0, noise and the result are (B, C, H, W); t (B,) in [0, 1]; valid (B, 1, H, W) bool, or None if none is missing.
+    x0, noise and the result are (B, C, H, W); t is (B,) in [0, 1]; valid is (B, 1, H, W) bool, or None if all are.
     """
     x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
     if valid is None:
@@ -151,7 +151,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
     for m in modalities:
         if subsets:
             clean[m.name] = rand() < m.p_clean
-        else:  # choice falls into the interval of at most one modality
+        else:  # each modality has an interval of length p_clean, and choice lies in at most one of them
             clean[m.name] = (choice >= low) & (choice < low + m.p_clean)
             low += m.p_clean
     carries_loss = torch.stack([exists[m.name] & ~clean[m.name] for m in modalities]).any(0)
@@ -561,8 +561,8 @@ class DiT(nn.Module):
     def forward(self, noisy, t, text):
         """Predict the clean values of any subset of the modalities: x0_hat = g(x_t, t, text) of Sec. 3.1.
 
-        Args: noisy {m: (B, C, H, W)}; t {m: (B,)} in [0, 1]; text (B, L) uint8 or (B, L, text_dim), zeros for no text.
-        Returns {m: (B, C, H, W)}.
+        noisy and the result are {m: (B, C, H, W)}; t {m: (B,)} is in [0, 1]; text is bytes (B, L) uint8, or embeddings
+        (B, L, text_dim). Zeros are no text.
         """
         inputs = [m for m in self.modalities if m.name in noisy]
         vectors = self.conditioning_vectors(inputs, t)  # {m: (B, D)}
@@ -626,10 +626,9 @@ class DiT(nn.Module):
         Args:
             schedule: {m: S + 1 noise levels} of make_schedule. A modality without a row is no input of the network.
             noise, text: {m: (B, C, H, W)}, and as in forward.
-            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. At every step these are noised
-                to the level of their row, as in training: missing pixels are noise.
-            guidance: {m: scale} of classifier-free guidance; 1, the default, is none.
-            guidance_interval: (lowest, highest) noise level at which guidance acts.
+            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
+                noised to the level in their row, as in training: missing pixels are noise.
+            guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
             callback: called with {m: x_t} after each step.
         Returns {m: (B, C, H, W)} for Modality.decode.
         """
@@ -649,7 +648,7 @@ class DiT(nn.Module):
 
         x = {name: noise[name] for name in names}
         noise_given(levels[0])
-        for t, s in itertools.pairwise(levels):  # an Euler step from noise levels t to s
+        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
             t_batch = {name: batch_level(t[name]) for name in names}
             x0_hat = self(x, t_batch, text)
             generated = [name for name in names if name not in given and s[name] < t[name]]
@@ -658,7 +657,7 @@ class DiT(nn.Module):
                 without_text = self(x, t_batch, torch.zeros_like(text))
                 for name in guided:
                     x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
-            for name in generated:
+            for name in generated:  # Euler's step on the velocity that x0_hat implies
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
             noise_given(s)
             if callback:
@@ -671,9 +670,8 @@ class DiT(nn.Module):
     def from_checkpoint(cls, state):
         """Build the averaged network of a checkpoint: frozen, float32, on the CPU. Raises ValueError if it is wrong."""
         try:
-            config = Config(**state["config"])
             with torch.device("meta"):
-                network = cls(config)
+                network = cls(Config(**state["config"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"its config is wrong: {error}") from None
 
@@ -738,13 +736,13 @@ class DiT(nn.Module):
 
 
 def check_weights(weights, network):
-    """Raise ValueError unless weights, {name: tensor}, are all those of the network, in its shapes, and finite."""
+    """Raise ValueError unless weights {name: tensor} have all names and shapes of the network, and are finite."""
     expected = network.state_dict()
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights:
             raise ValueError(f"it lacks {name}")
         if name not in expected:
-            raise ValueError(f"it holds {name}, which is no part of the network")
+            raise ValueError(f"it holds {name}, which the network does not have")
         shape = tuple(weights[name].shape)
         if shape != expected[name].shape:
             raise ValueError(f"{name} has shape {shape}, must have {tuple(expected[name].shape)}")

@@ -192,9 +192,9 @@ def test_wholly_missing_map_is_pure_noise_whatever_t_is(level):
 
 
 def test_wholly_missing_map_is_drawn_as_noise_level_one_and_never_beside_a_clean_image():
-    present = {"depth": torch.arange(4000) % 2 == 0}
+    has_pixels = {"depth": torch.arange(4000) % 2 == 0}
     for subsets in (False, True):
-        t = draw_noise_levels((RGB, DEPTH), uniform(4000), present, subsets)
+        t = draw_noise_levels((RGB, DEPTH), uniform(4000), has_pixels, subsets)
         assert (t["depth"][1::2] == 1).all()
         assert (t["rgb"][1::2] > 0).all()
         assert (t["depth"][0::2] < 1).all()
