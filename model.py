@@ -657,11 +657,12 @@ class DiT(nn.Module):
                 without_text = self(x, t_batch, torch.zeros_like(text))
                 for name in guided:
                     x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
+            x = dict(x)
             for name in generated:  # Euler's step on the velocity that x0_hat implies
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
             noise_given(s)
             if callback:
-                callback(dict(x))
+                callback(x)
         return x
 
     # ---- Checkpoints ----
