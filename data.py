@@ -1248,7 +1248,7 @@ def sampling_settings(p):
     guidance = by_modality(number(0, 100))
     p.setting("--cfg", "3", "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none", guidance)
     p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
-    p.setting("--batch-size", 16, "samples in each call of the network, guided copies included", whole(1, 10**5))
+    p.setting("--batch-size", 16, "samples in each call of the network", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
@@ -1506,9 +1506,9 @@ class Part:
 
 
 def validation_batch(args, modalities, device, count=8):
-    """A Batch of the first validation samples, to draw pictures of; None if none of them can be read."""
+    """A Batch of the first validation samples, to draw pictures of."""
     source = open_source(args, "val", (args.size, args.size), modalities, device)
-    return next(in_order(source, count, count, device, strict=False), None)
+    return next(in_order(source, count, count, device, strict=False))
 
 
 class Run:
@@ -1545,7 +1545,7 @@ class Run:
             lock_run(self.out, args.resume)
 
     def start(self, network, draw_samples, teacher=None):
-        """Prepare a DiT for training, and its frozen teacher. draw_samples(network) returns a picture, or None."""
+        """Prepare a DiT for training, and its frozen teacher. draw_samples(network) returns a picture."""
         args = self.args
         self.draw_samples = draw_samples
         self.model = network.to(self.device)
@@ -1675,9 +1675,15 @@ class Run:
         return self.model
 
     def write_config(self):
-        """Write config.json. A new run begins a new metrics.jsonl; one that is resumed adds rows to it."""
-        if self.step == 0:
-            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        """Write config.json, and remove rows of metrics.jsonl of later steps: these come again."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a full disk may have cut a row
+                if json.loads(line)["step"] <= self.step:
+                    rows.append(f"{line}\n")
+        write_bytes(path, "".join(rows).encode())
         (self.out / "samples").mkdir(exist_ok=True)
         write_json(self.out / "config.json", vars(self.args))
 
@@ -1777,7 +1783,7 @@ class Run:
             path = self.out / "samples" / f"{self.step:07}.png"
             with tolerate(path):
                 picture = self.draw_samples(self.ema)
-                if picture is not None and self.rank == 0:
+                if self.rank == 0:
                     write_image(path, picture)
 
 

@@ -212,9 +212,7 @@ def open_model(path, flag, args, device):
 def read_samples(args, modalities, device):
     """Iterate over the batches to evaluate, at args.map_size, with the values of some modalities."""
     source = data.open_source(args, "val", args.map_size, modalities, device)
-    guided = args.task in ("image", "follow", "joint") and any(scale != 1 for scale in args.cfg.values())
-    samples_per_image = max(args.ensemble, 2 if guided else 1)  # guidance predicts with the caption, and without
-    images_per_batch = max(1, args.batch_size // samples_per_image)
+    images_per_batch = max(1, args.batch_size // args.ensemble)
     return data.in_order(source, args.images or None, images_per_batch, device, args.workers)
 
 

@@ -206,9 +206,7 @@ class Sampler:
 
     def generate_batches(self, inputs, jobs):
         """Yield (job, generated maps) for all jobs of the same inputs, --batch-size samples at a time."""
-        guided = any(self.args.cfg.get(name, 1) != 1 for name in self.generated)
-        copies = 2 if guided else 1  # with the prompt, and without
-        num_jobs = max(1, self.args.batch_size // (self.args.ensemble * copies))
+        num_jobs = max(1, self.args.batch_size // self.args.ensemble)
         for start in tqdm(range(0, len(jobs), num_jobs), jobs[0].name, delay=1, leave=False):
             batch = jobs[start : start + num_jobs]
             yield from zip(batch, self.generate(inputs, batch), strict=True)

@@ -126,14 +126,9 @@ def choose_teacher(args, init, config):
 
 @torch.no_grad()
 def draw_samples(network, encoders, args, device):
-    """A picture of validation samples, then what the network makes of them: each modality from the others, and all
-    from the captions. None if the samples cannot be read.
-    """
+    """Draw validation samples, and what the network generates: each modality from the others, and all from captions."""
     image = network.modalities[0]
     batch = data.validation_batch(args, network.modalities, device)
-    if batch is None:
-        return None
-
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = {}
@@ -208,8 +203,8 @@ def train(run, batches, encoders, args):
             text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
 
             # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
-            present = {m.name: valid[m.name].flatten(1).any(1) for m in others}
-            t = draw_noise_levels(modalities, rng.rand, present, args.clean_subsets)
+            has_pixels = {m.name: valid[m.name].flatten(1).any(1) for m in others}
+            t = draw_noise_levels(modalities, rng.rand, has_pixels, args.clean_subsets)
             noisy = {}
             mask = {}
             for name, x in x0.items():

@@ -54,12 +54,9 @@ def choose_network(args, device):
 
 @torch.no_grad()
 def draw_samples(network, encoders, args, device):
-    """A picture of validation images, above what the network makes of their captions; None if they cannot be read."""
+    """Draw validation images, and below them what the network generates from their captions."""
     image = network.modalities[0]
     batch = data.validation_batch(args, network.modalities, device)
-    if batch is None:
-        return None
-
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)

@@ -543,7 +543,7 @@ def files(tmp_path_factory):
     for i, (change, _) in enumerate(PLUG_INS):
         (tmp / f"plug-in{i}.py").write_text((ROOT / "tests/toy_encoders.py").read_text() + change + "\n")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
-        patch.setattr(train_t2i, "draw_samples", lambda *args: None)
+        patch.setattr(train_t2i, "draw_samples", lambda *args: Image.new("RGB", (1, 1)))
         call(train_t2i, f"{TRAIN} --steps 2 --out {tmp}/run", patch)
         call(data, f"--out {tmp}/folder --count 4 --size 16", patch)
     names = {name: tmp / f"{name}.pt" for name in ("t2i", "forcing", "encoded")}

@@ -206,18 +206,15 @@ def test_an_image_of_strength_zero_tells_nothing():
     assert (find(1, 1.0) - find(2, 1.0)).abs().mean() > 1e-2
 
 
-def test_a_batch_counts_members_and_guided_copies(monkeypatch):
+def test_a_batch_counts_ensemble_members(monkeypatch):
     monkeypatch.setattr(data, "open_source", lambda *args: None)
     monkeypatch.setattr(data, "in_order", lambda source, count, batch_size, *rest: batch_size)
 
-    def count(task, scale, ensemble):
-        flags = {"task": task, "cfg": {"rgb": scale}, "ensemble": ensemble, "batch_size": 16}
-        args = settings(**flags, images=0, map_size=(16, 16), workers=0)
+    def count(ensemble):
+        args = settings(ensemble=ensemble, batch_size=16, images=0, map_size=(16, 16), workers=0)
         return evaluate.read_samples(args, (RGB, DEPTH), "cpu")
 
-    assert count("depth", 3.0, 1) == 16 and count("depth", 3.0, 5) == 3
-    assert count("image", 3.0, 1) == 8 and count("image", 1.0, 1) == 16
-    assert count("joint", 1.0, 40) == 1
+    assert count(1) == 16 and count(5) == 3 and count(40) == 1
 
 
 def test_the_mean_map_is_the_mean_over_valid_pixels(monkeypatch):

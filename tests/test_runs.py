@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -30,7 +31,7 @@ SMALL = Config(width=64, depth=1, head=16, patch=4, size=16, decoder_depth=1, te
 def run(script, line, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
     if hasattr(script, "draw_samples"):
-        monkeypatch.setattr(script, "draw_samples", lambda *args: None)
+        monkeypatch.setattr(script, "draw_samples", lambda *args: Image.new("RGB", (1, 1)))
     data.run_script(script.main)
 
 
@@ -95,34 +96,22 @@ STATES = {  # what is done to a checkpoint: what the line says
     "missing tensor": (lambda state: state["ema"].pop("text_tokenizer.bias"), "lacks text_tokenizer.bias"),
     "extra tensor": (lambda state: state["ema"].update(more=torch.zeros(1)), "holds more"),
     "wrong shape": (with_weight(lambda w: w[1:]), "text_tokenizer.bias has shape (63,)"),
-    "whole numbers": (with_weight(lambda w: w.long()), "torch.int64"),
-    "complex": (with_weight(lambda w: w.to(torch.complex64)), "torch.complex64"),
     "nan": (with_weight(poisoned(torch.nan)), "text_tokenizer.bias is not finite"),
     "infinite": (with_weight(poisoned(torch.inf)), "text_tokenizer.bias is not finite"),
-    "a list for a tensor": (with_weight(lambda w: w.tolist()), "lacks text_tokenizer.bias"),
     "no ema": (lambda state: state.pop("ema"), "lacks 'ema'"),
     "no config": (lambda state: state.pop("config"), "lacks 'config'"),
     "no settings": (lambda state: state.pop("settings"), "lacks 'settings'"),
     "config key missing": (lambda state: state["config"].pop("width"), "width"),
     "config key unknown": (with_config(experts=8), "experts"),
-    "width negative": (with_config(width=-64), "width is -64"),
-    "width huge": (with_config(width=1 << 40), "width is"),
     "wider than its weights": (with_config(width=1 << 16, head=64), "has shape"),
     "deeper than its weights": (with_config(depth=900), "lacks blocks.1"),
-    "width a float": (with_config(width=64.0), "width is 64.0"),
-    "depth a string": (with_config(depth="1"), "depth is '1'"),
-    "patch a boolean": (with_config(patch=True), "patch is True"),
     "width without heads": (with_config(width=96), "of 4 x head"),
     "text cut": (with_config(text_length=9), "text_length is 9"),
-    "no modalities": (with_config(modalities=[]), "modalities must be"),
     "modalities a number": (with_config(modalities=3), "config"),
     "twice the same": (with_config(modalities=[asdict(RGB)] * 2), "different names"),
-    "name a sentence": (with_entry(name="a.b"), "'a.b'"),
     "name taken": (with_entry(name="keys"), "keys"),
     "encoding unknown": (with_entry(encoding="jpeg"), "'jpeg'"),
-    "timesteps unknown": (with_entry(timesteps=["plateau"]), "plateau"),
     "stride beside the patch": (with_entry(stride=3), "stride of rgb"),
-    "p_clean": (with_entry(p_clean="often"), "p_clean"),
     "entry key unknown": (with_entry(color="red"), "color"),
 }
 
@@ -462,14 +451,6 @@ def test_a_folder_of_other_files_is_refused_and_left_as_it_is(script, weights, t
     assert written(out) == before
 
 
-def test_another_results_file_is_not_replaced(weights, tmp_path, monkeypatch, capsys):
-    for content in ("mine", '{"accuracy": 1}'):
-        (tmp_path / "results.json").write_text(content)
-        line = command(evaluate, tmp_path, weights)
-        refused(capsys, "holds a results.json", run, evaluate, line, monkeypatch)
-        assert (tmp_path / "results.json").read_text() == content
-
-
 @contextlib.contextmanager
 def full_disk(size):
     """No file grows beyond so many bytes."""
@@ -483,7 +464,7 @@ def full_disk(size):
 
 @pytest.mark.parametrize("script", [data, evaluate, sample])
 def test_a_full_disk_is_one_line_and_leaves_older_files(script, weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "blind_map", lambda *args: torch.ones(1, 16, 16))
+    monkeypatch.setattr(evaluate, "mean_map", lambda *args: torch.ones(1, 16, 16))
     if script is evaluate:
         run(evaluate, command(evaluate, tmp_path, weights), monkeypatch)
     before = written(tmp_path)

@@ -330,13 +330,12 @@ def test_guidance_reaches_the_sampler(call, tmp_path):
 @pytest.mark.parametrize(
     ("line", "most"),
     [
-        ("--prompt a --count 5 --steps 1 --batch-size 4", 4),  # two of each: with and without the caption
-        ("--prompt a --count 5 --steps 1 --batch-size 4 --cfg 1", 4),
+        ("--prompt a --count 5 --steps 1 --batch-size 4", 4),
         ("--image image.png --count 3 --ensemble 3 --batch-size 7", 6),
         ("--image image.png --count 2 --ensemble 3 --batch-size 1", 3),  # the members of one ensemble stay together
     ],
 )
-def test_a_batch_counts_members_and_guided_copies(line, most, call, tmp_path, forwards):
+def test_a_batch_counts_ensemble_members(line, most, call, tmp_path, forwards):
     picture(tmp_path / "image.png")
     call(line)
     assert max(len(text) for _, _, text in forwards) == most

@@ -58,7 +58,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     for script in (train_t2i, train_forcing):
-        monkeypatch.setattr(script, "draw_samples", lambda *args: None)
+        monkeypatch.setattr(script, "draw_samples", lambda *args: Image.new("RGB", (1, 1)))
 
 
 # ---- Training ----

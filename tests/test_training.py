@@ -31,14 +31,14 @@ FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Te
 EAGER = "import functools\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RESTARTING = [*LAUNCHER, "--max-restarts", "1"]
-NO_PICTURES = "import {0}\n{0}.draw_samples = lambda *args: None\n"
+NO_PICTURES = "import data\ndata.Run.draw = lambda run: None\n"
 
 averaged = []  # the EMA of each run in this process
 
 
 def run(script, line, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
-    monkeypatch.setattr(script, "draw_samples", lambda ema, *rest: averaged.append(ema))
+    monkeypatch.setattr(data.Run, "draw", lambda run: averaged.append(run.ema))
     script.main()
 
 
@@ -77,11 +77,14 @@ def finish(process):
 
 
 def rows(out):
-    """{step: row of metrics.jsonl}. A step that was taken again after resuming has its last row."""
+    """{step: row of metrics.jsonl}. No step has two."""
     path = Path(out) / "metrics.jsonl"
     if not path.exists():
         return {}
-    return {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    by_step = {row["step"]: row for row in found}
+    assert len(by_step) == len(found)
+    return by_step
 
 
 def starts(printed):
