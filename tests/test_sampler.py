@@ -196,7 +196,7 @@ def test_a_modality_without_a_row_is_no_input():
 
 def test_schedules_of_unequal_length_are_refused():
     _, noise, _, text = inputs()
-    with pytest.raises(ValueError, match="longer"):
+    with pytest.raises(RuntimeError, match="equal size"):
         build(RGB, DEPTH).sample({"rgb": [1, 0], "depth": [1, 0.5, 0]}, noise, text)
 
 
