@@ -216,7 +216,7 @@ def make_schedule(names, steps, order=JOINT, strength=None):
         if trust == 1:
             schedule[name] = torch.zeros_like(base)
         elif trust == 0:
-            schedule[name] = (base > 0).double()
+            schedule[name] = (base > 0).double()  # 1 while base falls
         else:
             schedule[name] = warp(base, 2 * math.log2((1 - trust) / trust))
     return schedule
@@ -657,7 +657,7 @@ class DiT(nn.Module):
                 without_text = self(x, t_batch, torch.zeros_like(text))
                 for name in guided:
                     x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
-            x = dict(x)  # callback may have kept the last one
+            x = dict(x)  # a copy, since callback may have kept the last x
             for name in moving:  # Euler's step on the velocity that x0_hat implies
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
             x.update(noised(s))
