@@ -191,7 +191,7 @@ def one_sample(folder, training, contents, text="", modalities=MODALITIES):
         kind = name.removesuffix(".npy") if name.endswith(".npy") else "image"
         files[kind] = folder / name
     sample = data.SampleFiles("a", files, text)
-    return data.Files(settings("x"), training, (32, 32), modalities, [sample])
+    return data.FileDataset(settings("x"), training, (32, 32), modalities, [sample])
 
 
 @pytest.mark.parametrize("training", [False, True])
