@@ -1164,17 +1164,17 @@ POSITIVE = number(0, 10**6, above=True)
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
 
 
-def by_modality(read_number):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the image."""
+def by_modality(read_number, unnamed=""):
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the one unnamed."""
 
     def read(text):
         numbers = {}
         entries = text.split(",")
         for entry in entries:
             name, _, value = entry.rpartition("=")
-            numbers[name or "rgb"] = read_number(value)
+            numbers[name or unnamed] = read_number(value)
         if len(numbers) < len(entries) or not numbers.keys() <= MODALITIES.keys():
-            raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5, of {', '.join(MODALITIES)}")
+            raise argparse.ArgumentTypeError(f"{text}: must be such as rgb=0.5,depth=0.8; of {', '.join(MODALITIES)}")
         return numbers
 
     return read
@@ -1208,18 +1208,25 @@ class Flags(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
 
     def setting(self, flag, default, help, type=str, **options):
-        """Declare a flag. type reads and checks its text. A default of False or None makes the flag a switch."""
+        """Declare a flag, whose help ends with its default. type reads its text. False or None makes it a switch."""
+
+        def read(text):
+            try:
+                return type(text)
+            except argparse.ArgumentTypeError as error:
+                fail(f"{flag} {error}")
+
         if default is None or default is False:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = type
-        self.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
+            options["type"] = read
+        if "(default: " not in help:
+            help += " (default: none)" if default in ("", []) else " (default: %(default)s)"
+        self.add_argument(flag, default=default, help=help, **options)
 
     def error(self, message):
-        """Print argparse's message without its usage. "argument --lr: 2: must ..." becomes "--lr 2: must ..."."""
-        if message.startswith("argument "):
-            message = message.removeprefix("argument ").replace(": ", " ", 1)
-        fail(f"{message}; --help lists the flags")
+        """Print argparse's message without its usage."""
+        fail(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
 def source_settings(p, maps=True):
@@ -1243,8 +1250,9 @@ def check_depth_range(args):
 def sampling_settings(p):
     """The flags of scripts that sample."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    guidance = by_modality(number(0, 100))
-    p.setting("--cfg", "3", "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none", guidance)
+    guidance = by_modality(number(0, 100), unnamed="rgb")
+    scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
+    p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
     p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
     p.setting("--batch-size", 16, "samples in each call of the network", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1255,7 +1263,7 @@ def training_settings(p, steps, out):
     p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
     p.setting("--steps", steps, "optimizer steps", COUNT)
     p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
-    p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
+    p.setting("--grad-accum", 1, "micro-batches into which each rank splits its samples, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly towards zero", COUNT)
@@ -1264,7 +1272,7 @@ def training_settings(p, steps, out):
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.setting("--compile", None, "torch.compile the blocks; the default is on CUDA only")
+    p.setting("--compile", None, "torch.compile the blocks (default: on CUDA only)")
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
     p.setting("--out", out, "run directory")
@@ -1470,11 +1478,13 @@ def training_flops(config, size, teacher_config=None):
 
 
 def print_cost(config, size, teacher_config=None):
-    """Print what --dry-run promises, for images of size (H, W)."""
+    """Print what --dry-run promises, for images of size (H, W); the FLOPs include those of a teacher."""
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)
-    print(f"{names} at {size[0]}x{size[1]}: {parameters:.1f}M parameters, {flops:.2f} GFLOP per training image")
+    teacher = "with the teacher" if teacher_config else "without a teacher"
+    cost = f"{parameters:.1f}M parameters, {flops:.2f} GFLOP per training image {teacher}"
+    print(f"{names} at {size[0]}x{size[1]}: {cost}")
 
 
 def matmul_peak(device, dtype=torch.float32, repeats=10):
@@ -1490,8 +1500,8 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
 
 
 @dataclass
-class Part:
-    """What one forward pass needs; with --grad-accum a step has several. Dictionaries are keyed by modality name."""
+class MicroBatch:
+    """Inputs, targets and masks of one forward pass; with --grad-accum a step has several. Keys are modality names."""
 
     x0: dict  # (B, C, H, W)
     noisy: dict  # (B, C, H, W)
@@ -1520,9 +1530,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = args.shard and self.ranks > 1
-        parts = self.ranks * args.grad_accum
-        if args.batch_size % parts:
-            fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
+        num_micro_batches = self.ranks * args.grad_accum
+        if args.batch_size % num_micro_batches:
+            fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {num_micro_batches}")
 
         self.step = 0
         self.skipped = 0
@@ -1532,7 +1542,7 @@ class Run:
         self.caught_signals = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch_signal)
-        self.terms = []  # the names that record was called with
+        self.metrics = []  # the names that record was called with
         self.step_sums = {}  # {name: (2,), total and count} of this rank, in this step
         self.row_sums = {}  # the same, since the last row of metrics.jsonl
         if self.ranks > 1:
@@ -1585,19 +1595,28 @@ class Run:
             dist.all_reduce(table)
         return dict(zip(values, table, strict=True))
 
-    def each(self, parts):
-        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part, FSDP after each."""
-        for part in parts:
-            self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
-            yield part
+    def count_scored(self, micro_batches):
+        """{modality: number of values that carry loss, in all micro-batches and on all ranks; at least 1}."""
+        counts = {}
+        for name in micro_batches[0].mask:
+            counts[name] = sum(micro_batch.mask[name].sum() for micro_batch in micro_batches)
+        return {name: count.clamp(min=1) for name, count in self.sum_over_ranks(counts).items()}
 
-    def record(self, term, name, values, part):
-        """Add to the mean called term, over all samples and by training mode. values (B,) are sums over name's mask."""
-        if term not in self.terms:
-            self.terms.append(term)
-        counts = part.mask[name].sum((1, 2, 3))  # (B,)
-        for mode, sums in split_by_mode(name, torch.stack([values.detach(), counts]), part.t).items():
-            self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
+    def accumulate(self, micro_batches):
+        """Iterate over micro-batches. DDP synchronises gradients in the last backward pass alone, FSDP in each."""
+        for micro_batch in micro_batches:
+            is_last = micro_batch is micro_batches[-1]
+            self.network.require_backward_grad_sync = is_last  # as DDP.no_sync does; other modules ignore it
+            yield micro_batch
+
+    def record(self, metric, modality, sums, micro_batch):
+        """Add to the mean of a metric, over all samples and by training mode. sums (B,): over the modality's mask."""
+        if metric not in self.metrics:
+            self.metrics.append(metric)
+        counts = micro_batch.mask[modality].sum((1, 2, 3))  # (B,)
+        by_mode = split_by_mode(modality, torch.stack([sums.detach(), counts]), micro_batch.t)
+        for mode, pair in by_mode.items():
+            self.step_sums[metric + mode] = self.step_sums.get(metric + mode, 0) + pair
 
     def backward(self, loss):
         """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
@@ -1734,7 +1753,7 @@ class Run:
         """Add a row to metrics.jsonl: means since the last one, and the speed."""
         sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
-        losses = {term: means[term] for term in self.terms if term.startswith("loss_") and term in means}
+        losses = {name: means[name] for name in self.metrics if name.startswith("loss_") and name in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
         row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
         row.update(skipped=self.skipped, images_per_s=speed)
@@ -1744,7 +1763,7 @@ class Run:
             path = self.out / "metrics.jsonl"
             with report_unwritten(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
+            shown = ", ".join(f"{name.removeprefix('loss_')} {loss:.3f}" for name, loss in losses.items())
             self.bar.set_postfix_str(f"{shown}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak")
 
     def save(self):
