@@ -45,13 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
@@ -755,10 +749,9 @@ class FileDataset(Dataset):
                 sample = self.sample_files(order[(position + attempt) % count])
                 return {"index": index, **self.read_sample(sample, epoch)}
             except BadSample as error:
-                problem = error
-            if attempt + 1 < self.attempts:
-                log(f"{problem}; this sample is replaced by the next")
-        raise problem
+                if attempt + 1 == self.attempts:
+                    raise
+                log(f"{error}; this sample is replaced by the next")
 
     def read_sample(self, sample, epoch):
         """Read the image and the maps, and crop, resize and mirror them together: {"maps", "masks", "caption", "name"}.
@@ -1157,8 +1150,7 @@ def number(low, high, above=False, kind=float, other=""):
 whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
-MAX_SIDE = 8192  # pixels
-SIDE = whole(0, MAX_SIDE)  # 0 stands for the value of another flag or of the network
+SIDE = whole(0, 9999)  # pixels; 0 stands for the value of another flag or of the network
 SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
 NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
@@ -1182,11 +1174,10 @@ def by_modality(read_number, unnamed=""):
 
 def parse_size(text):
     """--size: pixels, one side ("64") or "HxW" -> (H, W). Else exit code 2."""
-    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
-        fail(f"--size {text}: must be pixels, 1 to {MAX_SIDE} a side, such as 64 or 48x64")
-    return size
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not match:
+        fail(f"--size {text}: must be pixels, 1 to 9999 a side, such as 64 or 48x64")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_order(text, names):
@@ -1712,10 +1703,10 @@ class Run:
         if self.step == 0:
             return
 
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-        set_model_state_dict(self.model, state.get("model", {}), options=options)
-        set_model_state_dict(self.ema, state.get("ema", {}), options=options)
-        set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
+        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)
+        dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
+        dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
         """The rate of this step: linear warm-up, then linear decline towards zero."""
@@ -1777,15 +1768,15 @@ class Run:
                 log(f"step {self.step}: no checkpoint, since weights are not finite")
             return
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
         state = {
             "config": asdict(self.model.config),
             "settings": vars(self.args),
             "step": self.step,
             "skipped": self.skipped,
-            "model": get_model_state_dict(self.model, options=options),
-            "ema": get_model_state_dict(self.ema, options=options),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+            "model": dcp.get_model_state_dict(self.model, options=options),
+            "ema": dcp.get_model_state_dict(self.ema, options=options),
+            "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options),
         }
         if self.rank == 0:
             with report_unwritten(f"checkpoint of step {self.step}"):
