@@ -122,8 +122,8 @@ RANGES = {  # columns, low, high
 }
 
 
-# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Constants beyond int64 are less by
-# 2^64: torch adds and multiplies int64 modulo 2^64.
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. torch computes int64 modulo 2^64, so
+# constants that are too large for int64 are written minus 2^64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
@@ -148,9 +148,9 @@ def draw_numbers(split, indices):
     uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, NUM_COLUMNS), in [0, 1]
 
     drawn = {}
-    for name, (columns, count) in CHOICES.items():
-        count = torch.tensor(count)
-        drawn[name] = (uniform[:, columns] * count).long().minimum(count - 1)
+    for name, (columns, num_choices) in CHOICES.items():
+        num_choices = torch.tensor(num_choices)
+        drawn[name] = (uniform[:, columns] * num_choices).long().minimum(num_choices - 1)
     for name, (columns, low, high) in RANGES.items():
         width = torch.tensor(np.subtract(high, low)).float()
         drawn[name] = uniform[:, columns] * width + torch.tensor(low).float()
@@ -518,7 +518,7 @@ def read_image(name, content, **_):
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
     """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W).
 
-    Training and evaluation multiply a 16-bit PNG by --depth-scale; sample.py keeps the unit of the file.
+    A 16-bit PNG is multiplied by scale: --depth-scale in samples of --data; else 1, which keeps the file's unit.
     """
     if name.lower().endswith(".png"):
         depth = read_png(content, scale)
@@ -555,10 +555,10 @@ def read_map(modality, name, content, **depth_options):
 
     depth_options: the scale of a PNG, and the range from low to high outside of which depth is missing.
     """
-    format = FORMATS[modality.encoding]
-    if Path(name).suffix[1:].lower() not in format.suffixes:
-        raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
-    values, valid = format.read(name, content, **depth_options)
+    file_format = FORMATS[modality.encoding]
+    if Path(name).suffix[1:].lower() not in file_format.suffixes:
+        raise BadSample(f"{modality.name} is read from {', '.join(file_format.suffixes)}")
+    values, valid = file_format.read(name, content, **depth_options)
     if not valid.any():
         raise BadSample("no valid pixel: none is above 0, finite and in range")
     return values, valid
@@ -962,7 +962,7 @@ def training_indices(seed, step, batch_size, rank=0, ranks=1):
 
 
 def hash_int64(key):
-    """int64 that is a hash of a key, equal in all processes."""
+    """A hash of a key: an int64, equal in all processes."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -1448,7 +1448,7 @@ def newest_checkpoint(out):
 
 
 def lock_run(out, resume):
-    """Make the run directory and lock it until this process ends. One that holds a run needs --resume."""
+    """Make the run directory and lock it until this process ends. A directory that holds a run needs --resume."""
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to continue it, or choose another --out")
     lock = claim_folder(out, "run.lock") / "run.lock"
@@ -1508,9 +1508,10 @@ def validation_batch(args, modalities, device, count=8):
 
 
 class Run:
-    """A training run: what both stages do around their losses. main and train of a script call its methods in order.
+    """What both stages do around their losses: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA,
+    skipped steps, checkpoints and metrics. main and train of a script call its public methods in order.
 
-    That is: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA, skipped steps, checkpoints, metrics.
+    model is the DiT that is trained and saved. network is what predicts in training: the model, or DDP around it.
     """
 
     def __init__(self, args, device):
@@ -1669,7 +1670,7 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def wrap(self, networks):
-        """Compile the networks if wanted, and return the one that predicts in training: the model or DDP around it."""
+        """Compile the networks if wanted. Returns the model, or DDP around it."""
         args = self.args
         if args.compile or (args.compile is None and self.cuda):
             for dit in networks:
