@@ -518,7 +518,7 @@ def read_image(name, content, **_):
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
     """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W).
 
-    A 16-bit PNG is multiplied by scale: --depth-scale in samples of --data; else 1, which keeps the file's unit.
+    A 16-bit PNG is multiplied by scale. sample.py has no --depth-scale: it keeps the unit of the file.
     """
     if name.lower().endswith(".png"):
         depth = read_png(content, scale)
@@ -1508,10 +1508,10 @@ def validation_batch(args, modalities, device, count=8):
 
 
 class Run:
-    """What both stages do around their losses: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA,
-    skipped steps, checkpoints and metrics. main and train of a script call its public methods in order.
+    """A training run: ranks (DDP, or FSDP2 with --shard), clipping, learning rate, EMA, checkpoints and metrics.
 
-    model is the DiT that is trained and saved. network is what predicts in training: the model, or DDP around it.
+    main and train of a script call its methods in order. self.model is the DiT that is trained and saved; self.network,
+    which predicts in training, is the model or DDP around it.
     """
 
     def __init__(self, args, device):
