@@ -46,7 +46,7 @@ def parse():
     p.setting("--image", "", "image, or directory of images")
     p.setting("--depth", "", "depth map (.npy or 16-bit .png; 0 is missing), or directory")
     p.setting("--normal", "", "surface normals (.npy of shape (H, W, 3); 0 is missing), or directory")
-    p.setting("--strength", {}, "trust in inputs, as depth=0.8, 0 to 1 (default: 1, full)", data.by_modality(data.SHARE))
+    p.setting("--strength", {}, "trust in inputs, 0 to 1, as depth=0.8 (default: 1 each)", data.by_modality(data.SHARE))
     p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
     p.setting("--refine", "", "a modality to generate again after the first pass, given all others clean")
     p.setting("--count", 4, "number of samples for every prompt and every input", data.whole(1, 10**5))
