@@ -20,7 +20,7 @@ the last checkpoints. Give its last.pt to sample.py and evaluate.py.
 
 import functools
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -115,8 +115,10 @@ def check_init(path, found, wanted):
     for m in found:
         if m.name not in wanted:
             data.fail(f"--init {path}: has {m.name}; add it to --modalities")
-        if replace(m, p_clean=wanted[m.name].p_clean) != wanted[m.name]:
-            data.fail(f"--init {path}: its {m} differs from that of this run, {wanted[m.name]}")
+        ours = asdict(wanted[m.name])
+        changed = [field for field, value in asdict(m).items() if value != ours[field] and field != "p_clean"]
+        if changed:
+            data.fail(f"--init {path}: its {m.name} differs from that of this run in {', '.join(changed)}")
 
 
 def choose_teacher(args, init, config):
@@ -130,8 +132,7 @@ def choose_teacher(args, init, config):
 def corrupt_batch(run, batch, encoders, args):
     """Thin out, encode and corrupt a data.Batch, each modality to a noise level of its own: a data.MicroBatch."""
     image, *others = run.model.modalities
-    # Random numbers follow from the seed and the indices of the samples. So they do not depend on how a batch is split
-    # over ranks and micro-batches.
+    # Random numbers follow from the seed and the samples' indices, however a batch is split over ranks.
     rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
     x0 = {image.name: encoders.encode_image(batch.values[image.name])}
     valid = {image.name: None}
@@ -223,8 +224,7 @@ def draw_samples(encoders, args, device, network):
         return network.sample(schedule, noise, text, given, guidance={image.name: 3.0})
 
     def paint(m, samples):
-        x0 = samples[m.name]
-        values = encoders.decode_image(x0) if m is image else m.decode(x0)
+        values = encoders.decode_image(samples[m.name]) if m is image else m.decode(samples[m.name])
         return [data.paint(m, x) for x in m.finish(values)]
 
     for m in network.modalities:
@@ -255,9 +255,8 @@ def main():
             network.warm_start(init.state_dict())
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
-    draw = functools.partial(draw_samples, encoders, args, device)
     run = data.Run(args, device)
-    run.start(network, draw, teacher)
+    run.start(network, functools.partial(draw_samples, encoders, args, device), teacher)
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()

@@ -55,8 +55,7 @@ def choose_network(args, device):
 
 def corrupt_batch(run, batch, encoders, args):
     """Encode a data.Batch and corrupt it to random noise levels: a data.MicroBatch."""
-    # Random numbers follow from the seed and the indices of the samples. So they do not depend on how a batch is split
-    # over ranks and micro-batches.
+    # Random numbers follow from the seed and the samples' indices, however a batch is split over ranks.
     rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
     x0 = encoders.encode_image(batch.values["rgb"])
     text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)  # the next line changes it
@@ -109,9 +108,8 @@ def main():
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
     torch.manual_seed(args.seed)
     network = DiT(config)
-    draw = functools.partial(draw_samples, encoders, args, device)
     run = data.Run(args, device)
-    run.start(network, draw)
+    run.start(network, functools.partial(draw_samples, encoders, args, device))
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()
