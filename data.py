@@ -1121,7 +1121,8 @@ def open_encoders(path, device, config, trained_with=None):
             check_encoders(encoders, device, config)
         except Exception as error:
             fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    if trained_with is not None and config.with_encoders(encoders) != config:
+    is_missing = trained_with and not path  # the text length of such a config counts tokens, not bytes
+    if is_missing or (trained_with is not None and config.with_encoders(encoders) != config):
         fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
