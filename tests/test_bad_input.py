@@ -184,7 +184,7 @@ FLAGS = [
     (evaluate, "follow --checkpoint {forcing} --measured 0.5", "--measured"),
     (evaluate, "depth --checkpoint {forcing} --images 4 --measured 1e-9", "keeps no pixel"),
     (evaluate, "normal --checkpoint {forcing}", "no normal"),
-    (evaluate, "normal --checkpoint {forcing} --align none", "--align none"),
+    (evaluate, "normal --checkpoint {forcing} --align none", "--align"),
     (evaluate, "depth --checkpoint {forcing} --features {tmp}/features.pt", "the task depth does not use it"),
     (evaluate, "depth --checkpoint {forcing} --size 30", "--size 30"),
     (evaluate, "depth --checkpoint {forcing} --data nowhere", "nowhere: unknown source"),
