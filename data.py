@@ -1130,7 +1130,10 @@ def open_encoders(path, device, config, trained_with=None):
     trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
     """
     encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
-    if trained_with is not None and config.with_encoders(encoders) != config:
+    image = config.modalities[0]
+    expected = (image.channels, image.stride, config.text_length, config.text_dim)
+    found = (encoders.image_channels, encoders.image_stride, encoders.text_length, encoders.text_dim)
+    if trained_with is not None and found != expected:
         fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
@@ -1436,6 +1439,8 @@ def open_network(path, flag="--checkpoint"):
     """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
+    if path == NANO:
+        log(f"{flag} {path}: the network that comes with the repository, trained on the built-in world")
     try:
         state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state
