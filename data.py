@@ -1428,6 +1428,8 @@ def open_network(path, flag="--checkpoint"):
     """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
     if not os.path.isfile(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
+    if path == NANO:
+        log(f"{flag} {path}: the network that comes with the repository, trained on the built-in world")
     try:
         state = read_checkpoint(path)
         return DiT.from_checkpoint(state), state

@@ -7,7 +7,7 @@
     python evaluate.py normal --checkpoint normals.pt         surface normals from images
     python evaluate.py image                                  images from captions: Frechet distance, requested colours
     python evaluate.py image --data coco --features inception.pt       FID, by a TorchScript feature extractor
-    python evaluate.py follow                                 do images generated from depth have the real images' depth?
+    python evaluate.py follow                                 do images generated from depth have the real ones' depth?
     python evaluate.py joint --order -5                       do image and depth agree when generated together?
 
 AbsRel is the mean of |p - g| / g, and delta1 the share of pixels with max(p/g, g/p) < 1.25, over the valid pixels of an

@@ -1,11 +1,12 @@
-"""Modality Forcing (arXiv 2606.13676): the mathematics, the network and the sampler.
+"""Modality Forcing (arXiv 2606.13676): the mathematics, the network, the sampler and the optimizers.
 
 One diffusion transformer learns p(image, depth | text). Every modality has its own noise level t. At t = 0 a modality
 is clean, so it conditions the others. At t = 1 it is pure noise, so it is generated. Between the two it is a hint that
 is partly trusted.
 
-A modality is an entry in a list, and every loop runs over the entries. Only the first entry, the image, has a role of
-its own: its noise level modulates the text tokens, and the modulation of a new modality starts as a copy of its own.
+A modality is an entry in a list, and every loop runs over the entries. Only the first entry, the image, has roles of
+its own: its noise level modulates the text tokens, a new modality starts with a copy of its modulation, and in sampling
+the other noise levels may follow its noise level.
 
 References:
   Modality Forcing               https://arxiv.org/abs/2606.13676   sections and equations cited below
@@ -13,7 +14,7 @@ References:
   DiT, adaLN-zero                https://arxiv.org/abs/2212.09748
   mip-NeRF 360 contraction       https://arxiv.org/abs/2111.12077
 
-Shapes: B batch, C channels, H W image, N tokens, D width, L bytes of text. Dictionaries are keyed by modality name.
+Shapes: B batch, C channels, H W image, N tokens, D width, L text length. Dictionaries are keyed by modality name.
 """
 
 import functools
@@ -75,7 +76,7 @@ def velocity_weight(t):
     return 1 / t.clamp(min=T_MIN) ** 2
 
 
-LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # keys of Modality.loss
+LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # Modality.loss: what the loss compares
 
 
 def distillation_weight(t, low, high):
@@ -88,23 +89,23 @@ def distillation_weight(t, low, high):
 
 
 def split_by_mode(name, values, t):
-    """Sum the values (..., B) of one modality over the samples of each training mode; logs show the modes apart.
+    """Sum the values (..., B) of one modality over the samples of each training mode, for the logs.
 
-    Returns {suffix: (...)}: "" for all samples; if t {m: (B,)} has other modalities, also "_given_<other>" for those in
-    which the other is held clean, and "_joint" for those in which no other is.
+    Returns {mode: (...)}. Mode "" has all samples. If other modalities are in t {m: (B,)}, "_given_<other>" has the
+    samples where that one is held clean, and "_joint" has the samples where no other one is.
     """
     others_clean = {f"_given_{other}": t[other] == 0 for other in t if other != name}
     modes = {"": torch.ones_like(t[name], dtype=torch.bool)}
     modes.update(others_clean)
     if others_clean:
         modes["_joint"] = ~torch.stack(list(others_clean.values())).any(0)
-    return {suffix: torch.where(mask, values, 0.0).sum(-1) for suffix, mask in modes.items()}
+    return {mode: torch.where(mask, values, 0.0).sum(-1) for mode, mask in modes.items()}
 
 
 # ---- Noise levels in training (Sec. 3.2) ----
 # Every modality draws its own t from its own distribution; sometimes one is held clean.
 
-MU = 1.1  # shift of the noise levels in training and in sampling
+MU = 1.1  # mean of logit(t) (Sec. 3.2); the same shift warps the grid of the sampler
 SIGMA = 1.0  # standard deviation of logit(t)
 
 
@@ -114,13 +115,13 @@ def logit_normal(u):
 
 
 def plateau_logit_normal(u):
-    """Quantile function of the density q(min(t, mode)) / norm, where q is the logit-normal's: u in (0, 1) -> t."""
+    """Quantile function of the logit-normal density up to its mode, constant from there to t = 1. u in (0, 1) -> t."""
     mode = 0.5
     for _ in range(100):  # the mode solves logit(mode) = MU + SIGMA^2 (2 mode - 1)
         mode = 1 / (1 + math.exp(-MU - SIGMA**2 * (2 * mode - 1)))
     z = SIGMA * (2 * mode - 1)
-    mass = NormalDist().cdf(z)  # of q, below the mode
-    height = NormalDist().pdf(z) / (SIGMA * mode * (1 - mode))  # of q, at the mode
+    mass = NormalDist().cdf(z)  # of the logit-normal, below its mode
+    height = NormalDist().pdf(z) / (SIGMA * mode * (1 - mode))  # of its density, at the mode
     norm = mass + (1 - mode) * height
 
     u = u * norm
@@ -143,8 +144,8 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
         subsets: hold each modality clean independently, so that any number may be. By default at most one is.
     """
     choice = rand()
-    exists = {m.name: torch.ones_like(choice, dtype=torch.bool) for m in modalities}
-    exists.update(has_pixels or {})
+    always = {m.name: torch.ones_like(choice, dtype=torch.bool) for m in modalities}
+    has_pixels = {**always, **(has_pixels or {})}
 
     clean = {}
     low = 0.0
@@ -154,21 +155,22 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
         else:  # each modality has an interval of length p_clean, and choice lies in at most one of them
             clean[m.name] = (choice >= low) & (choice < low + m.p_clean)
             low += m.p_clean
-    carries_loss = torch.stack([exists[m.name] & ~clean[m.name] for m in modalities]).any(0)
+    carries_loss = torch.stack([has_pixels[m.name] & ~clean[m.name] for m in modalities]).any(0)
 
     t = {}
     for m in modalities:
-        drawn = TIMESTEPS[m.timesteps](rand().clamp(1e-6, 1 - 1e-6))
+        u = rand().clamp(1e-6, 1 - 1e-6)  # so that t is neither 0 nor 1
+        drawn = TIMESTEPS[m.timesteps](u)
         drawn = torch.where(clean[m.name] & carries_loss, 0.0, drawn)
-        t[m.name] = torch.where(exists[m.name], drawn, 1.0)
+        t[m.name] = torch.where(has_pixels[m.name], drawn, 1.0)
     return t
 
 
 # ---- Noise levels in sampling (Sec. 4.2) ----
-# A schedule is a table {m: noise levels of all steps}. The table is the task; no other code knows what the task is.
+# A schedule is a table {m: noise levels of all steps}. A task is a schedule and the values that you give.
 
-JOINT = 5.0  # log2(alpha) of the released joint trajectory: depth resolves long after the image
-I2D_STEPS = 2  # depth from an image: more steps change little (RESULTS.md)
+JOINT = 5.0  # log2(alpha) in the released code's joint generation: depth resolves long after the image
+I2D_STEPS = 2  # sampling steps from an image to depth: more change little (RESULTS.md)
 
 
 def sampling_grid(steps):
@@ -186,38 +188,37 @@ def make_schedule(names, steps, order=JOINT, strength=None):
     """The table of noise levels that DiT.sample follows: {m: (S + 1,) float64} for the modalities called names.
 
     Args:
-        steps: number of sampling steps; for a list of names, the number for each of them.
-        order: log2(alpha), by which all generated modalities follow the first of names, if that is generated, too.
-            Or a list of names, which are generated one after the other; a name that is not listed stays noise.
+        steps: number of sampling steps; if order is a list, the number for each name in it.
+        order: a number is log2(alpha) of the generated modalities relative to the first of names, if that one is
+            generated too. A list of names generates them one after the other; a name that is not listed stays noise.
         strength: {m: 0 to 1} of the modalities that you give. 1 is clean and 0 is ignored. Between them a row is
             warped by log2(alpha) = 2 log2((1 - strength) / strength): the paper's -5 is 0.85, and its -14 is 0.992.
     """
     strength = strength or {}
     generated = [name for name in names if name not in strength]
-    turns = []
+    grid = sampling_grid(steps)
+
     if isinstance(order, list):
         turns = [name for name in order if name in generated]
-
-    grid = sampling_grid(steps)
-    num_turns = max(1, len(turns))
-    step = torch.arange(num_turns * steps + 1)
-    lead = grid[step.clamp(max=steps)]  # the row of what is generated first
-
-    schedule = {}
-    for name in generated:
-        if isinstance(order, list):
-            turn = turns.index(name) if name in turns else num_turns
+        step = torch.arange(max(1, len(turns)) * steps + 1)
+        base = grid[step.clamp(max=steps)]  # the row of the first turn
+        schedule = {name: torch.ones_like(base) for name in generated}
+        for turn, name in enumerate(turns):
             schedule[name] = grid[(step - turn * steps).clamp(0, steps)]  # 1 before its turn, 0 after it
-        elif name != names[0] and names[0] in generated:
-            schedule[name] = warp(lead, order)
-        else:
-            schedule[name] = lead
+    else:
+        base = grid
+        schedule = dict.fromkeys(generated, base)
+        if names[0] in generated:
+            for name in generated[1:]:
+                schedule[name] = warp(base, order)
 
     for name, trust in strength.items():
-        if 0 < trust < 1:
-            schedule[name] = warp(lead, 2 * math.log2((1 - trust) / trust))
+        if trust == 1:
+            schedule[name] = torch.zeros_like(base)
+        elif trust == 0:
+            schedule[name] = (base > 0).double()  # 1 while base falls
         else:
-            schedule[name] = (lead > 0).double() * (1 - trust)
+            schedule[name] = warp(base, 2 * math.log2((1 - trust) / trust))
     return schedule
 
 
@@ -253,9 +254,9 @@ def normalize_depth(depth, valid):
 def complete_depth(relative, depth, valid, max_anchors=1024):
     """Correct predicted relative depth by the valid pixels of depth, and return it in the unit of depth.
 
-    Where depth is valid the result equals it. Elsewhere log(depth / relative) is interpolated from at most max_anchors
-    valid pixels. The distance between pixels is taken over their position (the longer side of the image is 2) and twice
-    their predicted log depth, so that a correction stays on its surface. All arguments and the result: (B, 1, H, W).
+    Where depth is valid, the result equals it. Elsewhere log(depth / relative) is interpolated from at most max_anchors
+    valid pixels. The distance between pixels is Euclidean in (row, column, 2 log depth), where the longer side of the
+    image is 2, so that a correction stays on its surface. All arguments and the result: (B, 1, H, W).
     """
     positions = torch.ones_like(depth[0, 0]).nonzero() * (2 / max(depth.shape[2:]))  # (H * W, 2): row and column
 
@@ -267,15 +268,15 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
             index = index[evenly.long()]
             points = torch.cat([positions, 2 * prediction.log().view(-1, 1)], 1)  # (H * W, 3)
             anchors = points[index]  # (A, 3)
-            error = (truth / prediction).log().flatten()[index]  # (A,)
+            log_ratio = (truth / prediction).log().flatten()[index]  # (A,)
 
             # Simple kriging with covariance exp(-distance). The nugget keeps it solvable where anchors coincide.
             nugget = 1e-3 * torch.eye(len(anchors), device=depth.device)
             covariance = torch.exp(-torch.cdist(anchors, anchors)) + nugget
-            mean = error.median()
-            weights = torch.linalg.solve(covariance, error - mean)
-            parts = [torch.exp(-torch.cdist(part, anchors)) @ weights for part in points.split(1 << 14)]
-            prediction = prediction * (mean + torch.cat(parts)).exp().view_as(prediction)
+            center = log_ratio.median()
+            coefficients = torch.linalg.solve(covariance, log_ratio - center)
+            parts = [torch.exp(-torch.cdist(part, anchors)) @ coefficients for part in points.split(1 << 14)]
+            prediction = prediction * (center + torch.cat(parts)).exp().view_as(prediction)
         completed.append(torch.where(mask, truth, prediction))
     return torch.stack(completed)
 
@@ -283,7 +284,7 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
 # ---- Modalities ----
 # An entry says everything that the network, the losses and the sampler need to know of a modality.
 
-Encoding = namedtuple("Encoding", "encode decode finish")  # the methods of Modality that have these names
+Codec = namedtuple("Codec", "encode decode finish")  # Modality.encode, decode and finish call these
 
 
 def keep_values(x, valid=None):
@@ -291,9 +292,9 @@ def keep_values(x, valid=None):
 
 
 ENCODINGS = {  # keys of Modality.encoding
-    "plain": Encoding(keep_values, keep_values, functools.partial(torch.clamp, min=-1, max=1)),  # such as images
-    "relative depth": Encoding(normalize_depth, uncontract, keep_values),
-    "unit vectors": Encoding(keep_values, keep_values, F.normalize),  # F.normalize: to length 1 over the channels
+    "plain": Codec(keep_values, keep_values, functools.partial(torch.clamp, min=-1, max=1)),  # such as images
+    "relative depth": Codec(normalize_depth, uncontract, keep_values),
+    "unit vectors": Codec(keep_values, keep_values, F.normalize),  # F.normalize: to length 1 over the channels
 }
 
 
@@ -337,7 +338,7 @@ class Modality:
         return ENCODINGS[self.encoding].decode(x0)
 
     def finish(self, x):
-        """Repair decoded values that a median or a resize has mixed: clamp images, scale normals to length 1."""
+        """Turn decoded values into legal ones: clamp images to [-1, 1], scale normals to length 1."""
         return ENCODINGS[self.encoding].finish(x)
 
 
@@ -355,14 +356,14 @@ TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
 
 @dataclass(frozen=True)
 class Config:
-    """Everything needed to build a network; checkpoints hold one. Raises ValueError if none can be built from it."""
+    """Everything needed to build a network; checkpoints hold one. Raises ValueError if values do not fit together."""
 
     width: int
     depth: int  # blocks of the trunk
     head: int  # channels of an attention head: width / head query heads, a quarter as many key/value heads
     patch: int  # side of a token in image pixels: all modalities cover the image with the same grid of tokens
     size: int  # default side of the images; any height and width that the patch divides works at call time
-    decoder_depth: int = 4  # with_modalities limits the decoder blocks of each entry to so many
+    decoder_depth: int = 4  # with_modalities reduces the decoder_depth of an entry to this, if it is larger
     text_length: int = 160  # bytes of a caption, TEXT_PATCH to a token; or, with text_dim, embeddings
     text_dim: int = 0  # channels of a frozen encoder's text embeddings; 0 is bytes
     modalities: tuple = (RGB,)  # the first is the image
@@ -387,19 +388,17 @@ class Config:
             raise ValueError("modalities must have different names and ids")
 
     def with_modalities(self, *entries):
-        """This network over the given entries; their decoders are at most as deep as decoder_depth."""
+        """This config with the given entries; their decoders are at most as deep as decoder_depth."""
         entries = [replace(m, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
         return replace(self, modalities=tuple(entries))
 
     def with_encoders(self, encoders):
-        """This network over the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
+        """This config with the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
         stride = encoders.image_stride
-        patch = max(1, self.patch // stride) * stride  # so that the token grids of all modalities coincide
+        patch = max(1, self.patch // stride) * stride  # rounded, so that the token grids of all modalities coincide
         image = replace(self.modalities[0], channels=encoders.image_channels, stride=stride)
-        modalities = (image, *self.modalities[1:])
-        return replace(
-            self, patch=patch, modalities=modalities, text_dim=encoders.text_dim, text_length=encoders.text_length
-        )
+        config = replace(self, patch=patch, modalities=(image, *self.modalities[1:]))
+        return replace(config, text_dim=encoders.text_dim, text_length=encoders.text_length)
 
     def fit(self, height, width, side):
         """The size (H, W) that keeps the aspect, is near side x side pixels in area, and is a multiple of the patch."""
@@ -436,38 +435,38 @@ def token_ids(modality_id, rows, columns, device=None):
     return F.pad(F.pad(grid, (1, 0), value=modality_id), (0, 1))
 
 
-def rope_angles(ids, head):
-    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head / 2)."""
+def rope_angles(ids, head_dim):
+    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head_dim / 2)."""
     angles = []
     for axis, eighths in enumerate((1, 3, 3, 1)):  # the share of the channels that turn with the axis
-        count = head * eighths // 16
-        rates = 100.0 ** -(torch.arange(count, device=ids.device) / count)
+        num_rates = head_dim // 2 * eighths // 8
+        rates = 100.0 ** -(torch.arange(num_rates, device=ids.device) / num_rates)
         angles.append(ids[:, axis, None] * rates)
     return torch.cat(angles, -1)
 
 
 def rotate(x, cos, sin):
-    """Rotate channel pairs (i, i + head / 2) of x (B, N, heads, head) by angles: cos, sin (N, 1, head / 2)."""
+    """Rotate the channel pairs (i, i + E / 2) of x (B, N, heads, E = head_dim) by angles: cos, sin (N, 1, E / 2)."""
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after, modulation from outside.
+    """Attention and SwiGLU in parallel on one normalised input, RMSNorm before and after.
 
     The residual stream, norms and modulation are float32; linear layers, attention and SwiGLU follow autocast.
     """
 
-    def __init__(self, width, head):
+    def __init__(self, width, head_dim):
         super().__init__()
-        self.head = head
-        self.query_heads = width // head
-        self.key_heads = width // head // 4  # grouped-query attention
-        qk_width = (self.query_heads + self.key_heads) * head
-        self.split = [qk_width, self.key_heads * head, 3 * width, 3 * width]  # q and k, v, gate, up
+        self.head_dim = head_dim
+        self.query_heads = width // head_dim
+        self.key_heads = width // head_dim // 4  # grouped-query attention
+        qk_width = (self.query_heads + self.key_heads) * head_dim
+        self.split = [qk_width, self.key_heads * head_dim, 3 * width, 3 * width]  # q and k, v, gate, up
         self.pre_norm = nn.RMSNorm(width, eps=1e-6)
         self.fused_in = nn.Linear(width, sum(self.split), bias=False)
-        self.qk_scale = nn.Parameter(torch.ones(self.query_heads + self.key_heads, head))
+        self.qk_scale = nn.Parameter(torch.ones(self.query_heads + self.key_heads, head_dim))
         self.fused_out = nn.Linear(4 * width, width, bias=False)
         self.post_norm = nn.RMSNorm(width, eps=1e-6)
 
@@ -480,10 +479,10 @@ class Block(nn.Module):
         h = torch.addcmul(shift, self.pre_norm(x), 1 + scale)  # (B, N, D)
         qk, v, ffn_gate, ffn_up = self.fused_in(h).split(self.split, -1)
 
-        qk = qk.unflatten(-1, (-1, self.head))  # (B, N, heads, head)
-        v = v.unflatten(-1, (-1, self.head))
-        qk = F.rms_norm(qk.float(), (self.head,)) * self.qk_scale
-        qk = rotate(qk, *rope).to(v.dtype).transpose(1, 2)  # (B, heads, N, head)
+        qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, N, heads, head_dim)
+        v = v.unflatten(-1, (-1, self.head_dim))
+        qk = F.rms_norm(qk.float(), (self.head_dim,)) * self.qk_scale
+        qk = rotate(qk, *rope).to(v.dtype).transpose(1, 2)  # (B, heads, N, head_dim)
         q, k = qk.split([self.query_heads, self.key_heads], 1)
         attention = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), enable_gqa=True)
         attention = attention.transpose(1, 2).flatten(2)  # (B, N, D)
@@ -515,7 +514,8 @@ class Decoder(nn.Module):
             for block in self.blocks:
                 x = block(x, modulation, rope)
         shift, scale = self.modulation(vector).chunk(2, -1)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # bfloat16 here shows as bands
+        device = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        with torch.autocast(device, enabled=False):  # bfloat16 here shows as bands
             x = F.rms_norm(x.float(), x.shape[-1:]) * (1 + scale.float()) + shift.float()
             return self.head(x)
 
@@ -543,18 +543,18 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Xavier everywhere, and zeros where a part must begin as no change: gates, adaLN, mixing, and final layers."""
+        """Set linear layers to Xavier weights and zero biases, but modulations, mixing and final layers to zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-        silent = list(self.modulations.values())
-        silent += [embedder.mlp[-1] for embedder in self.cross_time_embedders.values()]
+        zeroed = list(self.modulations.values())
+        zeroed += [embedder.mlp[-1] for embedder in self.cross_time_embedders.values()]
         for decoder in self.decoders.values():
-            silent += [module for module in decoder.children() if isinstance(module, nn.Linear)]
-        for parameter in nn.ModuleList(silent).parameters():
+            zeroed += [module for module in decoder.children() if isinstance(module, nn.Linear)]
+        for parameter in nn.ModuleList(zeroed).parameters():
             nn.init.zeros_(parameter)
 
     @torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # it changes nothing on other devices
@@ -582,7 +582,7 @@ class DiT(nn.Module):
             ids.append(token_ids(m.id, *grids[m.name], text.device))  # (rows * columns, 4)
         lengths = [part.shape[1] for part in tokens]
 
-        # The vector of a modality modulates its tokens. That of the first, the image, modulates the text as well.
+        # The vector of a modality modulates its tokens. The vector of the first input also modulates the text.
         modulations = []
         for m, length in zip([inputs[0], *inputs], lengths, strict=True):
             modulation = self.modulations[m.name](F.silu(vectors[m.name]))  # (B, 3 D)
@@ -591,17 +591,16 @@ class DiT(nn.Module):
 
         # The trunk.
         x = torch.cat(tokens, 1).float()  # (B, N, D)
-        angles = rope_angles(torch.cat(ids), self.config.head)[:, None]  # (N, 1, head / 2)
+        angles = rope_angles(torch.cat(ids), self.config.head)[:, None]  # (N, 1, head_dim / 2)
         rope = (angles.cos(), angles.sin())
         for block in self.blocks:
             x = block(x, modulation, rope)
 
-        # Each modality's tokens go back to values.
+        # Each modality's tokens go back to values. The text's tokens, which come first, are left out.
         x0_hat = {}
-        own_parts = zip(inputs, x.split(lengths, 1)[1:], angles.split(lengths)[1:], strict=True)
-        for m, own_tokens, own_angles in own_parts:
-            own_rope = (own_angles.cos(), own_angles.sin())
-            values = self.decoders[m.name](own_tokens, vectors[m.name], own_rope)  # (B, rows * columns, C * patch^2)
+        for m, m_tokens, m_angles in zip(inputs, x.split(lengths, 1)[1:], angles.split(lengths)[1:], strict=True):
+            m_rope = (m_angles.cos(), m_angles.sin())
+            values = self.decoders[m.name](m_tokens, vectors[m.name], m_rope)  # (B, rows * columns, C * patch^2)
             values = values.transpose(1, 2).unflatten(2, grids[m.name])  # (B, C * patch^2, rows, columns)
             x0_hat[m.name] = F.pixel_shuffle(values, self.config.patch // m.stride)  # (B, C, H, W)
         return x0_hat
@@ -624,8 +623,9 @@ class DiT(nn.Module):
         """Generate all modalities that are not given, along a schedule of noise levels.
 
         Args:
-            schedule: {m: S + 1 noise levels} of make_schedule. A modality without a row is no input of the network.
-            noise, text: {m: (B, C, H, W)}, and as in forward.
+            schedule: {m: S + 1 noise levels}, as from make_schedule. Its keys are the inputs of the network.
+            noise: {m: (B, C, H, W)} from N(0, 1).
+            text: as in forward.
             given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
                 noised to the level in their row, as in training: missing pixels are noise.
             guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
@@ -636,31 +636,31 @@ class DiT(nn.Module):
         guidance = guidance or {}
         low, high = guidance_interval
         names = [m.name for m in self.modalities if m.name in schedule]
-        columns = zip(*(schedule[name] for name in names), strict=True)
-        levels = [{name: float(t) for name, t in zip(names, column, strict=True)} for column in columns]
+        table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
+        levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
 
         def batch_level(t):
             return torch.full((len(text),), t, device=text.device)
 
-        def noise_given(t):
-            for name, (x0, valid) in given.items():
-                x[name] = corrupt(x0, noise[name], batch_level(t[name]), valid)  # Eq. 5
+        def noised(t):
+            """The given values at noise levels t (Eq. 5)."""
+            return {name: corrupt(x0, noise[name], batch_level(t[name]), valid) for name, (x0, valid) in given.items()}
 
         x = {name: noise[name] for name in names}
-        noise_given(levels[0])
+        x.update(noised(levels[0]))
         for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
             t_batch = {name: batch_level(t[name]) for name in names}
             x0_hat = self(x, t_batch, text)
-            generated = [name for name in names if name not in given and s[name] < t[name]]
-            guided = [name for name in generated if guidance.get(name, 1) != 1 and low <= t[name] <= high]
+            moving = [name for name in names if name not in given and s[name] < t[name]]
+            guided = [name for name in moving if guidance.get(name, 1) != 1 and low <= t[name] <= high]
             if guided:
                 without_text = self(x, t_batch, torch.zeros_like(text))
                 for name in guided:
                     x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
-            x = dict(x)
-            for name in generated:  # Euler's step on the velocity that x0_hat implies
+            x = dict(x)  # a copy, since callback may have kept the last x
+            for name in moving:  # Euler's step on the velocity that x0_hat implies
                 x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
-            noise_given(s)
+            x.update(noised(s))
             if callback:
                 callback(x)
         return x
@@ -715,7 +715,7 @@ class DiT(nn.Module):
 
     def compile_blocks(self):
         """torch.compile every block. The trunk's share one graph, and a decoder's another."""
-        torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; they are small enough to overlap as is
+        torch._dynamo.config.optimize_ddp = False  # do not split a block's graph at the gradient buckets of DDP
         for block in self.all_blocks():
             block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
 
@@ -730,7 +730,7 @@ class DiT(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in matrix_ids]
         optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         if matrices:
-            if matrices[0].device.type == "cpu":  # a private name of torch: if it changes, steps are slower, not wrong
+            if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
             optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
         return optimizers
@@ -770,7 +770,7 @@ def training_cost(config, size):
 def orthogonalize(gradient, coefficients, steps, eps):
     """Muon's iteration x <- (a + b G + c G^2) x with G = x x^T, which brings the singular values of x (n, m) near 1.
 
-    torch's own is in bfloat16, which is 20 times slower on most CPUs. This one iterates G and the product of factors.
+    torch's own is in bfloat16, which is 20 times slower on most CPUs. This one iterates G and multiplies x at the end.
     """
     if isinstance(gradient, DTensor):  # with --shard every rank iterates on the whole matrix, and keeps its part
         whole = orthogonalize(gradient.full_tensor(), coefficients, steps, eps)

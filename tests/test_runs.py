@@ -159,10 +159,10 @@ def test_the_network_of_the_repository_loads():
 # ---- --init ----
 
 INITS = {
-    "first not rgb": ([Modality("grey", 3, id=0)], "has grey; add it"),
-    "a third": ([RGB, DEPTH, NORMAL], "has normal; add it"),
-    "another second": ([RGB, Modality("normal", 1, id=2)], "has normal; add it"),
-    "depth of another encoding": ([RGB, Modality("depth", 1, id=1, decoder_depth=1)], "its Modality(name='depth'"),
+    "first not rgb": ([Modality("grey", 3, id=0)], "has grey; add it to --modalities"),
+    "a third": ([RGB, DEPTH, NORMAL], "has normal; add it to --modalities"),
+    "another second": ([RGB, Modality("normal", 1, id=2)], "has normal"),
+    "depth of another encoding": ([RGB, Modality("depth", 1, id=1, decoder_depth=1)], "its depth differs"),
 }
 
 

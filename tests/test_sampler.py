@@ -194,12 +194,6 @@ def test_a_modality_without_a_row_is_no_input():
     assert all(list(noisy) == ["rgb"] for noisy, _, _ in seen)
 
 
-def test_schedules_of_unequal_length_are_refused():
-    _, noise, _, text = inputs()
-    with pytest.raises(ValueError, match="longer"):
-        build(RGB, DEPTH).sample({"rgb": [1, 0], "depth": [1, 0.5, 0]}, noise, text)
-
-
 def test_normals_are_generated_beside_depth_and_from_what_is_given():
     network = build(RGB, DEPTH, NORMAL)
     x, noise, _, text = inputs(modalities=network.modalities)
