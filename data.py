@@ -1,12 +1,14 @@
-"""Where samples come from, how they are kept on disk, and how they are drawn as pictures. --data chooses one source:
+"""Samples and pictures; also flags, checkpoints and data.Run: ranks, clipping, learning rate, EMA, metrics.
+
+--data chooses where samples come from:
 
     synthetic                   the built-in world: rooms and open ground, ray cast; exact depth and normals, captions
     DIR with metadata.jsonl     rows with file_name and text, and depth_file_name or normal_file_name where they exist
     DIR with .index.txt         MoGe's evaluation folders: DIR/<line>/image.jpg and depth.png
     'shards/{000..999}.tar'     WebDataset: key.jpg|png|webp, key.txt, key.depth.png|npy, key.normal.npy
 
-Depth is a 16-bit PNG (times --depth-scale), MoGe's log-coded PNG, or .npy. It may be sparse: it is missing where it is
-not above 0, not finite, or outside of --depth-min..--depth-max.
+Depth is a 16-bit PNG (times --depth-scale), MoGe's log-coded PNG, or .npy in any unit. It may be sparse: depth is
+missing where it is not above 0, not finite, or outside of --depth-min..--depth-max.
 
     python data.py --out runs/world --count 8       look at the world: pictures, depth, normals, captions
 """
@@ -43,25 +45,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import (
-    MODALITIES,
-    TEXT_PATCH,
-    DiT,
-    split_by_mode,
-    training_cost,
-)
+from model import MODALITIES, TEXT_PATCH, DiT, split_by_mode, training_cost
 
 # ---- The synthetic world ----
 # Endless captioned scenes with exact depth and normals, so that you can train both stages without any download.
@@ -93,13 +83,14 @@ SHAPES = {  # weights w of the quadric w_x x^2 + w_y y^2 + w_z z^2 <= 1 that is 
 }
 FLOORS = ("plain", "checkered", "striped")
 SPLITS = {"train": 1, "val": 2}
-OBJECTS = 3  # at most, in a scene
-ROOM = OBJECTS  # index of the room, which is the last solid: you see its floor, walls and ceiling from inside
-COLUMNS = 64  # random numbers of a scene
+MAX_OBJECTS = 3  # in a scene
+ROOM = MAX_OBJECTS  # the room is the solid after the objects: you see its floor, walls and ceiling from inside
+NUM_COLUMNS = 64  # a scene has so many random numbers
 
-# What is random in a scene, by name. A list of three columns has one for each object.
-CHOICES = {  # columns of the scene's random numbers, number of choices
-    "count": (3, OBJECTS),
+# What is random in a scene, by name. Columns are positions among the scene's random numbers. A list of three columns
+# has one for each object, a list of two has one for a scene inside a room and one for a scene outside.
+CHOICES = {  # columns, number of choices
+    "count": (3, MAX_OBJECTS),
     "shape": ([4, 5, 6], len(SHAPES)),
     "floor": (7, len(FLOORS)),
     "striped": (8, 2),  # walls
@@ -107,7 +98,7 @@ CHOICES = {  # columns of the scene's random numbers, number of choices
     "floor_color": (43, len(MUTED)),
     "wall_color": (44, len(MUTED)),
 }
-RANGES = {  # columns of the scene's random numbers, low, high
+RANGES = {  # columns, low, high
     "outside": (0, 0, 1),
     "fov": (1, 46, 66),  # vertical, in degrees
     "height": (2, 0.8, 2.2),  # of the camera
@@ -117,7 +108,7 @@ RANGES = {  # columns of the scene's random numbers, low, high
     "pillar_height": ([17, 18, 19], 0.75, 1.15),
     "distance": ([20, 21, 22], 2.1, 4.0),
     "offset": ([23, 24, 25], -0.22, 0.22),
-    "left": ([26, 27], [2.8, 8], [4.2, 12]),  # walls of a room, and how far you see outside
+    "left": ([26, 27], [2.8, 8], [4.2, 12]),  # where the walls of a room are, or how far you see outside
     "right": ([28, 29], [2.8, 8], [4.2, 12]),
     "back": ([30, 31], [1.5, 5], [3, 7]),
     "front": ([32, 33], [5.4, 9], [8, 15]),
@@ -131,8 +122,8 @@ RANGES = {  # columns of the scene's random numbers, low, high
 }
 
 
-# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. Constants beyond int64 are less by
-# 2^64: torch adds and multiplies int64 modulo 2^64.
+# Random numbers are hashes of 64-bit states by SplitMix64, equal on every device. torch computes int64 modulo 2^64, so
+# constants that are too large for int64 are written minus 2^64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # the step from one state to the next
 
 
@@ -150,15 +141,16 @@ def split_mix(z):
 
 def draw_numbers(split, indices):
     """Draw {name: (B,), or (B, columns)} of CHOICES, int64, and RANGES, float32. Each scene has its own numbers."""
-    counter = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * COLUMNS) + torch.arange(COLUMNS)
+    first = torch.tensor(indices, dtype=torch.int64)[:, None] * (2 * NUM_COLUMNS)  # half of the states stay unused
+    counter = first + torch.arange(NUM_COLUMNS)  # (B, NUM_COLUMNS)
     seed = SPLITS[split] * (0xD1B54A32D192ED03 - (1 << 64))
     bits = split_mix((counter + seed) * GOLDEN)
-    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, COLUMNS), in [0, 1]
+    uniform = (shift_right(bits, 11).double() * 2.0**-53).float()  # (B, NUM_COLUMNS), in [0, 1]
 
     drawn = {}
-    for name, (columns, count) in CHOICES.items():
-        count = torch.tensor(count)
-        drawn[name] = (uniform[:, columns] * count).long().minimum(count - 1)
+    for name, (columns, num_choices) in CHOICES.items():
+        num_choices = torch.tensor(num_choices)
+        drawn[name] = (uniform[:, columns] * num_choices).long().minimum(num_choices - 1)
     for name, (columns, low, high) in RANGES.items():
         width = torch.tensor(np.subtract(high, low)).float()
         drawn[name] = uniform[:, columns] * width + torch.tensor(low).float()
@@ -166,9 +158,9 @@ def draw_numbers(split, indices):
 
 
 def distinct_colors(choices):
-    """(B, OBJECTS) choices, each among the colours that are left -> (B, OBJECTS) indices of COLORS."""
+    """(B, MAX_OBJECTS) choices, each among the colours that are left -> (B, MAX_OBJECTS) indices of COLORS."""
     colors = torch.zeros_like(choices)
-    for i in range(OBJECTS):
+    for i in range(MAX_OBJECTS):
         color = choices[:, i]
         for taken in colors[:, :i].sort(1).values.unbind(1):
             color = color + (color >= taken)
@@ -177,24 +169,24 @@ def distinct_colors(choices):
 
 
 def place_objects(scenes):
-    """Centres and half extents of the objects, each (B, OBJECTS, 3): they stand on the ground, left to right."""
+    """Centres and half extents of the objects, each (B, MAX_OBJECTS, 3): they stand on the ground, left to right."""
     is_pillar = scenes["shape"] == list(SHAPES).index("pillar")
     half_width = torch.where(is_pillar, 0.6 * scenes["radius"], scenes["radius"])
     half_height = torch.where(is_pillar, scenes["pillar_height"], scenes["radius"])
 
     count = scenes["count"][:, None]
-    column = (torch.arange(OBJECTS) + 0.5) * 2 / count - 1 + scenes["offset"]  # -1 to 1 across the picture
+    column = (torch.arange(MAX_OBJECTS) + 0.5) * 2 / count - 1 + scenes["offset"]  # -1 to 1 across the picture
     z = scenes["distance"]
     x = column * 0.85 * z * (scenes["fov"] / 2).tan()[:, None]
     centre = torch.stack([x, half_height, z], 2)
-    centre[torch.arange(OBJECTS) >= count] = -100.0  # out of sight
+    centre[torch.arange(MAX_OBJECTS) >= count] = -100.0  # out of sight
     return centre, torch.stack([half_width, half_height, half_width], 2)
 
 
 def draw_scenes(split, indices):
     """Scenes for a sequence of B indices: a dictionary of tensors whose leading dimension is B.
 
-    Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are OBJECTS
+    Lengths are in metres, y is up, and the camera is above the origin and looks along +z. The solids are MAX_OBJECTS
     objects and the room: "centre", "half" (extent) and "quadric" are (B, 4, 3), "angle" (about y) is (B, 4).
     """
     scenes = draw_numbers(split, indices)
@@ -230,7 +222,7 @@ def describe_object(scenes, i, k):
     shape = list(SHAPES)[scenes["shape"][i, k]]
     color = list(COLORS)[scenes["color"][i, k]]
     words = [color, shape]
-    if scenes["count"][i] < OBJECTS:
+    if scenes["count"][i] < MAX_OBJECTS:
         size = "big" if scenes["big"][i, k] else "small"
         words.insert(0, "tall" if shape == "pillar" else size)
     article = "an" if words[0] == "orange" else "a"
@@ -357,7 +349,7 @@ def surface_colors(scenes, normal, position, depth, index):
     room = torch.where(is_floor, scenes["floor_color"], scenes["wall_color"]) * shade
 
     palette = torch.tensor(list(COLORS.values())).to(depth.device, non_blocking=True)
-    objects = palette[scenes["color"][..., 0]].permute(3, 1, 0, 2)  # (3, B, OBJECTS, 1)
+    objects = palette[scenes["color"][..., 0]].permute(3, 1, 0, 2)  # (3, B, MAX_OBJECTS, 1)
     objects = objects.take_along_dim(index.clamp(max=ROOM - 1).expand(3, -1, -1, -1), 2)
     return torch.where(index == ROOM, room, objects)
 
@@ -408,7 +400,7 @@ def render(scenes, height, width=None, device="cpu"):
 
 
 # ---- Sensors ----
-# Real depth sensors leave pixels out. A mask imitates them, so that training sees maps as sparse as files hold.
+# Real depth sensors leave pixels out. These masks imitate that, so that dense maps train the network for sparse ones.
 # The network gets no mask: it must recognise the noise that stands in for a missing pixel.
 
 PATTERNS = ("dense", "uniform", "lidar", "sfm", "holes")
@@ -458,7 +450,7 @@ def sensor_mask(rgb, pattern, rand):
     if pattern not in ("mixed", *PATTERNS):
         return noise < float(pattern)
 
-    # All are drawn, whichever pattern is asked for, so that "mixed" gives a sample the mask of its pattern.
+    # All are drawn, so that the random numbers, and thus each mask, do not depend on the pattern asked for.
     dense = torch.ones_like(noise, dtype=torch.bool)
     uniform = noise < 0.005 * 100 ** rand(1, 1, 1)
     lidar = scan_lines(noise, rand)
@@ -524,7 +516,10 @@ def read_image(name, content, **_):
 
 
 def read_depth(name, content, scale=1.0, low=0.0, high=math.inf):
-    """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W). The values of a PNG are multiplied by scale."""
+    """Bytes of a .png or .npy file -> depth (H, W, 1), valid (H, W).
+
+    A 16-bit PNG is multiplied by scale. sample.py has no --depth-scale: it keeps the unit of the file.
+    """
     if name.lower().endswith(".png"):
         depth = read_png(content, scale)
     else:
@@ -560,10 +555,10 @@ def read_map(modality, name, content, **depth_options):
 
     depth_options: the scale of a PNG, and the range from low to high outside of which depth is missing.
     """
-    format = FORMATS[modality.encoding]
-    if Path(name).suffix[1:].lower() not in format.suffixes:
-        raise BadSample(f"{modality.name} is read from {', '.join(format.suffixes)}")
-    values, valid = format.read(name, content, **depth_options)
+    file_format = FORMATS[modality.encoding]
+    if Path(name).suffix[1:].lower() not in file_format.suffixes:
+        raise BadSample(f"{modality.name} is read from {', '.join(file_format.suffixes)}")
+    values, valid = file_format.read(name, content, **depth_options)
     if not valid.any():
         raise BadSample("no valid pixel: none is above 0, finite and in range")
     return values, valid
@@ -658,7 +653,7 @@ ATTEMPTS = 10  # a training run ends after so many samples in a row that cannot 
 class Batch:
     """B samples. What a sample lacks is masked out."""
 
-    values: dict  # {modality: (B, C, H, W)}: images in [-1, 1], depth in metres, normals of unit length
+    values: dict  # {modality: (B, C, H, W)}: images in [-1, 1], depth in its files' unit, normals of unit length
     valid: dict  # {modality: (B, 1, H, W) bool, or None if all pixels are valid}
     captions: list
     indices: list  # of the samples, for PerSampleRNG; in training those of training_indices
@@ -686,9 +681,9 @@ class SyntheticWorld:
         captions = [caption(scenes, i) for i in range(len(indices))]
         return Batch(values, valid, captions, list(indices), [f"{i:06}" for i in indices])
 
-    def load(self, parts, workers, device):
-        """Yields a Batch for each of the parts, which are sequences of indices."""
-        return map(self.samples, parts)
+    def load(self, index_batches, workers, device):
+        """Iterate over a Batch for each sequence of indices."""
+        return map(self.samples, index_batches)
 
 
 @dataclass
@@ -719,8 +714,8 @@ class SampleFiles:
 
 
 @dataclass
-class Files(Dataset):
-    """Samples of a folder or of tar shards. Item i is the sample at position i % n of epoch i // n, of n samples.
+class FileDataset(Dataset):
+    """The n samples of a folder or of tar shards. With j = i % SEED_STEP, item i is sample j % n of epoch j // n.
 
     So the samples of a step do not depend on the number of ranks, --workers or --grad-accum.
     """
@@ -747,17 +742,16 @@ class Files(Dataset):
         Raises BadSample if self.attempts samples in a row cannot be read.
         """
         count = len(self.listing)
-        epoch, position = divmod(index % SEED_STEP, count)
+        epoch, position = divmod(index % SEED_STEP, count)  # each seed counts from 0
         order = epoch_order(count, self.args.seed, epoch) if self.training else range(count)
         for attempt in range(self.attempts):
             try:
                 sample = self.sample_files(order[(position + attempt) % count])
                 return {"index": index, **self.read_sample(sample, epoch)}
             except BadSample as error:
-                problem = error
-            if attempt + 1 < self.attempts:
-                log(f"{problem}; this sample is replaced by the next")
-        raise problem
+                if attempt + 1 == self.attempts:
+                    raise
+                log(f"{error}; this sample is replaced by the next")
 
     def read_sample(self, sample, epoch):
         """Read the image and the maps, and crop, resize and mirror them together: {"maps", "masks", "caption", "name"}.
@@ -801,12 +795,12 @@ class Files(Dataset):
             values, valid = nearest(values, valid, self.size, crop_box(valid.shape, shape, self.size, position))
         return np.where(valid[..., None], values, 0), valid
 
-    def load(self, parts, workers, device):
-        """Yields a Batch for each of the parts, which are sequences of indices."""
+    def load(self, index_batches, workers, device):
+        """Iterate over a Batch for each sequence of indices."""
         if not len(self.listing):
             fail(f"--data {self.args.data}: lists no samples (images are {', '.join(IMAGES)})")
         pinned = torch.device(device).type == "cuda"
-        for loaded in load_parallel(self, workers, batch_sampler=parts, pin_memory=pinned):
+        for loaded in load_parallel(self, workers, batch_sampler=index_batches, pin_memory=pinned):
             values = {name: x.to(device, non_blocking=True).movedim(-1, 1) for name, x in loaded["maps"].items()}
             valid = {name: mask[:, None].to(device, non_blocking=True) for name, mask in loaded["masks"].items()}
             image = self.modalities[0].name
@@ -890,13 +884,13 @@ def list_shard(path, start=0):
 
 
 def sample_offsets(path, limit=None):
-    """Offsets of the samples of a tar file, or of its first ones up to a limit."""
+    """Offsets of the samples of a tar file, of at most limit."""
     with reading(path):
         return [offset for offset, _ in itertools.islice(list_shard(path), limit)]
 
 
 def index_shards(paths, workers=0, limit=None):
-    """(N, 2) int64: the shard and the offset of each sample. Stops after the shards that hold limit samples."""
+    """(N, 2) int64: the shard and the offset of each sample. Reads no more shards than hold limit samples."""
     count = functools.partial(sample_offsets, limit=limit)
     offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
     index = []
@@ -944,13 +938,13 @@ def open_source(args, split, size, modalities, device="cpu"):
     training = split == "train"
     folder = Path(args.data)
     if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
-        return Files(args, training, size, modalities, list_folder(folder))
+        return FileDataset(args, training, size, modalities, list_folder(folder))
     shards = expand(args.data)
     missing = [path for path in shards if not os.path.isfile(path)]
     if missing or not shards:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
         fail(f"--data {args.data}: unknown source, no file {''.join(missing[:1])}; must be {known}")
-    return Files(args, training, size, modalities, shards=shards)
+    return FileDataset(args, training, size, modalities, shards=shards)
 
 
 # ---- Batches ----
@@ -968,7 +962,7 @@ def training_indices(seed, step, batch_size, rank=0, ranks=1):
 
 
 def hash_int64(key):
-    """int64 that is a hash of a key, equal in all processes."""
+    """A hash of a key: an int64, equal in all processes."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -1012,8 +1006,8 @@ def training_batches(source, args, step, rank, ranks, device):
         source.listing = saved_index(source.shards, args.out, args.workers, rank)
     size = args.batch_size // ranks // args.grad_accum
     steps = (training_indices(args.seed, i, args.batch_size, rank, ranks) for i in itertools.count(step))
-    parts = (indices[start : start + size] for indices in steps for start in range(0, len(indices), size))
-    return source.load(parts, args.workers, device)
+    index_batches = (indices[start : start + size] for indices in steps for start in range(0, len(indices), size))
+    return source.load(index_batches, args.workers, device)
 
 
 def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
@@ -1025,8 +1019,8 @@ def in_order(source, count, batch_size, device="cpu", workers=0, strict=True):
         source.listing = index_shards(source.shards, limit=count)
     source.attempts = 1 if strict else ATTEMPTS
     indices = range(len(source.listing))[:count]
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return source.load(parts, min(workers, 1), device)
+    index_batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return source.load(index_batches, min(workers, 1), device)
 
 
 def ignore_signals(worker):
@@ -1070,15 +1064,16 @@ def encode_text(captions, length):
 
 
 class PixelsAndBytes:
-    """No encoders. The object that load(device) of a --encoders file returns has the same seven members. Tensors are
-    finite, and float32 unless they are bytes.
+    """The network sees pixels and bytes. An object that load(device) of a --encoders file returns has these members:
 
-    encode_image  (B, 3, H, W) in [-1, 1] -> (B, image_channels, H / image_stride, W / image_stride), of unit variance
-    decode_image  the inverse
-    encode_text   B captions -> (B, text_length, text_dim) float32, zeros where there is no text (here: bytes)
-
-    image_channels, image_stride  channels of the latents, and pixels per latent, per side
-    text_length, text_dim         tokens of a caption, channels of each; text_dim 0 is bytes, (B, text_length) uint8
+                    without encoders             with --encoders
+    image_channels  3                            channels C of a latent
+    image_stride    1                            pixels S per latent, per side
+    encode_image    (B, 3, H, W) in [-1, 1]      the same -> (B, C, H / S, W / S) float32, finite, of unit variance
+    decode_image    its inverse                  its inverse
+    text_length     bytes L of a caption         tokens L of a caption
+    text_dim        0                            channels D of a token
+    encode_text     captions -> (B, L) uint8     captions -> (B, L, D) float32, finite, zeros where there is no text
     """
 
     image_channels = 3
@@ -1114,26 +1109,20 @@ def check_encoders(encoders, device, config):
             raise ValueError(f"{name} returned a tensor of shape {tuple(returned.shape)}; must be {shape}, finite")
 
 
-def load_encoders(path, device, config):
-    """Run a --encoders file, and check what its load(device) returns."""
-    try:
-        encoders = runpy.run_path(path)["load"](device)
-        check_encoders(encoders, device, config)
-    except Exception as error:
-        fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    return encoders
-
-
 def open_encoders(path, device, config, trained_with=None):
     """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty. Exit code 2 if they do not fit.
 
     trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
     """
-    encoders = load_encoders(path, device, config) if path else PixelsAndBytes(config.text_length)
-    image = config.modalities[0]
-    expected = (image.channels, image.stride, config.text_length, config.text_dim)
-    found = (encoders.image_channels, encoders.image_stride, encoders.text_length, encoders.text_dim)
-    if trained_with is not None and found != expected:
+    encoders = PixelsAndBytes(config.text_length)
+    if path:
+        try:
+            encoders = runpy.run_path(path)["load"](device)
+            check_encoders(encoders, device, config)
+        except Exception as error:
+            fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
+    is_missing = trained_with and not path  # the text length of such a config counts tokens, not bytes
+    if is_missing or (trained_with is not None and config.with_encoders(encoders) != config):
         fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     return encoders
 
@@ -1143,7 +1132,7 @@ def open_encoders(path, device, config, trained_with=None):
 
 
 def number(low, high, above=False, kind=float, other=""):
-    """Type of a flag: a number from low to high, or above low. NaN is in no range. other ends the error message."""
+    """Type of a flag: a number from low to high; above excludes low itself. other ends the error message."""
     what = "a whole number" if kind is int else "a number"
     span = f"above {low}, up to {high}" if above else f"from {low} to {high}"
 
@@ -1162,23 +1151,23 @@ def number(low, high, above=False, kind=float, other=""):
 whole = functools.partial(number, kind=int)
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1, 10**9)  # of steps, samples or seconds
-MAX_SIDE = 8192  # pixels
-SIDE = whole(0, MAX_SIDE)  # 0 stands for the value of another flag or of the network
+SIDE = whole(0, 9999)  # pixels; 0 stands for the value of another flag or of the network
 SHARE = number(0, 1)
 POSITIVE = number(0, 10**6, above=True)
+NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
 
 
-def by_modality(read_number):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the image."""
+def by_modality(read_number, unnamed=""):
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for unnamed."""
 
     def read(text):
         numbers = {}
         entries = text.split(",")
         for entry in entries:
             name, _, value = entry.rpartition("=")
-            numbers[name or "rgb"] = read_number(value)
+            numbers[name or unnamed] = read_number(value)
         if len(numbers) < len(entries) or not numbers.keys() <= MODALITIES.keys():
-            raise argparse.ArgumentTypeError(f"{text}: must be such as 0.5 or rgb=0.5, of {', '.join(MODALITIES)}")
+            raise argparse.ArgumentTypeError(f"{text}: must be such as rgb=0.5,depth=0.8; of {', '.join(MODALITIES)}")
         return numbers
 
     return read
@@ -1186,11 +1175,10 @@ def by_modality(read_number):
 
 def parse_size(text):
     """--size: pixels, one side ("64") or "HxW" -> (H, W). Else exit code 2."""
-    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= min(size) <= max(size) <= MAX_SIDE:
-        fail(f"--size {text}: must be pixels, 1 to {MAX_SIDE} a side, such as 64 or 48x64")
-    return size
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not match:
+        fail(f"--size {text}: must be pixels, 1 to 9999 a side, such as 64 or 48x64")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_order(text, names):
@@ -1212,20 +1200,25 @@ class Flags(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
 
     def setting(self, flag, default, help, type=str, **options):
-        """Declare a flag. type reads and checks its text. A default of False or None makes the flag a switch."""
+        """Declare a flag, whose help ends with its default. type reads its text. False or None makes it a switch."""
+
+        def read(text):
+            try:
+                return type(text)
+            except argparse.ArgumentTypeError as error:
+                fail(f"{flag} {error}")
+
         if default is None or default is False:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = type
-        self.add_argument(flag, default=default, help=f"{help} (default: %(default)s)", **options)
+            options["type"] = read
+        if "(default: " not in help:
+            help += " (default: none)" if default in ("", []) else " (default: %(default)s)"
+        self.add_argument(flag, default=default, help=help, **options)
 
     def error(self, message):
-        """Print argparse's message without its usage. Messages of the types above begin with the value."""
-        message = message.removeprefix("argument ")
-        flag, _, problem = message.partition(": ")
-        if ": must be " in problem:
-            fail(f"{flag} {problem}")
-        fail(f"{message}; --help lists the flags")
+        """Print argparse's message without its usage."""
+        fail(f"{message.removeprefix('argument ')}; --help lists the flags")
 
 
 def source_settings(p, maps=True):
@@ -1233,23 +1226,19 @@ def source_settings(p, maps=True):
     p.setting("--data", "synthetic", "synthetic, a folder (metadata.jsonl or .index.txt), or 'shards/{000..999}.tar'")
     if maps:
         p.setting("--depth-scale", 0.001, "metres per unit of a 16-bit PNG (KITTI: 0.00390625)", POSITIVE)
-        p.setting("--depth-min", 0.0, "depth up to this is missing, in metres", number(0, 10**6))
-        p.setting("--depth-max", 0.0, "depth beyond this is missing, in metres; 0 is no limit", number(0, 10**6))
+        unit = "in metres, or in the unit of .npy files"
+        p.setting("--depth-min", 0.0, f"depth up to this is missing, {unit}", number(0, 10**6))
+        p.setting("--depth-max", 0.0, f"depth beyond this is missing, {unit}; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
     p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
-
-
-def check_depth_range(args):
-    """Refuse a range that leaves no depth."""
-    if 0 < args.depth_max <= args.depth_min:
-        fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
 def sampling_settings(p):
     """The flags of scripts that sample."""
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
-    guidance = by_modality(number(0, 100))
-    p.setting("--cfg", "3", "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none", guidance)
+    guidance = by_modality(number(0, 100), unnamed="rgb")
+    scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
+    p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
     p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
     p.setting("--batch-size", 16, "samples in each call of the network", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1260,16 +1249,16 @@ def training_settings(p, steps, out):
     p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
     p.setting("--steps", steps, "optimizer steps", COUNT)
     p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
-    p.setting("--grad-accum", 1, "parts into which each rank splits its share of a batch, to save memory", COUNT)
+    p.setting("--grad-accum", 1, "micro-batches into which each rank splits its samples, to save memory", COUNT)
     p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
-    p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly to zero", COUNT)
+    p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly towards zero", COUNT)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
     p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
-    p.setting("--compile", None, "torch.compile the blocks; the default is on CUDA only")
+    p.setting("--compile", None, "torch.compile the blocks (default: on CUDA only)")
     p.setting("--checkpoint-activations", False, "compute blocks again in the backward pass: less memory, slower")
     p.setting("--shard", False, "split weights, gradients, EMA and optimizer state over the ranks (FSDP2)")
     p.setting("--out", out, "run directory")
@@ -1291,7 +1280,7 @@ def parse_run(p):
         return args
 
     settings = json.loads(path.read_bytes())
-    # A run may have been copied from its --out, and --encoders is code, which must be named to be run.
+    # --out may have moved, and --encoders is code, which you must name to run it.
     for name in vars(args).keys() & settings.keys() - {"out", "encoders"}:
         p.set_defaults(**{name: settings[name]})
     args = p.parse_args()
@@ -1356,8 +1345,8 @@ def claim_folder(path, *own):
 
 
 @contextlib.contextmanager
-def tolerate(what):
-    """Report a full disk, or a picture that needs more memory than there is, and let training continue."""
+def report_unwritten(what):
+    """Let training continue if the disk or memory is full in this block: print that a file was not written."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a full GPU or disk
@@ -1366,8 +1355,8 @@ def tolerate(what):
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """The path of a temporary file, which is renamed to path at the end: a crash leaves the old file or the new one."""
+def atomic_write(path):
+    """Give a temporary path to write to, and rename it to path at the end: a crash leaves the old or the new file."""
     part = Path(path).with_name("partly-written")
     part.unlink(missing_ok=True)  # it may be a link to a checkpoint, which must not be written
     try:
@@ -1385,7 +1374,7 @@ def to_bytes(write, *args, **options):
 
 
 def write_bytes(path, content):
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(content)
 
 
@@ -1407,17 +1396,14 @@ def list_checkpoints(out):
 def save_checkpoint(out, state, keep):
     """Write step-N.pt, point last.pt to it, and remove all but the newest checkpoints."""
     path = out / f"step-{state['step']:07}.pt"
-    with whole_file(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # it must be on the disk before older ones are removed
-    with whole_file(out / "last.pt") as link:
+    with atomic_write(out / "last.pt") as link:
         link.symlink_to(path.name)
     for old in list_checkpoints(out)[:-keep]:
         old.unlink()
-
-
-NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has the commands that trained it
 
 
 def read_checkpoint(path, keys=("config", "settings", "ema")):
@@ -1459,7 +1445,7 @@ def newest_checkpoint(out):
 
 
 def lock_run(out, resume):
-    """Make the run directory and lock it until this process ends. One that holds a run needs --resume."""
+    """Make the run directory and lock it until this process ends. A directory that holds a run needs --resume."""
     if list_checkpoints(out) and not resume:
         fail(f"--out {out}: already holds a run; add --resume to continue it, or choose another --out")
     lock = claim_folder(out, "run.lock") / "run.lock"
@@ -1480,11 +1466,13 @@ def training_flops(config, size, teacher_config=None):
 
 
 def print_cost(config, size, teacher_config=None):
-    """Print what --dry-run promises, for images of size (H, W)."""
+    """Print what --dry-run promises, for images of size (H, W); the FLOPs include those of a teacher."""
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)
-    print(f"{names} at {size[0]}x{size[1]}: {parameters:.1f}M parameters, {flops:.2f} GFLOP per training image")
+    teacher = "with the teacher" if teacher_config else "without a teacher"
+    cost = f"{parameters:.1f}M parameters, {flops:.2f} GFLOP per training image {teacher}"
+    print(f"{names} at {size[0]}x{size[1]}: {cost}")
 
 
 def matmul_peak(device, dtype=torch.float32, repeats=10):
@@ -1500,8 +1488,8 @@ def matmul_peak(device, dtype=torch.float32, repeats=10):
 
 
 @dataclass
-class Part:
-    """What one forward pass needs; with --grad-accum a step has several. Dictionaries are keyed by modality name."""
+class MicroBatch:
+    """Inputs, targets and masks of one forward pass; with --grad-accum a step has several. Keys are modality names."""
 
     x0: dict  # (B, C, H, W)
     noisy: dict  # (B, C, H, W)
@@ -1517,9 +1505,10 @@ def validation_batch(args, modalities, device, count=8):
 
 
 class Run:
-    """A training run: what both stages do around their losses. main and train of a script call its methods in order.
+    """A training run: ranks (DDP, or FSDP2 with --shard), clipping, learning rate, EMA, checkpoints and metrics.
 
-    That is: ranks (DDP, or FSDP2 with --shard), clipping, the learning rate, EMA, skipped steps, checkpoints, metrics.
+    main and train of a script call its methods in order. self.model is the DiT that is trained and saved; self.network,
+    which predicts in training, is the model or DDP around it.
     """
 
     def __init__(self, args, device):
@@ -1530,9 +1519,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))  # torchrun sets both
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         self.sharded = args.shard and self.ranks > 1
-        parts = self.ranks * args.grad_accum
-        if args.batch_size % parts:
-            fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {parts}")
+        num_micro_batches = self.ranks * args.grad_accum
+        if args.batch_size % num_micro_batches:
+            fail(f"--batch-size {args.batch_size}: must be a multiple of ranks x --grad-accum, {num_micro_batches}")
 
         self.step = 0
         self.skipped = 0
@@ -1542,8 +1531,9 @@ class Run:
         self.caught_signals = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch_signal)
-        self.terms = []  # the names that record was called with
-        self.row_sums = {}  # {name: total and count} of this rank, since the last row of metrics.jsonl
+        self.metrics = []  # the names that record was called with
+        self.step_sums = {}  # {name: (2,), total and count} of this rank, in this step
+        self.row_sums = {}  # the same, since the last row of metrics.jsonl
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         if self.rank == 0:
@@ -1564,14 +1554,14 @@ class Run:
                     matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
 
         if self.sharded:
-            for each in (*networks, self.ema):
-                for module in (*each.all_blocks(), each):
+            for dit in (*networks, self.ema):
+                for module in (*dit.all_blocks(), dit):
                     fully_shard(module, reshard_after_forward=True)  # its weights are gathered when it runs
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
         if args.resume:
             self.resume()
         if self.rank == 0:
-            self.write_config()
+            self.prepare_folder()
         self.network = self.wrap(networks)
 
         self.flops = training_flops(network.config, (args.size, args.size), teacher and teacher.config)
@@ -1584,8 +1574,7 @@ class Run:
         self.clock_step = self.step
 
     def goes_on(self):
-        """Begin a step. Returns False if there is none left, or if a signal has stopped the run."""
-        self.step_sums = {}  # like row_sums, in this step
+        """Whether there is a step left, and no signal has stopped the run."""
         return self.step < self.args.steps and not self.stopping
 
     def sum_over_ranks(self, values):
@@ -1595,19 +1584,28 @@ class Run:
             dist.all_reduce(table)
         return dict(zip(values, table, strict=True))
 
-    def each(self, parts):
-        """Iterate over the parts of a batch. DDP sums gradients over the ranks after the last part, FSDP after each."""
-        for part in parts:
-            self.network.require_backward_grad_sync = part is parts[-1]  # as DDP.no_sync does
-            yield part
+    def count_scored(self, micro_batches):
+        """{modality: number of values that carry loss, in all micro-batches and on all ranks; at least 1}."""
+        counts = {}
+        for name in micro_batches[0].mask:
+            counts[name] = sum(micro_batch.mask[name].sum() for micro_batch in micro_batches)
+        return {name: count.clamp(min=1) for name, count in self.sum_over_ranks(counts).items()}
 
-    def record(self, term, name, values, part):
-        """Add to the mean called term, over all samples and by training mode. values (B,) are sums over name's mask."""
-        if term not in self.terms:
-            self.terms.append(term)
-        counts = part.mask[name].sum((1, 2, 3))  # (B,)
-        for mode, sums in split_by_mode(name, torch.stack([values.detach(), counts]), part.t).items():
-            self.step_sums[term + mode] = self.step_sums.get(term + mode, 0) + sums
+    def accumulate(self, micro_batches):
+        """Iterate over micro-batches. DDP synchronises gradients in the last backward pass alone, FSDP in each."""
+        for micro_batch in micro_batches:
+            is_last = micro_batch is micro_batches[-1]
+            self.network.require_backward_grad_sync = is_last  # as DDP.no_sync does; other modules ignore it
+            yield micro_batch
+
+    def record(self, metric, modality, sums, micro_batch):
+        """Add to the mean of a metric, over all samples and by training mode. sums (B,): over the modality's mask."""
+        if metric not in self.metrics:
+            self.metrics.append(metric)
+        counts = micro_batch.mask[modality].sum((1, 2, 3))  # (B,)
+        by_mode = split_by_mode(modality, torch.stack([sums.detach(), counts]), micro_batch.t)
+        for mode, pair in by_mode.items():
+            self.step_sums[metric + mode] = self.step_sums.get(metric + mode, 0) + pair
 
     def backward(self, loss):
         """Add the gradient of loss: a sum over the samples of this rank, divided by counts over all ranks."""
@@ -1634,6 +1632,7 @@ class Run:
         for optimizer in self.optimizers:
             # With --grad-accum gradients stay, as views of DDP's buckets: new ones would take their memory again.
             optimizer.zero_grad(set_to_none=self.ranks == 1 or args.grad_accum == 1)
+        self.step_sums = {}
         self.bar.update()
 
         saving = self.stopping or self.step == args.steps or self.step % args.checkpoint_every == 0
@@ -1668,19 +1667,19 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def wrap(self, networks):
-        """Compile the networks if wanted, and return the one that predicts in training: the model or DDP around it."""
+        """Compile the networks if wanted. Returns the model, or DDP around it."""
         args = self.args
         if args.compile or (args.compile is None and self.cuda):
-            for each in networks:
-                each.compile_blocks()
+            for dit in networks:
+                dit.compile_blocks()
         if args.checkpoint_activations:
             self.model.checkpoint_activations()
         if self.ranks > 1 and not self.sharded:
             return DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         return self.model
 
-    def write_config(self):
-        """Write config.json, and remove rows of metrics.jsonl of later steps: these come again."""
+    def prepare_folder(self):
+        """Write config.json, make samples/, and remove rows of metrics.jsonl of later steps: these come again."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         rows = []
@@ -1702,19 +1701,19 @@ class Run:
         if self.step == 0:
             return
 
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-        set_model_state_dict(self.model, state.get("model", {}), options=options)
-        set_model_state_dict(self.ema, state.get("ema", {}), options=options)
-        set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
+        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)
+        dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
+        dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
-        """The rate of this step: linear warm-up, then linear decline to zero."""
+        """The rate of this step: linear warm-up, then linear decline towards zero."""
         warmup = self.args.warmup
         steps_left = self.args.steps - self.step + 1
         return self.args.lr * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
 
     def update_weights(self):
-        """Take a step of the optimizers, and move the averaged weights."""
+        """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate()
@@ -1743,7 +1742,7 @@ class Run:
         """Add a row to metrics.jsonl: means since the last one, and the speed."""
         sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
-        losses = {term: means[term] for term in self.terms if term.startswith("loss_") and term in means}
+        losses = {name: means[name] for name in self.metrics if name.startswith("loss_") and name in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
         row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
         row.update(skipped=self.skipped, images_per_s=speed)
@@ -1751,13 +1750,13 @@ class Run:
         self.row_sums = {}
         if self.rank == 0:
             path = self.out / "metrics.jsonl"
-            with tolerate(path), open(path, "a") as file:
+            with report_unwritten(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = ", ".join(f"{term.removeprefix('loss_')} {loss:.3f}" for term, loss in losses.items())
+            shown = ", ".join(f"{name.removeprefix('loss_')} {loss:.3f}" for name, loss in losses.items())
             self.bar.set_postfix_str(f"{shown}, {speed:.0f} images/s, {row['utilization']:.2f} of matmul peak")
 
     def save(self):
-        """Write a checkpoint, unless weights are not finite."""
+        """Write a checkpoint if all weights are finite."""
         self.saved = False
         norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *self.ema.parameters()])
         if self.sharded:
@@ -1767,18 +1766,18 @@ class Run:
                 log(f"step {self.step}: no checkpoint, since weights are not finite")
             return
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
         state = {
             "config": asdict(self.model.config),
             "settings": vars(self.args),
             "step": self.step,
             "skipped": self.skipped,
-            "model": get_model_state_dict(self.model, options=options),
-            "ema": get_model_state_dict(self.ema, options=options),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers, options=options),
+            "model": dcp.get_model_state_dict(self.model, options=options),
+            "ema": dcp.get_model_state_dict(self.ema, options=options),
+            "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options),
         }
         if self.rank == 0:
-            with tolerate(f"checkpoint of step {self.step}"):
+            with report_unwritten(f"checkpoint of step {self.step}"):
                 save_checkpoint(self.out, state, self.args.keep)
                 self.saved = True
 
@@ -1786,7 +1785,7 @@ class Run:
         """Write a picture of samples. All ranks take part if the network is split over them."""
         if self.rank == 0 or self.sharded:
             path = self.out / "samples" / f"{self.step:07}.png"
-            with tolerate(path):
+            with report_unwritten(path):
                 picture = self.draw_samples(self.ema)
                 if self.rank == 0:
                     write_image(path, picture)
@@ -1841,8 +1840,8 @@ def paint(modality, values, valid=None):
     return PAINTERS[modality.encoding](values, valid)
 
 
-def enlarged(picture, side):
-    """(H, W, 3) uint8 -> Image: a small picture enlarged by a whole factor to about side, a large one shrunk."""
+def resize_picture(picture, side):
+    """(H, W, 3) uint8 -> Image: a small picture is enlarged by a whole factor to about side, a large one shrunk."""
     image = Image.fromarray(picture)
     if max(image.size) > 2 * side:
         image.thumbnail((2 * side, 2 * side), Image.LANCZOS)
@@ -1861,7 +1860,7 @@ def draw_caption(text, width):
 
 def draw_grid(rows, labels=(), cell=128):
     """Rows of pictures (H, W, 3) uint8, each with a label on its left, as an Image. A string in a row is a caption."""
-    rows = [[x if isinstance(x, str) else enlarged(x, cell) for x in row] for row in rows]
+    rows = [[x if isinstance(x, str) else resize_picture(x, cell) for x in row] for row in rows]
     width = 4 + max(x.width for row in rows for x in row if not isinstance(x, str))
     rows = [[draw_caption(x, width) if isinstance(x, str) else x for x in row] for row in rows]
 

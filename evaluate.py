@@ -7,7 +7,7 @@
     python evaluate.py normal --checkpoint normals.pt         surface normals from images
     python evaluate.py image                                  images from captions: Frechet distance, requested colours
     python evaluate.py image --data coco --features inception.pt       FID, by a TorchScript feature extractor
-    python evaluate.py follow                                 does an image generated from depth have that depth?
+    python evaluate.py follow                                 do images generated from depth have the real ones' depth?
     python evaluate.py joint --order -5                       do image and depth agree when generated together?
 
 AbsRel is the mean of |p - g| / g, and delta1 the share of pixels with max(p/g, g/p) < 1.25, over the valid pixels of an
@@ -29,8 +29,8 @@ from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, NORMAL, RGB, complete_dep
 # ---- Metrics ----
 
 
-def weighted_median(values, weights):
-    """Index of the x in values that minimises sum of weights * |x - values|. Both are 1-D arrays."""
+def weighted_median_index(values, weights):
+    """Index of the value x that minimises the sum of weights * |x - values|. Both are 1-D arrays."""
     order = np.argsort(values, kind="stable")
     return order[np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]
 
@@ -50,7 +50,7 @@ def align(prediction, target, mode="affine"):
         return 1.0, 0.0
     ratios = g[nonzero] / p[nonzero]
     weights = np.abs(p[nonzero]) / g[nonzero]
-    return float(ratios[weighted_median(ratios, weights)]), 0.0
+    return float(ratios[weighted_median_index(ratios, weights)]), 0.0
 
 
 def align_affine(p, g):
@@ -64,7 +64,7 @@ def align_affine(p, g):
     def slope(scale):
         """A subgradient of the sum with respect to the scale, at the best shift."""
         residual = scale * p - g
-        middle = residual[weighted_median(residual, weights)]
+        middle = residual[weighted_median_index(residual, weights)]
         signs = np.sign(residual - middle)
         on_line = residual == middle  # at the best shift these balance all others
         signs[on_line] = -(weights @ signs) / weights[on_line].sum()
@@ -84,7 +84,7 @@ def align_affine(p, g):
                 low = scale
 
     offsets = g - scale * p
-    return float(scale), float(offsets[weighted_median(offsets, weights)])
+    return float(scale), float(offsets[weighted_median_index(offsets, weights)])
 
 
 def align_map(prediction, target, valid, mode="affine"):
@@ -217,7 +217,7 @@ def read_samples(args, modalities, device):
 
 
 def generate(model, captions, indices, size, key, schedule, given=None, guidance=None):
-    """Sample all modalities for B captions, each on noise of its (key, index): {m: (B, C, h, w)}, to be decoded."""
+    """Sample all modalities for B captions: {m: (B, C, h, w)}, to be decoded. (key, index) seeds a sample's noise."""
     device = next(model.network.parameters()).device
     rng = data.PerSampleRNG(key, indices)
     noise = {m.name: rng.randn(*m.shape(size)).to(device) for m in model.network.modalities}
@@ -229,7 +229,7 @@ def estimate(model, modality, rgb, indices, args, steps, strength=1.0):
     """Generate a modality from images rgb (B, 3, H, W) in [-1, 1]: maps (B, C, H, W) on the CPU.
 
     The network sees an image at the size nearest to args.size^2 in area that keeps its aspect. A map is the median of
-    args.ensemble samples; depth is relative to its mean in all of them, so they need no alignment.
+    args.ensemble samples; depth is divided by its mean, so they need no alignment.
     """
     full_size = tuple(rgb.shape[2:])
     size = model.network.config.fit(*full_size, args.size)
@@ -259,15 +259,15 @@ LABELS = {  # prefix of the keys in results.json: row of the table
     "": "this model",
     "completed_": "completed by it, not aligned",
     "filled_": "measured alone, not aligned",
-    "baseline_": "mean map, without the image",
+    "baseline_": "mean true map, blind to the image",
     "shuffled_": "from the image of another sample",
     "other_": "against another sample",
 }
-Prediction = namedtuple("Prediction", ["maps", "target", "valid", "align"])  # three (B, C, H, W); mode of align
+Prediction = namedtuple("Prediction", ["maps", "target", "valid", "mode"])  # three (B, C, H, W); mode of align
 
 
 def mean_map(args, modality):
-    """The best guess that ignores the image, (C, H, W): the mean of the true maps, in the world of training scenes."""
+    """The best guess blind to the image, (C, H, W): the mean true map of these images; for the world, of training's."""
     split = "train" if args.data == "synthetic" else "val"
     count = MEAN_IMAGES if args.data == "synthetic" else args.images or MEAN_IMAGES
     source = data.open_source(args, split, args.map_size, (RGB, modality))
@@ -338,10 +338,10 @@ def predict_from_images(args, model, device):
 
 
 def predict_agreement(args, model, device):
-    """follow, joint: generate images, and let the judge estimate their depth (Sec. 4.3). Yields the same.
+    """follow, joint: let the judge estimate depth in generated images (Sec. 4.3). Yields as predict_from_images does.
 
-    follow generates images from depth: the depth in them should be the depth in the real images. joint generates images
-    and depth from captions: this depth should be the depth in the images.
+    follow generates images from depth: the judge should estimate the same depth in them as in the real images. joint
+    generates images and depth from captions: the judge should estimate this depth in the images.
     """
     judge = open_model(args.judge, "--judge", args, device) if args.judge else model
     strength = {DEPTH.name: args.strength} if args.task == "follow" else {}
@@ -373,7 +373,7 @@ def predict_agreement(args, model, device):
         last_target = target[-1:]
         predictions = {}
         for prefix, truth in {"": target, "other_": other_target}.items():
-            surface = truth > 0.01 * truth.mean((1, 2, 3), keepdim=True)  # nothing real is nearer than that
+            surface = truth > 0.01 * truth.mean((1, 2, 3), keepdim=True)  # skips pixels of almost no depth
             predictions[prefix] = Prediction(depth, truth, surface, args.align)
         yield batch, image, predictions
 
@@ -384,14 +384,14 @@ def score_map(args, modality, name, prediction, target, valid, mode):
         data.fail(f"--data {args.data}: {name} has no valid {modality.name}; leave it out")
     scores, aligned, error = METRICS[modality.encoding].measure(prediction, target, valid, mode)
     if not np.isfinite(scores).all():
-        data.fail(f"{args.predictions or args.checkpoint}: {modality.name} of {name} has no finite score")
+        data.fail(f"{modality.name} of {name} has no finite score; check --predictions or --checkpoint")
     return scores, aligned, error
 
 
 def evaluate_maps(args, model, device):
     """depth, normal, follow, joint: score the maps that the task predicts."""
     task = TASKS[args.task]
-    modality = task.modalities[1]
+    modality = task.modalities[1]  # the first is the image
     scores = defaultdict(list)  # {prefix: [two scores of each image]}
     per_image = {}
     pictures = {}
@@ -399,7 +399,7 @@ def evaluate_maps(args, model, device):
         for prefix, (maps, target, valid, mode) in predictions.items():
             for i, name in enumerate(batch.names):
                 if batch.indices[i] == 0 and prefix in ("shuffled_", "other_"):
-                    continue  # they use the sample before
+                    continue  # they use the sample before, and the first has none
                 score, aligned, error = score_map(args, modality, name, maps[i], target[i], valid[i], mode)
                 scores[prefix].append(score)
                 if prefix == "":
@@ -505,12 +505,14 @@ def report_image(args, features, colors, captions):
 # ---- The command line ----
 
 Task = namedtuple("Task", ["evaluate", "predict", "modalities", "flags"])
+ESTIMATE = {"ensemble", "strength"}  # flags of tasks that estimate maps, and of those with a judge
+JUDGE = {"align", "cfg", "judge", "judge_steps"}
 TASKS = {  # two functions, the modalities that a network must have, and the flags that other tasks refuse
-    "depth": Task(evaluate_maps, predict_from_images, [RGB, DEPTH], {"align", "measured", "predictions", "strength"}),
-    "normal": Task(evaluate_maps, predict_from_images, [RGB, NORMAL], {"strength"}),
-    "image": Task(evaluate_image, None, [RGB], {"order", "features"}),
-    "follow": Task(evaluate_maps, predict_agreement, [RGB, DEPTH], {"align", "strength", "judge"}),
-    "joint": Task(evaluate_maps, predict_agreement, [RGB, DEPTH], {"align", "order", "judge"}),
+    "depth": Task(evaluate_maps, predict_from_images, [RGB, DEPTH], {*ESTIMATE, "align", "measured", "predictions"}),
+    "normal": Task(evaluate_maps, predict_from_images, [RGB, NORMAL], ESTIMATE),
+    "image": Task(evaluate_image, None, [RGB], {"cfg", "features", "order"}),
+    "follow": Task(evaluate_maps, predict_agreement, [RGB, DEPTH], {*ESTIMATE, *JUDGE}),
+    "joint": Task(evaluate_maps, predict_agreement, [RGB, DEPTH], {"ensemble", "order", *JUDGE}),
 }
 
 
@@ -525,24 +527,23 @@ def parse():
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
     p.setting("--strength", 1.0, "depth, normal, follow: trust in the input; 1 is full, 0 is none", data.SHARE)
     p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or names, such as depth,rgb")
-    p.setting("--judge", "", "follow, joint: checkpoint that estimates depth in images; --checkpoint if empty")
+    p.setting("--judge", "", "follow, joint: checkpoint that estimates depth in images (default: --checkpoint)")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))
     p.setting("--predictions", "", "depth: DIR with NAME.npy or NAME.png of another model, to score instead")
     p.setting("--features", "", "image: TorchScript features of the Frechet distance; the file is run, so trust it")
     p.setting("--seed", 0, "seed of the noise", data.SEED)
-    p.setting("--out", "", "directory, new, empty or of an older evaluation; runs/evaluate-TASK if empty")
+    p.setting("--out", "", "directory, new, empty or of an older evaluation (default: runs/evaluate-TASK)")
     args = p.parse_args()
-    data.check_depth_range(args)
     for task in TASKS.values():
-        for flag in task.flags - TASKS[args.task].flags:
-            if getattr(args, flag) != p.get_default(flag):
-                data.fail(f"--{flag} {getattr(args, flag)}: the task {args.task} does not use it; leave it out")
+        for name in task.flags - TASKS[args.task].flags:
+            if getattr(args, name) != p.get_default(name):
+                data.fail(f"--{name.replace('_', '-')}: the task {args.task} does not use it; leave it out")
     return args
 
 
-def complete_settings(args, model):
-    """Fill in the defaults that depend on the task, the network and the benchmark."""
+def resolve_settings(args, model):
+    """Replace the settings that are left to the task, the network or the benchmark, and set args.map_size."""
     args.out = args.out or f"runs/evaluate-{args.task}"
     args.steps = args.steps or (I2D_STEPS if args.task in ("depth", "normal") else 16)
     if args.data == "synthetic":
@@ -563,7 +564,7 @@ def main():
     args = parse()
     device = data.pick_device(args.device)
     model = None if args.predictions else open_model(args.checkpoint, "--checkpoint", args, device)
-    complete_settings(args, model)
+    resolve_settings(args, model)
     out = data.claim_folder(args.out, "results.json")
 
     scores, pictures = TASKS[args.task].evaluate(args, model, device)

@@ -1,4 +1,4 @@
-"""Generate images, depth and normals. What you give is kept, or trusted in part; everything else is generated.
+"""Generate images, depth and normals. What you give is kept, or trusted in part; the rest of --order is generated.
 
     python sample.py --prompt "a red ball in a room" --prompt "a blue box"      images and their depth
     python sample.py --prompt "..." --order depth,rgb                           depth first (or rgb,depth; rgb alone)
@@ -6,11 +6,11 @@
     python sample.py --image photos/ --count 1 --out depths                     depth of all images of a directory
     python sample.py --depth depth.npy --prompt "..."                           images that have this depth
     python sample.py --depth sketch.npy --strength depth=0.8 --refine depth --prompt "..."      roughly this depth
-    python sample.py --image photo.jpg --depth lidar.png                        sparse depth completed, in its unit
+    python sample.py --image photo.jpg --depth lidar.png        depth of the image, fitted to sparse depth, in its unit
 
 If the checkpoint has surface normals, they are generated too, or you give them as --normal normals.npy.
 
-Each sample gets a folder in --out. The folder holds a picture NAME.png of every modality and, except for the image, an
+Each sample gets a folder in --out. The folder holds a picture NAME.png of every modality and, of depth and normals, an
 array NAME.npy (0 where missing). Depth is relative, or in the unit of the depth that you give. cloud.ply shows it as
 coloured points, without the edges of objects. metadata.json holds the settings, and grid.png shows the first samples.
 """
@@ -29,11 +29,11 @@ from tqdm import tqdm
 import data
 from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, RGB, complete_depth, make_schedule
 
-FLAGS = {"rgb": "image", "depth": "depth", "normal": "normal"}  # modality: the flag that gives it
-STEPS = 50  # of a pass that is not given a clean image
+INPUT_FLAGS = {"rgb": "image", "depth": "depth", "normal": "normal"}  # modality: the flag that gives it
+STEPS = 50  # of a pass, unless a clean image is given: that leaves little to choose, so I2D_STEPS suffice
 NUM_SHOWN = 8  # samples in grid.png
 FIELD_OF_VIEW = 55.0  # of cloud.ply, vertical, in degrees
-EDGE = 0.1  # relative bend of inverse depth at which cloud.ply leaves a pixel out
+EDGE = 0.1  # cloud.ply leaves out pixels where inverse depth bends by more than this share of it
 
 
 # ---- The command line ----
@@ -46,11 +46,11 @@ def parse():
     p.setting("--image", "", "image, or directory of images")
     p.setting("--depth", "", "depth map (.npy or 16-bit .png; 0 is missing), or directory")
     p.setting("--normal", "", "surface normals (.npy of shape (H, W, 3); 0 is missing), or directory")
-    p.setting("--strength", {}, "trust in inputs, as depth=0.8: 1 is full, 0 is none", data.by_modality(data.SHARE))
+    p.setting("--strength", {}, "trust in inputs, 0 to 1, as depth=0.8 (default: 1 each)", data.by_modality(data.SHARE))
     p.setting("--order", "joint", "joint; log2(alpha) of Sec. 4.2, -14 to 14; or names, as depth,rgb or rgb alone")
-    p.setting("--refine", "", "modality that a second pass generates again, from the clean result of the first")
+    p.setting("--refine", "", "a modality to generate again after the first pass, given all others clean")
     p.setting("--count", 4, "number of samples for every prompt and every input", data.whole(1, 10**5))
-    p.setting("--size", "", "pixels that the network sees, HxW or one side; files keep their aspect")
+    p.setting("--size", "", "pixels that the network sees, HxW or one side; inputs keep their aspect")
     p.setting("--steps", 0, f"of each pass; 0 is {STEPS}, or {I2D_STEPS} from a clean image", data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--seed", 0, "seed of the first sample's noise; each next sample adds 1", data.SEED)
@@ -66,7 +66,7 @@ def parse():
 # ---- Inputs ----
 
 Job = namedtuple("Job", ["name", "prompt", "seed", "inputs"])  # one sample: its folder's name; {modality: path}
-Inputs = namedtuple("Inputs", ["maps", "given", "shape", "size"])  # what read_inputs returns
+Inputs = namedtuple("Inputs", ["maps", "given", "file_size", "network_size"])
 
 
 def list_files(path, name):
@@ -81,48 +81,48 @@ def list_files(path, name):
     marked = [file for file in files if file.stem.endswith(f".{name}")]
     unmarked = [file for file in files if Path(file.stem).suffix[1:] not in MODALITIES and file.name != "grid.png"]
     if not marked and not unmarked:
-        data.fail(f"--{FLAGS[name]} {path}: holds no file of type {', '.join(suffixes)}")
+        data.fail(f"--{INPUT_FLAGS[name]} {path}: holds no file of type {', '.join(suffixes)}")
     return {file.stem.removesuffix(f".{name}"): str(file) for file in marked or unmarked}
 
 
 def list_inputs(args):
     """{stem: {modality: path}}: the files that belong together. The stem is empty if you give no directory."""
-    names = [name for name, flag in FLAGS.items() if getattr(args, flag)]
-    inputs = defaultdict(dict)
+    names = [name for name, flag in INPUT_FLAGS.items() if getattr(args, flag)]
+    files = defaultdict(dict)
     for name in names:
-        for stem, path in list_files(getattr(args, FLAGS[name]), name).items():
-            inputs[stem][name] = path
-    for paths in inputs.values():
+        for stem, path in list_files(getattr(args, INPUT_FLAGS[name]), name).items():
+            files[stem][name] = path
+    for paths in files.values():
         if len(paths) < len(names):
             path = next(iter(paths.values()))
-            flags = " and ".join(f"--{FLAGS[name]}" for name in names)
+            flags = " and ".join(f"--{INPUT_FLAGS[name]}" for name in names)
             data.fail(f"{flags}: must be files, or directories with equal names; {path} has no partner")
-    return inputs or {"": {}}
+    return files or {"": {}}
 
 
 def read_inputs(paths, sampler):
     """Read files that belong together, {modality: path}. Exit code 2 if one cannot be read.
 
-    Returns Inputs: maps {m: (values (C, H, W), valid (1, H, W))} and their shape (H, W), in the pixels of the files;
-    given, those of the maps that the network sees, at its size (h, w).
+    Returns Inputs: maps {m: (values (C, H, W), valid (1, H, W))} in the pixels of the files, file_size (H, W);
+    given, those of the maps that the network sees, in its pixels, network_size (h, w).
     """
     maps = {}
-    shape = sampler.size
-    try:
-        for name, path in paths.items():
-            with data.reading(path):
+    file_size = sampler.size
+    for name, path in paths.items():
+        try:
+            with data.reading(path):  # depth keeps the unit of the file
                 values, valid = data.read_map(MODALITIES[name], path, Path(path).read_bytes())
-                if maps and valid.shape != shape:
-                    raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {shape}")
-            shape = valid.shape
-            maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
-    except data.BadSample as error:
-        data.fail(f"--{FLAGS[name]} {error}")
+                if maps and valid.shape != file_size:
+                    raise data.BadSample(f"has shape {valid.shape}; must have that of the other input, {file_size}")
+        except data.BadSample as error:
+            data.fail(f"--{INPUT_FLAGS[name]} {error}")
+        file_size = valid.shape
+        maps[name] = (torch.from_numpy(values.copy()).movedim(-1, 0), torch.from_numpy(valid)[None])
 
     side = math.prod(sampler.size) ** 0.5
-    size = sampler.network.config.fit(*shape, side)  # the aspect of the files, at the area of --size
-    given = {name: resize_map(MODALITIES[name], *maps[name], size) for name in sampler.strength}
-    return Inputs(maps, given, shape, size)
+    network_size = sampler.network.config.fit(*file_size, side)  # the aspect of the files, at the area of --size
+    given = {name: resize_map(MODALITIES[name], *maps[name], network_size) for name in sampler.strength}
+    return Inputs(maps, given, file_size, network_size)
 
 
 def resize_map(m, values, valid, size):
@@ -173,7 +173,7 @@ class Sampler:
         self.choose_modalities()
 
     def check_prompts(self):
-        """Refuse a prompt of more bytes than the network reads. A text encoder of a plug-in may cut it."""
+        """Refuse a prompt of more bytes than the network reads. With --encoders, the text encoder may cut it."""
         config = self.network.config
         for prompt in self.args.prompt:
             lost = "" if config.text_dim else data.truncated_words(prompt, config.text_length)
@@ -183,7 +183,7 @@ class Sampler:
     def choose_modalities(self):
         args = self.args
         names = list(self.modalities)
-        given = [name for name, flag in FLAGS.items() if getattr(args, flag)]
+        given = [name for name, flag in INPUT_FLAGS.items() if getattr(args, flag)]
         missing = {*given, args.refine} - {*names, ""}
         if missing:
             data.fail(f"--checkpoint {args.checkpoint}: has no {missing.pop()}, only {', '.join(names)}")
@@ -196,7 +196,7 @@ class Sampler:
         self.strength = {name: args.strength.get(name, 1.0) for name in given}
         for name in args.strength:
             if name not in given:
-                data.fail(f"--strength {name}: {name} is not given, or is completed beside --image; leave it out")
+                data.fail(f"--strength {name}: the network is not given it, only {', '.join(given) or 'noise'}")
 
         self.order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
         listed = self.order if isinstance(self.order, list) else names
@@ -215,28 +215,28 @@ class Sampler:
         """Generate the maps of each job: a list of {m: (values (C, H, W), valid (1, H, W))} in the files' pixels."""
         members = [(job, k) for job in jobs for k in range(self.args.ensemble)]
         rng = data.PerSampleRNG("sample", [job.seed + (k << 32) for job, k in members])
-        noise = {name: rng.randn(*m.shape(inputs.size)).to(self.device) for name, m in self.modalities.items()}
+        noise = {name: rng.randn(*m.shape(inputs.network_size)).to(self.device) for name, m in self.modalities.items()}
         text = self.encoders.encode_text([job.prompt for job, _ in members]).to(self.device)
         given = {}
         for name, maps in inputs.given.items():
             values, valid = (x.to(self.device).expand(len(members), -1, -1, -1) for x in maps)
-            given[name] = self.encode(name, values, valid)
+            given[name] = self.to_x0(name, values, valid)
 
         x0 = self.run_pass(noise, text, given, self.order, self.strength)
-        generated = {name: self.decode(name, x0[name]) for name in self.generated}
+        generated = {name: self.from_x0(name, x0[name]) for name in self.generated}
 
         refined = self.args.refine
         if refined:
-            others = dict(given)
+            known = dict(given)
             for name, values in generated.items():
-                others[name] = self.encode(name, values)
-            others.pop(refined, None)
-            x0 = self.run_pass(noise, text, others, [refined], dict.fromkeys(others, 1.0))
-            generated[refined] = self.decode(refined, x0[refined])
+                known[name] = self.to_x0(name, values)
+            known.pop(refined, None)
+            x0 = self.run_pass(noise, text, known, [refined], dict.fromkeys(known, 1.0))
+            generated[refined] = self.from_x0(refined, x0[refined])
 
-        finished = {name: self.finish(name, values, inputs) for name, values in generated.items()}
-        valid = torch.ones(1, *inputs.shape, dtype=torch.bool)
-        return [{name: (values[i], valid) for name, values in finished.items()} for i in range(len(jobs))]
+        merged = {name: self.merge(name, values, inputs) for name, values in generated.items()}
+        valid = torch.ones(1, *inputs.file_size, dtype=torch.bool)
+        return [{name: (values[i], valid) for name, values in merged.items()} for i in range(len(jobs))]
 
     def run_pass(self, noise, text, given, order, strength):
         """Sample all modalities once: {m: (B, C, h, w)}, to be decoded."""
@@ -244,25 +244,25 @@ class Sampler:
         schedule = make_schedule(list(noise), steps, order, strength)
         return self.network.sample(schedule, noise, text, given, self.args.cfg, self.args.cfg_interval)
 
-    def encode(self, name, values, valid=None):
-        """Values (B, C, h, w), valid (B, 1, h, w) or None -> (x0, valid) as DiT.sample takes what is given."""
+    def to_x0(self, name, values, valid=None):
+        """Values (B, C, h, w), valid (B, 1, h, w) or None -> (x0, valid), a modality that DiT.sample is given."""
         if name == RGB.name:
             return self.encoders.encode_image(values), None
         return self.modalities[name].encode(values, valid), valid
 
-    def decode(self, name, x0):
+    def from_x0(self, name, x0):
         if name == RGB.name:
             x0 = self.encoders.decode_image(x0)
         m = self.modalities[name]
         return m.finish(m.decode(x0))
 
-    def finish(self, name, values, inputs):
+    def merge(self, name, values, inputs):
         """Decoded values of all members (B * K, C, h, w) -> their medians (B, C, H, W) in the files' pixels."""
         m = self.modalities[name]
         members = values.cpu().float().unflatten(0, (-1, self.args.ensemble))  # (B, K, C, h, w)
         x = torch.from_numpy(np.median(members, 1))  # (B, C, h, w)
-        if inputs.shape != inputs.size:
-            x = F.interpolate(x, inputs.shape, mode="bicubic" if m.encoding == "plain" else "bilinear")
+        if inputs.file_size != inputs.network_size:
+            x = F.interpolate(x, inputs.file_size, mode="bicubic" if m.encoding == "plain" else "bilinear")
         x = m.finish(x)
         if name == DEPTH.name and self.completes_depth:
             depth, valid = inputs.maps[name]
@@ -321,7 +321,7 @@ def draw_samples(samples, modalities):
         for name, m in modalities.items():
             for origin, maps in (("given", given), ("generated", generated)):
                 if name in maps:
-                    rows[f"{FLAGS.get(name, name)}\n({origin})"].append(data.paint(m, *maps[name]))
+                    rows[f"{INPUT_FLAGS.get(name, name)}\n({origin})"].append(data.paint(m, *maps[name]))
         rows[""].append(f"{job.name} {job.prompt}")
     return data.draw_grid(list(rows.values()), list(rows))
 
@@ -337,7 +337,7 @@ def main():
     for stem, paths in files.items():
         inputs = read_inputs(paths, sampler)
         for job, generated in sampler.generate_batches(inputs, list_jobs(stem, paths, args)):
-            metadata = {**job._asdict(), "generated": list(generated), "network_size": inputs.size, **settings}
+            metadata = {**job._asdict(), "generated": list(generated), "network_size": inputs.network_size, **settings}
             maps = inputs.maps | generated
             write_sample(out / job.name, sampler.modalities, maps, metadata)
             if len(shown) < NUM_SHOWN:

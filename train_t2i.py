@@ -14,6 +14,7 @@ A step reads: draw a batch -> draw noise levels -> corrupt -> predict -> loss ->
 share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and metrics.
 """
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -52,8 +53,38 @@ def choose_network(args, device):
     return replace(config, size=args.size), encoders
 
 
+def corrupt_batch(run, batch, encoders, args):
+    """Encode a data.Batch and corrupt it to random noise levels: a data.MicroBatch."""
+    # Random numbers follow from the seed and the samples' indices, however a batch is split over ranks.
+    rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
+    x0 = encoders.encode_image(batch.values["rgb"])
+    text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)  # the next line changes it
+    text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
+    t = draw_noise_levels(run.model.modalities, rng.rand)["rgb"]  # never 0: the only modality is not held clean
+    noisy = corrupt(x0, rng.randn(*x0.shape[1:]), t)  # Eq. 5
+    return data.MicroBatch({"rgb": x0}, {"rgb": noisy}, {"rgb": t}, {"rgb": loss_mask(x0, t)}, text)
+
+
+def train(run, batches, encoders, args):
+    image = run.model.modalities[0]
+    while run.goes_on():
+        pieces = itertools.islice(batches, args.grad_accum)
+        micro_batches = [corrupt_batch(run, batch, encoders, args) for batch in pieces]
+        # The loss is a mean over the whole batch: divide by the number of values in all micro-batches, on all ranks.
+        num_scored = run.count_scored(micro_batches)
+
+        for micro_batch in run.accumulate(micro_batches):
+            x0_hat = run.network(micro_batch.noisy, micro_batch.t, micro_batch.text)
+            error = squared_error(x0_hat["rgb"], micro_batch.x0["rgb"], micro_batch.mask["rgb"])  # (B,)
+            loss = image.loss_weight(micro_batch.t["rgb"]) * error  # (B,), Eq. 7
+            run.backward(loss.sum() / num_scored["rgb"])
+            run.record("loss_rgb", "rgb", loss, micro_batch)
+            run.record("error_rgb", "rgb", error, micro_batch)
+        run.end_step()
+
+
 @torch.no_grad()
-def draw_samples(network, encoders, args, device):
+def draw_samples(encoders, args, device, network):
     """Draw validation images, and below them what the network generates from their captions."""
     image = network.modalities[0]
     batch = data.validation_batch(args, network.modalities, device)
@@ -64,37 +95,6 @@ def draw_samples(network, encoders, args, device):
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]
     return data.draw_grid(rows, ["real", "from its\ncaption"])
-
-
-def train(run, batches, encoders, args):
-    modalities = run.model.modalities  # the image alone
-    while run.goes_on():
-        parts = []
-        for batch in itertools.islice(batches, args.grad_accum):
-            # Random numbers follow from the seed and the indices of the samples. So they do not depend on how a batch
-            # is split over ranks and parts.
-            rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
-            x0 = {"rgb": encoders.encode_image(batch.values["rgb"])}
-            text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)
-            text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
-            # The probability of a clean image, p_clean, has no effect here: no sample is held clean as a whole.
-            t = draw_noise_levels(modalities, rng.rand)
-            noisy = {"rgb": corrupt(x0["rgb"], rng.randn(*x0["rgb"].shape[1:]), t["rgb"])}  # Eq. 5
-            mask = {"rgb": loss_mask(x0["rgb"], t["rgb"])}
-            parts.append(data.Part(x0, noisy, t, mask, text))
-
-        # The loss is a mean over the values of the whole batch, so it is divided by their number in all parts and on
-        # all ranks.
-        num_scored = run.sum_over_ranks({"rgb": sum(part.mask["rgb"].sum() for part in parts)})
-
-        for part in run.each(parts):
-            x0_hat = run.network(part.noisy, part.t, part.text)
-            error = squared_error(x0_hat["rgb"], part.x0["rgb"], part.mask["rgb"])  # (B,)
-            loss = modalities[0].loss_weight(part.t["rgb"]) * error  # (B,), Eq. 7
-            run.backward(loss.sum() / num_scored["rgb"].clamp(min=1))
-            run.record("loss_rgb", "rgb", loss, part)
-            run.record("error_rgb", "rgb", error, part)
-        run.end_step()
 
 
 def main():
@@ -108,16 +108,12 @@ def main():
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
     torch.manual_seed(args.seed)
     network = DiT(config)
-
-    def draw(network):
-        return draw_samples(network, encoders, args, device)
-
     run = data.Run(args, device)
-    run.start(network, draw)
+    run.start(network, functools.partial(draw_samples, encoders, args, device))
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()
 
 
 if __name__ == "__main__":
-    record(data.run_script)(main)
+    record(data.run_script)(main)  # torchrun then shows the error of the rank that failed first

@@ -153,7 +153,7 @@ def parse():
     p.add_argument("--no-teacher", action="store_true", help="leave out stage 2's teacher, as --init none does")
     p.setting("--size", 0, "side of the images in pixels; 0 is the preset's", data.whole(0, 1 << 14))
     p.setting("--batch-size", 128, "images in a step on all GPUs together", data.whole(1, 1 << 20))
-    p.setting("--grad-accum", 1, "parts that each GPU's images are split into", data.whole(1, 1 << 20))
+    p.setting("--grad-accum", 1, "micro-batches that each GPU's images are split into", data.whole(1, 1 << 20))
     p.setting("--gpus", 8, "number of GPUs", data.whole(1, 1 << 16))
     p.setting("--optimizer", "muon", "muon or adamw", choices=["muon", "adamw"])
     return p.parse_args()

@@ -199,7 +199,7 @@ def test_indoors_are_the_same_objects_never_on_open_ground(patched):
     assert world["outside"].any()
     for key in ("count", "shape", "color", "floor", "fov", "height"):
         assert torch.equal(indoors[key], world[key])
-    objects = slice(0, data.OBJECTS)  # the last solid is the room
+    objects = slice(0, data.MAX_OBJECTS)  # the last solid is the room
     assert torch.equal(indoors["centre"][:, objects], world["centre"][:, objects])
 
 

@@ -112,7 +112,7 @@ def test_worlds_are_those_that_networks_were_trained_on():
         assert found == pytest.approx(means, abs=1e-5)
 
 
-def test_captions_say_what_is_there():
+def test_captions_describe_the_scene():
     scenes = draw_scenes("val", range(300))
     out = render(scenes, 48)
     for i in range(300):
@@ -200,7 +200,7 @@ def test_split_mix_is_the_published_generator():
     assert [output % (1 << 64) for output in outputs.tolist()] == list(expected)
 
 
-def test_what_a_sample_draws_does_not_depend_on_its_batch():
+def test_random_numbers_of_a_sample_do_not_depend_on_its_batch():
     together = PerSampleRNG(0, [4, 5, 6])
     alone = PerSampleRNG(0, [6])
     for kind, shape in (("rand", ()), ("randn", (1, 4, 4)), ("rand", (3,)), ("randn", (3, 3)), ("randn", ())):

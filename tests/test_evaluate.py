@@ -309,7 +309,7 @@ def test_normals_from_images(checkpoints, world, results, capsys):
     low, high = found["degrees_95"]
     assert low < found["degrees"] < high
     assert found["baseline_degrees"] < found["degrees"]  # a random network sees nothing
-    assert "mean map, without the image" in capsys.readouterr().out
+    assert "mean true map, blind to the image" in capsys.readouterr().out
     from_files = results(f"{line} --data {world}/folder")  # through a JPEG
     assert from_files["degrees"] == pytest.approx(found["degrees"], rel=0.05)
 

@@ -1,4 +1,4 @@
-"""Real data: depth formats, geometry, folders and shards, and what cannot be used."""
+"""Real data: depth formats, geometry, folders and shards, and files that cannot be read."""
 
 import argparse
 import dataclasses
@@ -191,7 +191,7 @@ def one_sample(folder, training, contents, text="", modalities=MODALITIES):
         kind = name.removesuffix(".npy") if name.endswith(".npy") else "image"
         files[kind] = folder / name
     sample = data.SampleFiles("a", files, text)
-    return data.Files(settings("x"), training, (32, 32), modalities, [sample])
+    return data.FileDataset(settings("x"), training, (32, 32), modalities, [sample])
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -557,7 +557,7 @@ def test_rows_without_depth_and_text(tmp_path):
     np.testing.assert_array_equal(values["depth"][1, 0], DEPTH_MAP)
 
 
-# ---- What cannot be used: one line that names it ----
+# ---- Files that cannot be read: one line names the file and the problem ----
 
 
 def read_all(path, **options):
@@ -691,7 +691,7 @@ def test_ten_samples_in_a_row_that_cannot_be_read_end_training(tmp_path, capsys)
             capsys.readouterr()
 
 
-def test_a_row_that_is_none_is_named_at_once(tmp_path, capsys):
+def test_an_invalid_row_of_metadata_is_named(tmp_path, capsys):
     for i, (row, says) in enumerate(ROWS.items()):
         path = folder(tmp_path / f"{i}", [row])
         message = refused(capsys, read_all, path)

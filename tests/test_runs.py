@@ -1,4 +1,4 @@
-"""Checkpoints, run directories, files: what is damaged, foreign or in use is refused in one line, and nothing lost."""
+"""Checkpoints and run directories: damaged or foreign ones are refused in one line, and no file is lost."""
 
 import contextlib
 import errno
@@ -143,7 +143,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_is_no_checkpoint_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     FILES[case](tmp_path / "last.pt")
     refused(capsys, "last.pt", data.open_network, tmp_path / "last.pt")
@@ -159,10 +159,10 @@ def test_the_network_of_the_repository_loads():
 # ---- --init ----
 
 INITS = {
-    "first not rgb": ([Modality("grey", 3, id=0)], "its modalities are grey"),
-    "a third": ([RGB, DEPTH, NORMAL], "its modalities are rgb, depth, normal"),
-    "another second": ([RGB, Modality("normal", 1, id=2)], "its modalities are rgb, normal"),
-    "depth of another encoding": ([RGB, Modality("depth", 1, id=1, decoder_depth=1)], "its modalities are rgb, depth"),
+    "first not rgb": ([Modality("grey", 3, id=0)], "has grey; add it to --modalities"),
+    "a third": ([RGB, DEPTH, NORMAL], "has normal; add it to --modalities"),
+    "another second": ([RGB, Modality("normal", 1, id=2)], "has normal"),
+    "depth of another encoding": ([RGB, Modality("depth", 1, id=1, decoder_depth=1)], "its depth differs"),
 }
 
 
@@ -388,7 +388,7 @@ def test_a_crash_between_a_checkpoint_and_last_pt_harms_neither(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "step-0000001.pt", "step-0000002.pt"]
 
 
-def test_only_what_a_run_has_written_is_counted_and_removed(tmp_path):
+def test_only_checkpoints_of_a_run_are_counted_and_removed(tmp_path):
     (tmp_path / "step-best.pt").write_bytes(b"mine")
     (tmp_path / "step-0000001-copy.pt").write_bytes(b"mine")
     for step in (1, 2, 3):
@@ -479,7 +479,7 @@ def test_a_layout_on_a_disk_that_fills_up_has_no_index(tmp_path, monkeypatch, ca
     assert not (tmp_path / "x/metadata.jsonl").exists()
 
 
-# ---- What the machine lacks ----
+# ---- Errors of a script ----
 
 
 def failing(error):
@@ -489,7 +489,7 @@ def failing(error):
     return main
 
 
-def test_what_the_machine_lacks_is_one_line(capsys):
+def test_a_full_disk_or_memory_is_one_line(capsys):
     full = OSError(28, "No space left on device", "runs/grid.png")
     refused(capsys, "No space left on device: 'runs/grid.png'", data.run_script, failing(full))
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")):

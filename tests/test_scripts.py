@@ -195,6 +195,7 @@ def test_help_tells_the_default_of_every_flag(script, monkeypatch, capsys):
         run(script, "--help", monkeypatch)
     flags = capsys.readouterr().out.partition("show this help message and exit")[2]
     assert len(re.findall(r"^  --", flags, re.MULTILINE)) == flags.count("(default:") >= 5
+    assert "(default: )" not in flags and "{}" not in flags and "[]" not in flags
     assert ("--depth-scale" in flags) == (script in (train_forcing, evaluate))
 
 
@@ -202,7 +203,7 @@ def test_help_tells_the_default_of_every_flag(script, monkeypatch, capsys):
 def test_a_dry_run_prints_the_cost_and_writes_nothing(script, tmp_path, monkeypatch, capsys):
     run(script, f"--preset 3b --dry-run --out {tmp_path}/run", monkeypatch)
     printed = capsys.readouterr().out
-    assert re.search(r"\d\d\d\d\.\dM parameters", printed) and "GFLOP" in printed
+    assert re.search(r"\d\d\d\d\.\dM parameters, .* GFLOP per training image without a teacher", printed)
     assert not (tmp_path / "run").exists()
 
 
@@ -254,6 +255,14 @@ def encoded(tmp_path_factory, world):
         run(train_t2i, f"{line} --data {world}/folder --out {out}/t2i", patch)
         run(train_forcing, f"{line} --data {world}/moge --init {out}/t2i/last.pt --out {out}/forcing", patch)
     return out / "t2i/last.pt", out / "forcing/last.pt"
+
+
+def test_encoders_go_with_a_preset(encoded, trained, no_pictures, tmp_path, monkeypatch, capsys):
+    """A preset has no encoders, but the checkpoint that it starts from has."""
+    run(train_forcing, f"{QUICK} {TOY} --preset nano --init {encoded[0]} --steps 1 --out {tmp_path}/run", monkeypatch)
+    assert "loss_distill_rgb" in losses(tmp_path / "run")[1]
+    run(train_forcing, f"--dry-run --init {trained[0]}", monkeypatch)
+    assert "with the teacher" in capsys.readouterr().out
 
 
 def test_toy_encoders_train_sample_and_evaluate(encoded, world, tmp_path, monkeypatch):
