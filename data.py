@@ -1158,7 +1158,7 @@ NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has t
 
 
 def by_modality(read_number, unnamed=""):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for the one unnamed."""
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. unnamed is the name of a number alone."""
 
     def read(text):
         numbers = {}
@@ -1472,7 +1472,7 @@ def training_flops(config, size, teacher_config=None):
 
 
 def print_cost(config, size, teacher_config=None):
-    """Print what --dry-run promises, for images of size (H, W); the FLOPs include those of a teacher."""
+    """Print what --dry-run promises, for images of size (H, W). The FLOPs include those of a teacher."""
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)
