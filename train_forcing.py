@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
-A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> losses -> step. Every modality
+A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
 draws its own noise level. One that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
 noise and carry no loss either. The network gets no mask channel: it must recognise noise. While a run adds modalities,
 the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8). data.Run has what both
