@@ -1158,7 +1158,7 @@ NANO = os.path.relpath(Path(__file__).parent / "assets/nano.pt")  # README has t
 
 
 def by_modality(read_number, unnamed=""):
-    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. unnamed is the name of a number alone."""
+    """Type of a flag: "rgb=0.25,depth=0.5" -> {"rgb": 0.25, "depth": 0.5}. A number alone is for unnamed."""
 
     def read(text):
         numbers = {}
@@ -1231,12 +1231,6 @@ def source_settings(p, maps=True):
         p.setting("--depth-max", 0.0, f"depth beyond this is missing, {unit}; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
     p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
-
-
-def check_depth_range(args):
-    """Refuse a range that leaves no depth."""
-    if 0 < args.depth_max <= args.depth_min:
-        fail(f"--depth-max {args.depth_max}: must be above --depth-min, {args.depth_min}, or 0 for no limit")
 
 
 def sampling_settings(p):

@@ -535,7 +535,6 @@ def parse():
     p.setting("--seed", 0, "seed of the noise", data.SEED)
     p.setting("--out", "", "directory, new, empty or of an older evaluation (default: runs/evaluate-TASK)")
     args = p.parse_args()
-    data.check_depth_range(args)
     for task in TASKS.values():
         for name in task.flags - TASKS[args.task].flags:
             if getattr(args, name) != p.get_default(name):

@@ -64,7 +64,6 @@ def parse():
     p.setting("--distill-lo", 0.05, "distillation weight lambda_lo, at their t = 0; both 0: no teacher", weight)
     data.training_settings(p, steps=540, out="runs/forcing")
     args = data.parse_run(p)
-    data.check_depth_range(args)
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args
