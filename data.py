@@ -1466,7 +1466,7 @@ def training_flops(config, size, teacher_config=None):
 
 
 def print_cost(config, size, teacher_config=None):
-    """Print what --dry-run promises, for images of size (H, W); the FLOPs include those of a teacher."""
+    """Print what --dry-run promises, for images of size (H, W). The FLOPs include those of a teacher."""
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)

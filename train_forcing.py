@@ -2,17 +2,17 @@
 
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
     python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
-    python train_forcing.py --data DIR      your own images and depth, of any sparsity; docs/data.md lists the layouts
+    python train_forcing.py --data DIR --sparsity dense      your own images and depth, not thinned out (docs/data.md)
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        continue after an interruption
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
-The method is in the functions corrupt_batch, distill and train below. Every modality draws its own noise level, is
-corrupted to it, and is predicted. A modality that is held clean (t = 0) conditions the others and carries no loss.
-Missing pixels are noise and carry no loss either. The network gets no mask channel: it must recognise noise. While a
-run adds modalities, the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8).
-data.Run has what both stages share: clipping, the learning rate, EMA, ranks, checkpoints and metrics.
+A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
+draws its own noise level. One that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
+noise and carry no loss either. The network gets no mask channel: it must recognise noise. While a run adds modalities,
+the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8). data.Run has what both
+stages share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and metrics.
 
 The run directory (--out) gets config.json, metrics.jsonl (losses by modality and training mode, speed), samples/ and
 the last checkpoints. Give its last.pt to sample.py and evaluate.py.

@@ -495,7 +495,7 @@ def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
     def results(line):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split(), "--device", "cpu", "--out", str(tmp_path)])
         evaluate.main()
-        assert data.NANO in capsys.readouterr().err
+        assert data.NANO in capsys.readouterr().out
         return json.loads((tmp_path / "results.json").read_text())
 
     found = results("depth --images 64 --batch-size 64")
