@@ -852,6 +852,8 @@ def read_row(folder, line, where):
             raise TypeError
         for key, value in row.items():
             name = key.rpartition("_file_name")[0]
+            if name not in ("", *MODALITIES):
+                fail(f"--data {where}: {key} is not read; modalities are {', '.join(MODALITIES)}")
             if name and value:
                 files[name] = folder / value
     except (ValueError, KeyError, TypeError):
@@ -903,17 +905,14 @@ def index_shards(paths, workers=0, limit=None):
 
 
 def saved_index(paths, out, workers, rank):
-    """index_shards, saved in a run directory. If a shard changes in size or time, all are counted again.
-
-    Rank 0 counts, and the others wait for its file: in a collective, they would end the run after --timeout.
-    """
+    """index_shards, saved by rank 0 in a run directory. If a shard changes in size or time, all are counted again."""
     states = [os.stat(path) for path in paths]
     key = hash_int64([(path, s.st_size, s.st_mtime_ns) for path, s in zip(paths, states, strict=True)])
     saved = Path(out) / f"shards{key}.npy"
     if rank == 0 and not saved.exists():
         write_bytes(saved, to_bytes(np.save, index_shards(paths, workers)))
-    while not saved.exists():
-        time.sleep(1)
+    if dist.is_initialized():
+        dist.barrier()
     return np.load(saved, mmap_mode="r")
 
 
@@ -939,11 +938,11 @@ def open_source(args, split, size, modalities, device="cpu"):
     folder = Path(args.data)
     if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
         return FileDataset(args, training, size, modalities, list_folder(folder))
-    shards = expand(args.data)
+    shards = expand(args.data) or [args.data]
     missing = [path for path in shards if not os.path.isfile(path)]
-    if missing or not shards:
+    if missing:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
-        fail(f"--data {args.data}: unknown source, no file {''.join(missing[:1])}; must be {known}")
+        fail(f"--data {args.data}: unknown source, no file {missing[0]}; must be {known}")
     return FileDataset(args, training, size, modalities, shards=shards)
 
 
@@ -1268,7 +1267,7 @@ def training_settings(p, steps, out):
     p.setting("--log-every", 10, "steps between rows of metrics.jsonl", COUNT)
     p.setting("--sample-every", 500, "steps between sample pictures", COUNT)
     p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
-    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; allow for a checkpoint", whole(1, 10**6))
+    p.setting("--timeout", 1800, "seconds until a silent rank ends the run; allow for counting shards", whole(1, 10**6))
     p.setting("--dry-run", False, "print the number of parameters and the FLOPs, and stop")
 
 
@@ -1286,7 +1285,7 @@ def parse_run(p):
     args = p.parse_args()
     for name in ("preset", "modalities", "optimizer"):
         if getattr(args, name, None) != settings.get(name):
-            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}")
+            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}; is it a run of this script?")
     if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
@@ -1402,7 +1401,9 @@ def save_checkpoint(out, state, keep):
         os.fsync(file.fileno())  # it must be on the disk before older ones are removed
     with atomic_write(out / "last.pt") as link:
         link.symlink_to(path.name)
-    for old in list_checkpoints(out)[:-keep]:
+    paths = list_checkpoints(out)
+    paths = paths[: paths.index(path) + 1]  # --resume may have passed over a damaged one of a later step
+    for old in paths[:-keep]:
         old.unlink()
 
 
@@ -1529,8 +1530,6 @@ class Run:
         self.saved = True
         self.stopping = False
         self.caught_signals = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch_signal)
         self.metrics = []  # the names that record was called with
         self.step_sums = {}  # {name: (2,), total and count} of this rank, in this step
         self.row_sums = {}  # the same, since the last row of metrics.jsonl
@@ -1538,6 +1537,8 @@ class Run:
             dist.init_process_group("nccl" if self.cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
         if self.rank == 0:
             lock_run(self.out, args.resume)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch_signal)
 
     def start(self, network, draw_samples, teacher=None):
         """Prepare a DiT for training, and its frozen teacher. draw_samples(network) returns a picture."""
@@ -1785,7 +1786,7 @@ class Run:
         """Write a picture of samples. All ranks take part if the network is split over them."""
         if self.rank == 0 or self.sharded:
             path = self.out / "samples" / f"{self.step:07}.png"
-            with report_unwritten(path):
+            with contextlib.nullcontext() if self.sharded else report_unwritten(path):  # one rank must not leave others
                 picture = self.draw_samples(self.ema)
                 if self.rank == 0:
                     write_image(path, picture)

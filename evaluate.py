@@ -551,6 +551,9 @@ def resolve_settings(args, model):
     if model:
         args.size = args.size or model.network.config.size
         args.order = data.parse_order(args.order, [m.name for m in model.network.modalities])
+        scored = {m.name for m in TASKS[args.task].modalities}
+        if isinstance(args.order, list) and not scored <= set(args.order):
+            data.fail(f"--order {','.join(args.order)}: must name {' and '.join(sorted(scored))}, which are scored")
 
     own_size = (args.size, args.size)
     map_size, depth_max = BENCHMARKS.get(Path(args.data).name.lower(), (own_size, 0.0))

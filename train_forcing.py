@@ -5,7 +5,7 @@
     python train_forcing.py --data DIR --sparsity dense      your own images and depth, not thinned out (docs/data.md)
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        continue after an interruption
-    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \
+    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \\
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
 A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
@@ -201,10 +201,9 @@ def train(run, batches, encoders, args):
 
 
 @torch.no_grad()
-def draw_samples(encoders, args, device, network):
+def draw_samples(encoders, batch, args, device, network):
     """Draw validation samples, and what the network generates: each modality from the others, and all from captions."""
     image = network.modalities[0]
-    batch = data.validation_batch(args, network.modalities, device)
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = {}
@@ -247,6 +246,7 @@ def main():
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
+    validation = data.validation_batch(args, config.modalities, device)
     torch.manual_seed(args.seed)
     network = DiT(config)
     if init is not None:
@@ -255,7 +255,7 @@ def main():
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
     run = data.Run(args, device)
-    run.start(network, functools.partial(draw_samples, encoders, args, device), teacher)
+    run.start(network, functools.partial(draw_samples, encoders, validation, args, device), teacher)
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()

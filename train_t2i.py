@@ -4,7 +4,7 @@
     python train_t2i.py --resume                 continue after an interruption
     python train_t2i.py --data 'shards/{000..999}.tar'    your own images; docs/data.md lists the layouts
     python train_t2i.py --preset 3b --dry-run    print the number of parameters and the FLOPs, and stop
-    torchrun --nproc-per-node 8 train_t2i.py --preset 370m --resume \
+    torchrun --nproc-per-node 8 train_t2i.py --preset 370m --resume \\
         --batch-size 1024 --grad-accum 4 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
 
 The run directory (--out) gets config.json, metrics.jsonl (losses and speed), samples/ and the last checkpoints.
@@ -85,10 +85,9 @@ def train(run, batches, encoders, args):
 
 
 @torch.no_grad()
-def draw_samples(encoders, args, device, network):
-    """Draw validation images, and below them what the network generates from their captions."""
+def draw_samples(encoders, batch, args, device, network):
+    """Draw a batch of validation images, and below them what the network generates from their captions."""
     image = network.modalities[0]
-    batch = data.validation_batch(args, network.modalities, device)
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
@@ -107,10 +106,11 @@ def main():
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
+    validation = data.validation_batch(args, config.modalities, device)
     torch.manual_seed(args.seed)
     network = DiT(config)
     run = data.Run(args, device)
-    run.start(network, functools.partial(draw_samples, encoders, args, device))
+    run.start(network, functools.partial(draw_samples, encoders, validation, args, device))
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()
