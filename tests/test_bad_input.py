@@ -164,7 +164,7 @@ FLAGS = [
     (sample, "--checkpoint {forcing} --steps 1 --count 1 --out {tmp}/text.png", "text.png"),
     (evaluate, "", "required: task"),
     (evaluate, "colour", "invalid choice: 'colour'"),
-    (evaluate, "depth --depth-min 3 --depth-max 2", "--depth-max 2.0"),
+    (evaluate, "depth --checkpoint {forcing} --data {folder} --depth-min 3 --depth-max 2", "no valid pixel"),
     (evaluate, "image --checkpoint {forcing} --strength 0.5", "--strength: the task image does not use it"),
     (evaluate, "image --ensemble 3", "--ensemble: the task image does not use it"),
     (evaluate, "depth --judge-steps 4", "--judge-steps: the task depth does not use it"),
