@@ -171,6 +171,7 @@ FLAGS = [
     (evaluate, "normal --cfg 2", "--cfg: the task normal does not use it"),
     (evaluate, "joint --checkpoint {forcing} --strength 0.5", "--strength: the task joint does not use it"),
     (evaluate, "follow --checkpoint {forcing} --order 0", "--order: the task follow does not use it"),
+    (evaluate, "joint --checkpoint {forcing} --order depth", "--order depth: must name depth and rgb"),
     (evaluate, "joint --checkpoint {forcing} --order 99", "--order 99"),
     (evaluate, "joint --checkpoint {forcing} --order rgb,normal", "--order rgb,normal"),
     (evaluate, "image --checkpoint {t2i} --order rgb,depth", "--order rgb,depth"),
@@ -307,6 +308,7 @@ SOURCES = [
     (evaluate, FOLDER + "folder-caption", "row 1: must be a JSON dictionary"),
     (evaluate, "depth" + FOLDER[5:] + "folder-aspect", "another shape"),
     (evaluate, "depth" + FOLDER[5:] + "folder-no-depth", "no valid depth"),
+    (evaluate, FOLDER + "folder-mask", "row 1: mask_file_name is not read"),
     (evaluate, FOLDER + "maps-empty", "unknown source"),
     (evaluate, FOLDER + "good.png", "good.png"),
     (evaluate, FOLDER + "text.tar", "text.tar"),
@@ -429,7 +431,8 @@ def write_maps(tmp):
     Image.fromarray(codes * 0).save(tmp / "zeros.png")
     for name, near in {"word": "close", "zero": "0", "nan": "nan"}.items():
         text = PngImagePlugin.PngInfo()
-        text.add_text("near", near), text.add_text("far", "10")
+        text.add_text("near", near)
+        text.add_text("far", "10")
         Image.fromarray(codes).save(tmp / f"near-{name}.png", pnginfo=text)
 
 
@@ -443,13 +446,15 @@ def write_sources(tmp):
         "missing": json.dumps(row | {"file_name": "none.png"}).encode(),
         "caption": json.dumps(row | {"text": ["a ball"]}).encode(),
         "aspect": json.dumps(row | {"depth_file_name": "wide.npy"}).encode(),
+        "mask": json.dumps(row | {"mask_file_name": "a.png"}).encode(),
         "no-depth": json.dumps(row | {"depth_file_name": None}).encode(),
     }
     for name, content in rows.items():
         folder = tmp / f"folder-{name}"
         folder.mkdir()
         (folder / "metadata.jsonl").write_bytes(content + b"\n")
-        shutil.copy(tmp / "good.png", folder / "a.png"), shutil.copy(tmp / "d.npy", folder / "a.npy")
+        shutil.copy(tmp / "good.png", folder / "a.png")
+        shutil.copy(tmp / "d.npy", folder / "a.npy")
         shutil.copy(tmp / "wide.npy", folder)
     image = (tmp / "good.png").read_bytes()
 

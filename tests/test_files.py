@@ -470,7 +470,10 @@ def test_shards_are_counted_once_and_again_if_one_changes(tmp_path, headers):
     assert counts(paths) == [10, 1, 10] and not headers
 
 
-def test_other_ranks_wait_until_rank_0_has_counted(tmp_path, headers):
+def test_other_ranks_wait_until_rank_0_has_counted(tmp_path, headers, monkeypatch):
+    barrier = threading.Barrier(2)
+    ranks = SimpleNamespace(is_initialized=lambda: True, barrier=lambda: barrier.wait(10))
+    monkeypatch.setattr(data, "dist", ranks)
     paths = write_three_shards(tmp_path)
     found = []
     other = threading.Thread(target=lambda: found.append(data.saved_index(paths, tmp_path, 0, rank=1)))

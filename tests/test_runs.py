@@ -348,6 +348,15 @@ def test_the_newest_checkpoints_are_kept_and_last_is_one_of_them(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", *names]
 
 
+def test_a_damaged_checkpoint_of_a_later_step_displaces_no_new_one(tmp_path):
+    (tmp_path / "step-0000008.pt").write_bytes(b"damaged")
+    for step in (4, 6):
+        data.save_checkpoint(tmp_path, checkpoint(step=step), keep=1)
+        assert data.open_network(tmp_path / "last.pt")[1]["step"] == step
+    names = ["step-0000006.pt", "step-0000008.pt"]
+    assert [path.name for path in data.list_checkpoints(tmp_path)] == names
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(damage, tmp_path, capsys):
     for step in (1, 2):
