@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
