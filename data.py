@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import MODALITIES, TEXT_PATCH, DiT, split_by_mode, training_cost
+from model import JOINT, MODALITIES, TEXT_PATCH, DiT, split_by_mode, training_cost
 
 # ---- The synthetic world ----
 # Endless captioned scenes with exact depth and normals, so that you can train both stages without any download.
@@ -450,7 +450,7 @@ def sensor_mask(rgb, pattern, rand):
     if pattern not in ("mixed", *PATTERNS):
         return noise < float(pattern)
 
-    # All are drawn, so that the random numbers, and thus each mask, do not depend on the pattern asked for.
+    # All are drawn, so that the mask of a pattern is the same under its own name and under "mixed".
     dense = torch.ones_like(noise, dtype=torch.bool)
     uniform = noise < 0.005 * 100 ** rand(1, 1, 1)
     lidar = scan_lines(noise, rand)
@@ -893,8 +893,8 @@ def sample_offsets(path, limit=None):
 
 def index_shards(paths, workers=0, limit=None):
     """(N, 2) int64: the shard and the offset of each sample. Reads no more shards than hold limit samples."""
-    count = functools.partial(sample_offsets, limit=limit)
-    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=count)
+    read_offsets = functools.partial(sample_offsets, limit=limit)  # as collate_fn, it runs in the workers
+    offsets_of_shards = load_parallel(paths, workers, batch_size=None, collate_fn=read_offsets)
     index = []
     progress = tqdm(offsets_of_shards, "counting the samples of --data", leave=False, disable=None)  # in a terminal
     for shard, offsets in enumerate(progress):
@@ -934,16 +934,15 @@ def open_source(args, split, size, modalities, device="cpu"):
                 fail(f"--data synthetic: has no {m.name}; it has {', '.join(SyntheticWorld.modalities)}")
         return SyntheticWorld(split, size, device)
 
-    training = split == "train"
     folder = Path(args.data)
     if (folder / ".index.txt").is_file() or (folder / "metadata.jsonl").is_file():
-        return FileDataset(args, training, size, modalities, list_folder(folder))
+        return FileDataset(args, split == "train", size, modalities, list_folder(folder))
     shards = expand(args.data) or [args.data]
     missing = [path for path in shards if not os.path.isfile(path)]
     if missing:
         known = "synthetic, a folder with metadata.jsonl or .index.txt, or tar shards"
         fail(f"--data {args.data}: unknown source, no file {missing[0]}; must be {known}")
-    return FileDataset(args, training, size, modalities, shards=shards)
+    return FileDataset(args, split == "train", size, modalities, shards=shards)
 
 
 # ---- Batches ----
@@ -1181,12 +1180,12 @@ def parse_size(text):
 
 
 def parse_order(text, names):
-    """--order: log2(alpha) -> float, or different ones of names with commas between -> list. Else exit code 2."""
+    """--order: joint or log2(alpha) -> float, or names with commas between -> list. Else exit code 2."""
     order = text.split(",")
     if set(order) <= set(names) and len(set(order)) == len(order):
         return order
     try:
-        return number(-14, 14)(text)
+        return JOINT if text == "joint" else number(-14, 14)(text)
     except argparse.ArgumentTypeError:
         fail(f"--order {text}: must be joint, log2(alpha) from -14 to 14, or different ones of {', '.join(names)}")
 
@@ -1238,7 +1237,7 @@ def sampling_settings(p):
     guidance = by_modality(number(0, 100), unnamed="rgb")
     scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
     p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
-    p.setting("--ensemble", 1, "samples of each depth map, of which the median is taken", whole(1, 1000))
+    p.setting("--ensemble", 1, "samples of each map, of which the median is taken", whole(1, 1000))
     p.setting("--batch-size", 16, "samples in each call of the network", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
@@ -1348,9 +1347,8 @@ def report_unwritten(what):
     """Let training continue if the disk or memory is full in this block: print that a file was not written."""
     try:
         yield
-    except (OSError, RuntimeError, MemoryError) as error:  # torch raises RuntimeError for a full GPU or disk
-        cause = error.__context__ or error  # the context of torch's error is the error of the disk
-        log(f"{what}: not written ({cause}); training continues")
+    except (OSError, RuntimeError, MemoryError) as error:  # the disk's error is the context of torch's
+        log(f"{what}: not written ({error.__context__ or error}); training continues")
 
 
 @contextlib.contextmanager
@@ -1740,7 +1738,7 @@ class Run:
             log(message)
 
     def write_row(self, norm):
-        """Add a row to metrics.jsonl: means since the last one, and the speed."""
+        """Add a row to metrics.jsonl: mean losses and speed since the last row; norm and rate of this step."""
         sums = {name: pair.tolist() for name, pair in self.sum_over_ranks(self.row_sums).items()}
         means = {name: total / count for name, (total, count) in sums.items() if count}
         losses = {name: means[name] for name in self.metrics if name.startswith("loss_") and name in means}

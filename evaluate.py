@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, NORMAL, RGB, complete_depth, make_schedule
+from model import DEPTH, I2D_STEPS, MODALITIES, NORMAL, RGB, complete_depth, make_schedule
 
 # ---- Metrics ----
 
@@ -526,7 +526,7 @@ def parse():
     p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth and normal, else 16", data.whole(0, 10**4))
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
     p.setting("--strength", 1.0, "depth, normal, follow: trust in the input; 1 is full, 0 is none", data.SHARE)
-    p.setting("--order", f"{JOINT:g}", "image, joint: log2(alpha), above 0 image first; or names, such as depth,rgb")
+    p.setting("--order", "joint", "image, joint: joint, log2(alpha) (above 0 image first), or names as depth,rgb")
     p.setting("--judge", "", "follow, joint: checkpoint that estimates depth in images (default: --checkpoint)")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))

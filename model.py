@@ -1,12 +1,12 @@
 """Modality Forcing (arXiv 2606.13676): the mathematics, the network, the sampler and the optimizers.
 
 One diffusion transformer learns p(image, depth | text). Every modality has its own noise level t. At t = 0 a modality
-is clean, so it conditions the others. At t = 1 it is pure noise, so it is generated. Between the two it is a hint that
-is partly trusted.
+is clean, so it conditions the others. At t = 1 it is pure noise, and sampling lowers t to 0 to generate it. Between the
+two it is a hint that is partly trusted.
 
 A modality is an entry in a list, and every loop runs over the entries. Only the first entry, the image, has roles of
-its own: its noise level modulates the text tokens, a new modality starts with a copy of its modulation, and in sampling
-the other noise levels may follow its noise level.
+its own: its conditioning vector also modulates the text tokens, a new modality starts with a copy of its modulation,
+and in sampling the other noise levels may follow its noise level.
 
 References:
   Modality Forcing               https://arxiv.org/abs/2606.13676   sections and equations cited below
@@ -76,7 +76,7 @@ def velocity_weight(t):
     return 1 / t.clamp(min=T_MIN) ** 2
 
 
-LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # Modality.loss: what the loss compares
+LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # keys of Modality.loss: what the loss compares
 
 
 def distillation_weight(t, low, high):
@@ -170,7 +170,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
 # A schedule is a table {m: noise levels of all steps}. A task is a schedule and the values that you give.
 
 JOINT = 5.0  # log2(alpha) in the released code's joint generation: depth resolves long after the image
-I2D_STEPS = 2  # sampling steps from an image to depth: more change little (RESULTS.md)
+I2D_STEPS = 2  # sampling steps from an image to depth or normals: more are not better (RESULTS.md)
 
 
 def sampling_grid(steps):
@@ -188,11 +188,12 @@ def make_schedule(names, steps, order=JOINT, strength=None):
     """The table of noise levels that DiT.sample follows: {m: (S + 1,) float64} for the modalities called names.
 
     Args:
-        steps: number of sampling steps; if order is a list, the number for each name in it.
+        steps: number of sampling steps; if order is a list, the number for each generated name in it.
         order: a number is log2(alpha) of the generated modalities relative to the first of names, if that one is
             generated too. A list of names generates them one after the other; a name that is not listed stays noise.
         strength: {m: 0 to 1} of the modalities that you give. 1 is clean and 0 is ignored. Between them a row is
             warped by log2(alpha) = 2 log2((1 - strength) / strength): the paper's -5 is 0.85, and its -14 is 0.992.
+            If order is a list, such a row falls to 0 while the first name is generated.
     """
     strength = strength or {}
     generated = [name for name in names if name not in strength]
@@ -216,7 +217,8 @@ def make_schedule(names, steps, order=JOINT, strength=None):
         if trust == 1:
             schedule[name] = torch.zeros_like(base)
         elif trust == 0:
-            schedule[name] = (base > 0).double()  # 1 while base falls
+            schedule[name] = torch.ones_like(base)
+            schedule[name][-1] = 0.0
         else:
             schedule[name] = warp(base, 2 * math.log2((1 - trust) / trust))
     return schedule
@@ -256,7 +258,8 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
 
     Where depth is valid, the result equals it. Elsewhere log(depth / relative) is interpolated from at most max_anchors
     valid pixels. The distance between pixels is Euclidean in (row, column, 2 log depth), where the longer side of the
-    image is 2, so that a correction stays on its surface. All arguments and the result: (B, 1, H, W).
+    image is 2, so that a correction does not cross the edges of objects. This is ours, not the paper's. All arguments
+    and the result: (B, 1, H, W).
     """
     positions = torch.ones_like(depth[0, 0]).nonzero() * (2 / max(depth.shape[2:]))  # (H * W, 2): row and column
 
@@ -429,19 +432,19 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
-def token_ids(modality_id, rows, columns, device=None):
+def token_positions(modality_id, rows, columns, device=None):
     """Rotary positions of the tokens of an image, (rows * columns, 4): (modality id, row, column, 0)."""
     grid = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
     return F.pad(F.pad(grid, (1, 0), value=modality_id), (0, 1))
 
 
-def rope_angles(ids, head_dim):
-    """Multi-axis RoPE: ids (N, 4) of (modality, row, column, text position) -> angles (N, head_dim / 2)."""
+def rope_angles(positions, head_dim):
+    """Multi-axis RoPE: positions (N, 4) of (modality, row, column, text position) -> angles (N, head_dim / 2)."""
     angles = []
     for axis, eighths in enumerate((1, 3, 3, 1)):  # the share of the channels that turn with the axis
         num_rates = head_dim // 2 * eighths // 8
-        rates = 100.0 ** -(torch.arange(num_rates, device=ids.device) / num_rates)
-        angles.append(ids[:, axis, None] * rates)
+        rates = 100.0 ** -(torch.arange(num_rates, device=positions.device) / num_rates)
+        angles.append(positions[:, axis, None] * rates)
     return torch.cat(angles, -1)
 
 
@@ -573,13 +576,13 @@ class DiT(nn.Module):
             text = text.unflatten(1, (-1, TEXT_PATCH)).flatten(2)  # (B, N_text, 32 * TEXT_PATCH)
         tokens = [self.text_tokenizer(text)]  # (B, N_text, D)
         text_positions = torch.arange(tokens[0].shape[1], device=text.device)
-        ids = [F.pad(text_positions[:, None], (3, 0))]  # (N_text, 4)
+        positions = [F.pad(text_positions[:, None], (3, 0))]  # (N_text, 4)
         grids = {}
         for m in inputs:
             patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)  # (B, C * patch^2, rows, columns)
             grids[m.name] = patches.shape[2:]
             tokens.append(self.tokenizers[m.name](patches.flatten(2).transpose(1, 2)))  # (B, rows * columns, D)
-            ids.append(token_ids(m.id, *grids[m.name], text.device))  # (rows * columns, 4)
+            positions.append(token_positions(m.id, *grids[m.name], text.device))  # (rows * columns, 4)
         lengths = [part.shape[1] for part in tokens]
 
         # The vector of a modality modulates its tokens. The vector of the first input also modulates the text.
@@ -591,7 +594,7 @@ class DiT(nn.Module):
 
         # The trunk.
         x = torch.cat(tokens, 1).float()  # (B, N, D)
-        angles = rope_angles(torch.cat(ids), self.config.head)[:, None]  # (N, 1, head_dim / 2)
+        angles = rope_angles(torch.cat(positions), self.config.head)[:, None]  # (N, 1, head_dim / 2)
         rope = (angles.cos(), angles.sin())
         for block in self.blocks:
             x = block(x, modulation, rope)

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import DEPTH, I2D_STEPS, JOINT, MODALITIES, RGB, complete_depth, make_schedule
+from model import DEPTH, I2D_STEPS, MODALITIES, RGB, complete_depth, make_schedule
 
 INPUT_FLAGS = {"rgb": "image", "depth": "depth", "normal": "normal"}  # modality: the flag that gives it
 STEPS = 50  # of a pass, unless a clean image is given: that leaves little to choose, so I2D_STEPS suffice
@@ -51,9 +51,11 @@ def parse():
     p.setting("--refine", "", "a modality to generate again after the first pass, given all others clean")
     p.setting("--count", 4, "number of samples for every prompt and every input", data.whole(1, 10**5))
     p.setting("--size", "", "pixels that the network sees, HxW or one side; inputs keep their aspect")
-    p.setting("--steps", 0, f"of each pass; 0 is {STEPS}, or {I2D_STEPS} from a clean image", data.whole(0, 10**4))
+    p.setting(
+        "--steps", 0, f"of each pass or turn (default: {STEPS}, or {I2D_STEPS} from an image)", data.whole(0, 10**4)
+    )
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
-    p.setting("--seed", 0, "seed of the first sample's noise; each next sample adds 1", data.SEED)
+    p.setting("--seed", 0, "of the first sample's noise; the next adds 1, a file of a directory its hash", data.SEED)
     p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
     p.setting("--out", "runs/samples", "directory to write to, new or empty")
     args = p.parse_args()
@@ -198,7 +200,7 @@ class Sampler:
             if name not in given:
                 data.fail(f"--strength {name}: the network is not given it, only {', '.join(given) or 'noise'}")
 
-        self.order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
+        self.order = data.parse_order(args.order, names)
         listed = self.order if isinstance(self.order, list) else names
         self.generated = [name for name in names if name in listed and name not in given]
         if not self.generated:

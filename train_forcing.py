@@ -50,7 +50,7 @@ def check_sparsity(text):
 def parse():
     p = data.Flags(__doc__)
     p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, and teacher if it lacks a modality; or none")
-    p.setting("--preset", "", "network (default: that of --init, or nano without it)", choices=PRESETS)
+    p.setting("--preset", "", "network, which must fit --init (default: that of --init, else nano)", choices=PRESETS)
     p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
     patterns = ", ".join(data.PATTERNS)

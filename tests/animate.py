@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from model import JOINT, make_schedule
+from model import make_schedule
 
 STEPS = 50
 MAX_FRAMES = 40
@@ -45,7 +45,7 @@ def main():
     args = parse()
     network, _ = data.open_network(args.checkpoint, "--checkpoint")
     names = [m.name for m in network.modalities]
-    order = JOINT if args.order == "joint" else data.parse_order(args.order, names)
+    order = data.parse_order(args.order, names)
     size = (network.config.size, network.config.size)
 
     rng = data.PerSampleRNG("sample", range(args.count))  # as sample.py, so the samples are the same

@@ -34,7 +34,7 @@ from model import (
     sampling_grid,
     split_by_mode,
     squared_error,
-    token_ids,
+    token_positions,
     training_cost,
     uncontract,
     velocity_weight,
@@ -498,7 +498,7 @@ def test_each_modality_is_modulated_by_its_own_timestep():
 
 
 def test_every_position_of_a_non_square_image_has_its_own_angle():
-    angles = rope_angles(torch.cat([token_ids(m, 3, 7) for m in (0, 1)]), 32)
+    angles = rope_angles(torch.cat([token_positions(m, 3, 7) for m in (0, 1)]), 32)
     assert len(torch.unique(angles, dim=0)) == 2 * 3 * 7
     assert torch.equal(angles[:21, 2:14], angles[21:, 2:14])  # row and column angles are shared by the modalities
 
@@ -516,7 +516,7 @@ def test_the_network_gives_its_tokens_those_angles(other):
     network(x, t, text)
     text_ids = torch.zeros(SMALL.text_length // TEXT_PATCH, 4)
     text_ids[:, 3] = torch.arange(len(text_ids))
-    angles = rope_angles(torch.cat([text_ids, token_ids(0, 2, 4), token_ids(other.id, 2, 4)]), SMALL.head)
+    angles = rope_angles(torch.cat([text_ids, token_positions(0, 2, 4), token_positions(other.id, 2, 4)]), SMALL.head)
     cos, sin = seen[0]
     torch.testing.assert_close(cos[:, 0], angles.cos())
     torch.testing.assert_close(sin[:, 0], angles.sin())
