@@ -28,7 +28,7 @@ import train_t2i
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 8 --log-every 1 --sample-every 1000 --warmup 2"
 FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double\n"
-EAGER = "import functools\ntorch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+EAGER = "import functools\ntorch.compile = functools.partial(torch.compile, backend='eager')\n"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RESTARTING = [*LAUNCHER, "--max-restarts", "1"]
 NO_PICTURES = "import data\ndata.Run.draw = lambda run: None\n"
@@ -210,10 +210,9 @@ def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeyp
         assert (one[k] - other[k]).norm() <= 0.02 * (one[k] - before[k]).norm() + 1e-7, k
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_other_stopped(optimizer, t2i, tmp_path):
+def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_other_stopped(t2i, tmp_path):
     """In float64: two steps of two sharded ranks, two of one rank, two of two sharded ranks, against six of one."""
-    line = f"{QUICK} --init {t2i} --optimizer {optimizer} --steps 6 --checkpoint-every 1 --keep 9"
+    line = f"{QUICK} --init {t2i} --steps 6 --checkpoint-every 1 --keep 9"  # AdamW and Muon
     stop = "self.caught_signals.append(signal.SIGTERM)"
     out = f"--out {tmp_path}/a"
     legs = [
