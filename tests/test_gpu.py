@@ -147,7 +147,7 @@ def test_losses_that_differ_fail(tmp_path, monkeypatch, losses, verdict):
 
 @pytest.mark.slow
 def test_every_part_runs_at_toy_size(tmp_path):
-    last = ["ranks", "training"]  # about as long as all others, which run beside them
+    last = ["stages", "ranks", "training"]  # about as long as all others, which run beside them
     others = [part.__name__ for part in gpu.PARTS if part.__name__ not in last]
     running = {}
     for i, names in enumerate((others, last)):

@@ -379,7 +379,7 @@ def test_processes_that_load_data_end_with_the_one_that_trains(end, tmp_path, mo
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_rank_waits_no_longer_than_it_should_for_one_that_stopped(tmp_path, monkeypatch):
     write_folder(tmp_path / "files", world_samples("train", (16, 16), 8))
-    line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --timeout 6 --out {tmp_path}"
+    line = f"{QUICK} --steps 4000 --data {tmp_path}/files --workers 2 --timeout 4 --out {tmp_path}"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     with socket.socket() as free:
