@@ -56,7 +56,7 @@ def parse():
     patterns = ", ".join(data.PATTERNS)
     p.setting("--sparsity", "mixed", f"pixels that keep depth: mixed, {patterns} or a share", check_sparsity)
     shares = data.by_modality(data.SHARE)
-    p.setting("--p-clean", {}, "probability of holding one clean, as rgb=0.25,depth=0.5 (default: 0.2 each)", shares)
+    p.setting("--p-clean", {}, "chance to hold a modality clean, as rgb=0.25,depth=0.5 (default: 0.2 each)", shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
     # The paper gives no distillation weights. These are ours.
     weight = data.number(0, 1000)

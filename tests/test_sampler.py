@@ -233,6 +233,11 @@ def test_joint_generation_runs_the_image_through_the_grid_and_the_others_behind(
     assert torch.equal(schedule["normal"], warp(grid, JOINT))
 
 
+def test_an_ignored_input_stays_noise_until_the_end_in_every_turn():
+    schedule = make_schedule(["rgb", "depth", "normal"], 4, ["rgb", "normal"], {"depth": 0.0})
+    assert torch.equal(schedule["depth"], torch.cat([torch.ones(8), torch.zeros(1)]).double())
+
+
 def test_beside_a_given_image_all_others_run_through_the_grid():
     grid = sampling_grid(4)
     schedule = make_schedule(THREE, 4, -2.0, {"rgb": 1.0})
