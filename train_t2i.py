@@ -91,9 +91,8 @@ def draw_samples(encoders, batch, args, device, network):
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
-    samples = network.sample(
-        {"rgb": sampling_grid(25)}, {"rgb": noise}, text, guidance={"rgb": 3.0}, no_text=encoders.no_text
-    )
+    schedule = {"rgb": sampling_grid(25)}
+    samples = network.sample(schedule, {"rgb": noise}, text, guidance={"rgb": 3.0}, no_text=encoders.no_text)
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]
     return data.draw_grid(rows, ["real", "from its\ncaption"])

@@ -1,11 +1,11 @@
-"""Frozen encoders for --encoders: images become latents, captions become embeddings. They need diffusers and transformers.
+"""Frozen encoders: images become latents, and captions become embeddings. They need diffusers and transformers.
 
-    --encoders extras/encoders.py:klein:FOLDER         FLUX.2 [klein]'s autoencoder and its Qwen3, 512 tokens a caption
-    --encoders extras/encoders.py:klein:FOLDER,CACHE   the same; embeddings are kept in the folder CACHE
-    --encoders extras/encoders.py:umt5:FOLDER,UMT5     the autoencoder, and UMT5 from the folder UMT5 (the scaling study)
+    --encoders extras/encoders.py:Klein:FOLDER         the autoencoder and the Qwen3 of FLUX.2 [klein]
+    --encoders extras/encoders.py:Klein:FOLDER,CACHE   the same; embeddings are kept in the folder CACHE
+    --encoders extras/encoders.py:UMT5:FOLDER,UMT5     the autoencoder, and UMT5 from the folder UMT5
 
-FOLDER is a published FLUX.2 [klein], with vae/, text_encoder/ and tokenizer/. Nothing is downloaded. data.PixelsAndBytes
-documents the members of an encoder; docs/backbone.md has the commands and what a cache takes on the disk.
+FOLDER is a published FLUX.2 [klein], with vae/, text_encoder/ and tokenizer/. Nothing is downloaded. docs/backbone.md
+has the commands, and what a cache takes on the disk. data.PixelsAndBytes documents the members of an encoder.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Klein(Flux2Autoencoder):
         self.text_dim = len(self.layers) * config.hidden_size
 
     def load_qwen(self):
-        """Load the tokenizer and Qwen3 up to the last layer that is read: when the first caption is not in the cache."""
+        """Load the tokenizer and Qwen3, up to the last layer that is read."""
         from transformers import AutoModel, AutoTokenizer
 
         options = {"dtype": self.dtype, "local_files_only": True}
@@ -120,7 +120,3 @@ class UMT5(Flux2Autoencoder):
         hidden = self.text(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
         has_text = torch.tensor([[bool(caption.strip())] for caption in captions], device=self.device)
         return hidden * (tokens.attention_mask * has_text)[..., None]
-
-
-klein = Klein  # the names that --encoders gives
-umt5 = UMT5

@@ -211,7 +211,7 @@ def part_name(part, stream):
 
 
 def mixing_names(source, target):
-    """Names of the embedder that brings one stream's timestep to another, and of its factor; published are two pairs."""
+    """Names of the embedder that brings the timestep of one stream to another, and of its factor."""
     embedder = f"time_in_{source}_to_{target}".replace("img_to", "rgb_to")
     if {source, target} == {"img", "depth"}:
         return embedder, f"cross_alpha_{target}"
@@ -429,7 +429,7 @@ def read_checkpoint(path):
         raise ValueError(f"it lacks {error}") from None
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"is damaged: {error}") from None
-    return {"config": config, "settings": {"encoders": "extras/encoders.py:klein:FOLDER"}, "ema": weights}
+    return {"config": config, "settings": {"encoders": "extras/encoders.py:Klein:FOLDER"}, "ema": weights}
 
 
 Network = Flux2DiT  # --backbone needs this name and read_checkpoint
