@@ -1444,7 +1444,7 @@ def open_network(path, flag="--checkpoint", backbone=""):
     """
     if not os.path.exists(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
-    published = os.path.isdir(path) or path.endswith(".safetensors")
+    published = os.path.isdir(path) or Path(path).suffix == ".safetensors"
     if published and not backbone:
         fail(f"{flag} {path}: not a checkpoint of a training script; published weights need --backbone")
     if path == NANO:
