@@ -36,7 +36,7 @@ import tarfile
 import textwrap
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -1132,8 +1132,9 @@ def open_encoders(flag, device, config, trained_with=None):
             check_encoders(encoders, device, config)
         except Exception as error:
             fail(f"--encoders {flag}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    fitting = replace(config, text_length=encoders.text_length)  # any length will do
-    if trained_with is not None and config.with_encoders(encoders) != fitting:
+    image = config.modalities[0]
+    found = (encoders.image_channels, encoders.image_stride, encoders.text_dim)  # any text_length will do
+    if trained_with is not None and found != (image.channels, image.stride, config.text_dim):
         fail(f"--encoders {flag or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     encoders.no_text = encoders.encode_text([""]).to(device)
     return encoders

@@ -650,7 +650,7 @@ class Denoiser(nn.Module):
         self.load_state_dict(weights, strict=False, assign=on_meta)
 
     def place(self, device, half=False, shard=None):
-        """Copy the weights to a device, as float32; if half, the blocks' matrices become bfloat16 on CUDA.
+        """Copy the weights to a device, in the default type; if half, the blocks' matrices become bfloat16 on CUDA.
 
         shard is called for each block, and then for the network, once its weights are on the device. Only one block at
         a time is whole there, and weights that are mapped from a file never take the memory of this machine.
@@ -661,7 +661,7 @@ class Denoiser(nn.Module):
         for module in modules:
             for parameter in module.parameters():
                 if not isinstance(parameter, DTensor):  # those of the blocks are sharded already
-                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.float32
+                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.get_default_dtype()
                     parameter.data = parameter.data.to(device, dtype, copy=True)
             if shard:
                 shard(module)
