@@ -378,10 +378,7 @@ class Config:
                 entries[i] = Modality(**{"id": i, **entry})
         object.__setattr__(self, "modalities", tuple(entries))
 
-        if self.head % 16:
-            raise ValueError(f"head is {self.head}, must be a multiple of 16")
-        if self.width % (4 * self.head):
-            raise ValueError(f"width is {self.width}, must be a multiple of 4 x head, {4 * self.head}")
+        self.check_heads()
         if not self.text_dim and self.text_length % TEXT_PATCH:
             raise ValueError(f"text_length is {self.text_length}, must be a multiple of {TEXT_PATCH} bytes")
         for m in entries:
@@ -389,6 +386,16 @@ class Config:
                 raise ValueError(f"patch is {self.patch}, must be a multiple of the stride of {m.name}, {m.stride}")
         if len({m.name for m in entries}) < len(entries) or len({m.id for m in entries}) < len(entries):
             raise ValueError("modalities must have different names and ids")
+
+    def check_heads(self):
+        if self.head % 16:
+            raise ValueError(f"head is {self.head}, must be a multiple of 16")
+        if self.width % (4 * self.head):
+            raise ValueError(f"width is {self.width}, must be a multiple of 4 x head, {4 * self.head}")
+
+    def build(self):
+        """A new network with random weights."""
+        return DiT(self)
 
     def with_modalities(self, *entries):
         """This config with the given entries; their decoders are at most as deep as decoder_depth."""
@@ -419,17 +426,22 @@ PRESETS = {  # text-to-image networks; with_modalities replaces their list of mo
 }
 
 
+def timestep_sinusoids(t):
+    """Noise levels t (B,) in [0, 1] -> (B, 256): cosines, then sines, of 1000 t at 128 rates from 1 down to 1/10000."""
+    rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+    angles = 1000 * t.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 class TimestepEmbedder(nn.Module):
-    """Noise level t (B,) in [0, 1] -> (B, D), through sinusoids of 1000 t."""
+    """Noise level t (B,) in [0, 1] -> (B, D)."""
 
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        rates = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angles = 1000 * t.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.mlp(timestep_sinusoids(t))
 
 
 def token_positions(modality_id, rows, columns, device=None):
@@ -523,7 +535,186 @@ class Decoder(nn.Module):
             return self.head(x)
 
 
-class DiT(nn.Module):
+# On CUDA, linear layers and attention run in bfloat16; other devices stay in float32. Autocast's cache would hold bfloat16
+# copies of all weights until the end of the forward pass.
+mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False)
+
+
+class Network(nn.Module):
+    """What all networks share: the sampler, checkpoints and optimizers.
+
+    A subclass sets self.config and self.modalities, and defines forward(noisy, t, text) and copies(m).
+    """
+
+    config_type = Config
+    block_types = (Block,)  # what is compiled, checkpointed and sharded as one
+    new = frozenset()  # names of the parameters that did not come from the checkpoint that training started from
+
+    def copies(self, m):
+        """{parameter of a new modality m: parameter of the image that it starts as a copy of}."""
+        raise NotImplementedError
+
+    # ---- Sampler (Sec. 4.2) ----
+
+    @torch.no_grad()
+    def sample(
+        self, schedule, noise, text, given=None, guidance=None, guidance_interval=(0, 1), callback=None, no_text=None
+    ):
+        """Generate all modalities that are not given, along a schedule of noise levels.
+
+        Args:
+            schedule: {m: S + 1 noise levels}, as from make_schedule. Its keys are the inputs of the network.
+            noise: {m: (B, C, H, W)} from N(0, 1).
+            text: as in forward.
+            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
+                noised to the level in their row, as in training: missing pixels are noise.
+            guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
+            callback: called with {m: x_t} after each step.
+            no_text: the text of an empty caption, (1, L) or (1, L, text_dim); guidance needs it.
+        Returns {m: (B, C, H, W)} for Modality.decode.
+        """
+        given = given or {}
+        guidance = guidance or {}
+        low, high = guidance_interval
+        names = [m.name for m in self.modalities if m.name in schedule]
+        table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
+        levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+
+        def batch_level(t):
+            return torch.full((len(text),), t, device=text.device)
+
+        def noised(t):
+            """The given values at noise levels t (Eq. 5)."""
+            return {name: corrupt(x0, noise[name], batch_level(t[name]), valid) for name, (x0, valid) in given.items()}
+
+        x = {name: noise[name] for name in names}
+        x.update(noised(levels[0]))
+        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
+            t_batch = {name: batch_level(t[name]) for name in names}
+            x0_hat = self(x, t_batch, text)
+            moving = [name for name in names if name not in given and s[name] < t[name]]
+            guided = [name for name in moving if guidance.get(name, 1) != 1 and low <= t[name] <= high]
+            if guided:
+                without_text = self(x, t_batch, no_text.expand_as(text))
+                for name in guided:
+                    x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
+            x = dict(x)  # a copy, since callback may have kept the last x
+            for name in moving:  # Euler's step on the velocity that x0_hat implies
+                x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
+            x.update(noised(s))
+            if callback:
+                callback(x)
+        return x
+
+    # ---- Checkpoints ----
+
+    @classmethod
+    def from_checkpoint(cls, state):
+        """The averaged network of a checkpoint: frozen, its weights still mapped from the file, if they are, and of its
+        type. Call place before you run it. Raises ValueError if the checkpoint is wrong.
+        """
+        try:
+            with torch.device("meta"):
+                network = cls(cls.config_type(**state["config"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"its config is wrong: {error}") from None
+
+        weights = {}
+        for name, weight in state["ema"].items():
+            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
+            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
+            weights[name] = weight
+        check_weights(weights, network)
+        network.load_state_dict(weights, assign=True)
+        return network.requires_grad_(False)
+
+    def warm_start(self, weights):
+        """Load the weights of a network of fewer modalities (Sec. 3.2); copies says what new modalities take from it.
+
+        The other parts of a new modality keep their fresh values. Raises ValueError if weights do not fit.
+        """
+        new = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
+        with torch.device("meta"):
+            smaller = replace(self.config, modalities=[m for m in self.modalities if m not in new]).build()
+        try:
+            check_weights(weights, smaller)
+        except ValueError as error:
+            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
+        weights = dict(weights)
+        for m in new:
+            for name, source in self.copies(m).items():
+                weights[name] = weights[source]
+        self.new = self.state_dict().keys() - weights.keys()
+        on_meta = next(self.parameters()).is_meta
+        self.load_state_dict(weights, strict=False, assign=on_meta)
+
+    def place(self, device, half=False, shard=None):
+        """Copy the weights to a device, as float32; if half, the blocks' matrices become bfloat16 on CUDA.
+
+        shard is called for each block, and then for the network, once its weights are on the device. Only one block at
+        a time is whole there, and weights that are mapped from a file never take the memory of this machine.
+        """
+        half = half and device.type == "cuda"
+        matrix_ids = {id(p) for p in self.matrices()}
+        modules = [*self.all_blocks(), self] if shard else [self]
+        for module in modules:
+            for parameter in module.parameters():
+                if not isinstance(parameter, DTensor):  # those of the blocks are sharded already
+                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.float32
+                    parameter.data = parameter.data.to(device, dtype, copy=True)
+            if shard:
+                shard(module)
+
+    # ---- Training ----
+
+    def all_blocks(self):
+        """The blocks of the trunk and of the decoders."""
+        return [module for module in self.modules() if isinstance(module, self.block_types)]
+
+    def checkpoint_activations(self):
+        """From now on keep only each block's input, and compute the rest again in the backward pass."""
+        for block in self.all_blocks():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def compile_blocks(self):
+        """torch.compile every block. Blocks of one kind share a graph, and those of a decoder have another."""
+        torch._dynamo.config.optimize_ddp = False  # do not split a block's graph at the gradient buckets of DDP
+        for block in self.all_blocks():
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+
+    def matrices(self):
+        """The parameters that Muon updates: the blocks' matrices."""
+        layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
+        return [layer.weight for layer in layers]
+
+    def configure_optimizers(self, lr, optimizer="muon", lr_new=0.0):
+        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
+
+        lr_new: learning rate of the parameters in self.new; 0 is lr.
+        """
+        matrices = self.matrices() if optimizer == "muon" else []
+        matrix_ids = {id(p) for p in matrices}
+        new = self.new if lr_new else ()
+
+        def groups(of_matrices):
+            """The parameter groups of an optimizer: what was pretrained, and what is new."""
+            pretrained = {"params": [], "lr": lr}
+            fresh = {"params": [], "lr": lr_new}
+            for name, p in self.named_parameters():
+                if (id(p) in matrix_ids) == of_matrices:
+                    group = fresh if name in new else pretrained
+                    group["params"].append(p)
+            return [group for group in (pretrained, fresh) if group["params"]]
+
+        optimizers = [torch.optim.AdamW(groups(False), betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        if matrices:
+            if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
+                torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
+            optimizers.append(torch.optim.Muon(groups(True), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
+
+
+class DiT(Network):
     """Flat-token diffusion transformer over text and any number of modalities."""
 
     def __init__(self, config):
@@ -560,12 +751,12 @@ class DiT(nn.Module):
         for parameter in nn.ModuleList(zeroed).parameters():
             nn.init.zeros_(parameter)
 
-    @torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # it changes nothing on other devices
+    @mixed_precision
     def forward(self, noisy, t, text):
         """Predict the clean values of any subset of the modalities: x0_hat = g(x_t, t, text) of Sec. 3.1.
 
         noisy and the result are {m: (B, C, H, W)}; t {m: (B,)} is in [0, 1]; text is bytes (B, L) uint8, or embeddings
-        (B, L, text_dim). Zeros are no text.
+        (B, L, text_dim).
         """
         inputs = [m for m in self.modalities if m.name in noisy]
         vectors = self.conditioning_vectors(inputs, t)  # {m: (B, D)}
@@ -619,145 +810,35 @@ class DiT(nn.Module):
             vectors[m.name] = vector
         return vectors
 
-    # ---- Sampler (Sec. 4.2) ----
-
-    @torch.no_grad()
-    def sample(self, schedule, noise, text, given=None, guidance=None, guidance_interval=(0, 1), callback=None):
-        """Generate all modalities that are not given, along a schedule of noise levels.
-
-        Args:
-            schedule: {m: S + 1 noise levels}, as from make_schedule. Its keys are the inputs of the network.
-            noise: {m: (B, C, H, W)} from N(0, 1).
-            text: as in forward.
-            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
-                noised to the level in their row, as in training: missing pixels are noise.
-            guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
-            callback: called with {m: x_t} after each step.
-        Returns {m: (B, C, H, W)} for Modality.decode.
-        """
-        given = given or {}
-        guidance = guidance or {}
-        low, high = guidance_interval
-        names = [m.name for m in self.modalities if m.name in schedule]
-        table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
-        levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
-
-        def batch_level(t):
-            return torch.full((len(text),), t, device=text.device)
-
-        def noised(t):
-            """The given values at noise levels t (Eq. 5)."""
-            return {name: corrupt(x0, noise[name], batch_level(t[name]), valid) for name, (x0, valid) in given.items()}
-
-        x = {name: noise[name] for name in names}
-        x.update(noised(levels[0]))
-        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
-            t_batch = {name: batch_level(t[name]) for name in names}
-            x0_hat = self(x, t_batch, text)
-            moving = [name for name in names if name not in given and s[name] < t[name]]
-            guided = [name for name in moving if guidance.get(name, 1) != 1 and low <= t[name] <= high]
-            if guided:
-                without_text = self(x, t_batch, torch.zeros_like(text))
-                for name in guided:
-                    x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
-            x = dict(x)  # a copy, since callback may have kept the last x
-            for name in moving:  # Euler's step on the velocity that x0_hat implies
-                x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
-            x.update(noised(s))
-            if callback:
-                callback(x)
-        return x
-
-    # ---- Checkpoints ----
-
-    @classmethod
-    def from_checkpoint(cls, state):
-        """Build the averaged network of a checkpoint: frozen, float32, on the CPU. Raises ValueError if it is wrong."""
-        try:
-            with torch.device("meta"):
-                network = cls(Config(**state["config"]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"its config is wrong: {error}") from None
-
-        weights = {}
-        for name, weight in state["ema"].items():
-            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
-            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
-            weights[name] = weight
-        check_weights(weights, network)
-        network.to_empty(device="cpu").load_state_dict(weights)
-        return network.requires_grad_(False)
-
-    def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2); new modulations are cloned from the image's.
-
-        The other parts of a new modality keep their fresh values. Raises ValueError if weights do not fit.
-        """
-        image, *others = self.modalities
-        new = [m for m in others if f"modulations.{m.name}.weight" not in weights]
-        with torch.device("meta"):
-            smaller = DiT(replace(self.config, modalities=[m for m in self.modalities if m not in new]))
-        try:
-            check_weights(weights, smaller)
-        except ValueError as error:
-            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
-        self.load_state_dict(weights, strict=False)
-        for m in new:
-            self.modulations[m.name].load_state_dict(self.modulations[image.name].state_dict())
-
-    # ---- Training ----
-
-    def all_blocks(self):
-        """The blocks of the trunk and of the decoders."""
-        return [module for module in self.modules() if isinstance(module, Block)]
-
-    def checkpoint_activations(self):
-        """From now on keep only each block's input, and compute the rest again in the backward pass."""
-        for block in self.all_blocks():
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-    def compile_blocks(self):
-        """torch.compile every block. The trunk's share one graph, and a decoder's another."""
-        torch._dynamo.config.optimize_ddp = False  # do not split a block's graph at the gradient buckets of DDP
-        for block in self.all_blocks():
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
-
-    def matrices(self):
-        """The parameters that Muon updates: the blocks' matrices."""
-        return [p for block in self.all_blocks() for p in (block.fused_in.weight, block.fused_out.weight)]
-
-    def configure_optimizers(self, lr, optimizer="muon"):
-        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights."""
-        matrices = self.matrices() if optimizer == "muon" else []
-        matrix_ids = {id(p) for p in matrices}
-        rest = [p for p in self.parameters() if id(p) not in matrix_ids]
-        optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-        if matrices:
-            if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
-                torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        return optimizers
+    def copies(self, m):
+        return {f"modulations.{m.name}.weight": f"modulations.{self.modalities[0].name}.weight"}
 
 
 def check_weights(weights, network):
     """Raise ValueError unless weights {name: tensor} have all names and shapes of the network, and are finite."""
     expected = network.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights:
-            raise ValueError(f"it lacks {name}")
-        if name not in expected:
-            raise ValueError(f"it holds {name}, which the network does not have")
-        shape = tuple(weights[name].shape)
-        if shape != expected[name].shape:
-            raise ValueError(f"{name} has shape {shape}, must have {tuple(expected[name].shape)}")
-        if not weights[name].isfinite().all():
+
+    def listed(names):
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return ", ".join(sorted(names)[:5]) + more
+
+    missing = expected.keys() - weights.keys()
+    unknown = weights.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"it lacks {listed(missing)}")
+    if unknown:
+        raise ValueError(f"it holds {listed(unknown)}, which the network does not have")
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, must have {tuple(expected[name].shape)}")
+        if not weight.isfinite().all():
             raise ValueError(f"{name} is not finite")
 
 
 def training_cost(config, size):
     """(parameters, FLOPs per image) of training on images of size (H, W): matmuls and attention, both passes."""
     with torch.device("meta"):  # nothing is computed
-        network = DiT(config)
+        network = config.build()
         noisy = {m.name: torch.zeros(1, *m.shape(size)) for m in config.modalities}
         t = {m.name: torch.zeros(1) for m in config.modalities}
         text = torch.zeros(1, config.text_length, dtype=torch.uint8)
