@@ -122,12 +122,13 @@ def depth_shapes(double=DOUBLE, decoder=DECODER):
         "cross_alpha_depth": (1,),
         "double_stream_modulation_depth.lin.weight": (6 * WIDTH, WIDTH),
         "single_stream_modulation_depth.lin.weight": (3 * WIDTH, WIDTH),
-        "depth_decoder_modulation.lin.weight": (3 * WIDTH, WIDTH),
         "depth_final_layer.linear.weight": (DEPTH, WIDTH),
         "depth_final_layer.adaLN_modulation.1.weight": (2 * WIDTH, WIDTH),
     }
     for i in range(double):
         shapes.update(double_block_shapes(f"double_blocks.{i}", "depth"))
+    if decoder:
+        shapes["depth_decoder_modulation.lin.weight"] = (3 * WIDTH, WIDTH)
     for i in range(decoder):
         shapes.update(single_block_shapes(f"depth_decoder_blocks.{i}"))
     return shapes
