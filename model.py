@@ -535,8 +535,8 @@ class Decoder(nn.Module):
             return self.head(x)
 
 
-# On CUDA, linear layers and attention run in bfloat16; other devices stay in float32. Autocast's cache would hold bfloat16
-# copies of all weights until the end of the forward pass.
+# On CUDA, linear layers and attention run in bfloat16; other devices stay in float32. Autocast's cache would hold
+# bfloat16 copies of all weights until the end of the forward pass.
 mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False)
 
 

@@ -1,14 +1,11 @@
-"""FLUX.2 [klein] as the network of Modality Forcing (Sec. 4.3), and the frozen encoders that it was trained with.
+"""FLUX.2 [klein] as the network of Modality Forcing (Sec. 4.3): `--backbone extras/flux2.py`.
 
-    --backbone extras/flux2.py                             the network: --init and --checkpoint then take published weights
-    --encoders extras/flux2.py:klein:FOLDER                its autoencoder and Qwen3, from a folder in diffusers' layout
-    --encoders extras/flux2.py:umt5:VAE_FOLDER,UMT5_FOLDER the encoders of the paper's scaling study, for any network
+With this flag, --init of train_forcing.py and --checkpoint of sample.py and evaluate.py take published weights: those of
+Black Forest Labs' text-to-image network, or the authors' released model, which adds a stream for depth. Parameters have
+the names of these files. docs/backbone.md has the commands.
 
-Parameters have the names of the published files. The network is Black Forest Labs' text-to-image transformer with a stream
-for each further modality, as in the authors' released model. docs/backbone.md has the commands.
-
-Shapes: B batch, N tokens, n tokens of one stream, D width, E channels of a head. A stream is "txt", "img" (the first
-modality), or the name of a modality.
+Shapes: B batch, N tokens, n tokens of one stream, D width, E channels of a head. A stream is the text ("txt"), the
+image ("img") or another modality, which has its own name.
 """
 
 import itertools
@@ -22,35 +19,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MODALITIES, RGB, Config, Network, mixed_precision, timestep_sinusoids, token_positions
+from model import MODALITIES, RGB, Config, mixed_precision, timestep_sinusoids, token_positions
+from model import Network as BaseNetwork
 
 PATCH = 16  # image pixels per token, per side; an image token is one latent of the autoencoder
 
 
-# ---- Network ----
-
-
-@dataclass(frozen=True)
-class Flux2Config(Config):
-    """Config.depth is the number of single blocks. A head has a quarter of its channels for each axis of the positions."""
-
-    double_depth: int = 0  # number of double blocks
-
-    def check_heads(self):
-        if self.head % 8 or self.width % self.head:
-            raise ValueError(f"head is {self.head}: must be a multiple of 8 that divides the width, {self.width}")
-
-    def build(self):
-        """A network without weights: warm_start gives it some."""
-        with torch.device("meta"):
-            return Flux2DiT(self)
+# ---- Blocks ----
 
 
 def linear(in_features, out_features):
     return nn.Linear(in_features, out_features, bias=False)
 
 
-class TimeEmbedder(nn.Module):
+class TimestepEmbedder(nn.Module):
     """Noise level t (B,) in [0, 1] -> (B, D)."""
 
     def __init__(self, width):
@@ -63,23 +45,22 @@ class TimeEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Conditioning vector (B, D) -> count tensors (B, 1, D): shift, scale and gate, for two branches in double blocks."""
+    """Conditioning vector (B, D) -> (B, 1, count * D): shift, scale and gate; in double blocks for attention and MLP."""
 
     def __init__(self, width, count):
         super().__init__()
-        self.count = count
         self.lin = linear(width, count * width)
 
     def forward(self, vector):
-        return self.lin(F.silu(vector))[:, None].float().chunk(self.count, -1)
+        return self.lin(F.silu(vector))[:, None].float()
 
 
 def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-class Scale(nn.Module):
-    """RMSNorm over a head, with a gain for each channel."""
+class HeadNorm(nn.Module):
+    """RMSNorm over the channels of a head."""
 
     def __init__(self, head_dim):
         super().__init__()
@@ -89,26 +70,24 @@ class Scale(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * self.scale
 
 
-class QueryKeyNorm(nn.Module):
-    def __init__(self, head_dim):
-        super().__init__()
-        self.query_norm = Scale(head_dim)
-        self.key_norm = Scale(head_dim)
+def query_key_norm(head_dim):
+    return nn.ModuleDict({"query_norm": HeadNorm(head_dim), "key_norm": HeadNorm(head_dim)})
 
-    def forward(self, qkv, head_dim):
-        """Split (B, n, 3 D) into q, k and v, each (B, n, heads, E); normalise q and k."""
-        q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
-        return self.query_norm(q), self.key_norm(k), v
+
+def split_heads(qkv, norm, head_dim):
+    """(B, n, 3 D) -> normalised q and k, and v, each (B, n, heads, E)."""
+    q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
+    return norm["query_norm"](q), norm["key_norm"](k), v
 
 
 def rotary_angles(positions, head_dim):
-    """Positions (N, 4) of (modality, row, column, text position) -> angles (N, E / 2), a quarter of them for each axis."""
+    """Positions (N, 4) of (modality, row, column, text position) -> angles (N, E / 2), a quarter for each axis."""
     num_rates = head_dim // 8
     rates = 2000.0 ** -(torch.arange(num_rates, device=positions.device) / num_rates)
     return (positions[:, :, None] * rates).flatten(1)
 
 
-def rotate_pairs(x, cos, sin):
+def rotate(x, cos, sin):
     """Rotate the channel pairs (2i, 2i + 1) of x (B, N, heads, E): cos, sin (N, 1, E / 2)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
@@ -116,8 +95,8 @@ def rotate_pairs(x, cos, sin):
 
 def attend(q, k, v, rope):
     """Attention over all tokens: (B, N, heads, E) each -> (B, N, D)."""
-    q = rotate_pairs(q, *rope).to(v.dtype).transpose(1, 2)
-    k = rotate_pairs(k, *rope).to(v.dtype).transpose(1, 2)
+    q = rotate(q, *rope).to(v.dtype).transpose(1, 2)  # (B, heads, N, E)
+    k = rotate(k, *rope).to(v.dtype).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
@@ -127,41 +106,37 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-class Attention(nn.Module):
-    """The weights of one stream in the joint attention of a double block."""
-
-    def __init__(self, width, head_dim):
-        super().__init__()
-        self.qkv = linear(width, 3 * width)
-        self.norm = QueryKeyNorm(head_dim)
-        self.proj = linear(width, width)
-
-
 class DoubleBlock(nn.Module):
-    """Every stream has weights of its own. Attention is over all streams together."""
+    """Attention over all streams together, then an MLP. Every stream has its own weights for both."""
 
     def __init__(self, streams, width, head_dim):
         super().__init__()
         self.head_dim = head_dim
         for stream in streams:
-            self.add_module(f"{stream}_attn", Attention(width, head_dim))
-            mlp = nn.Sequential(linear(width, 6 * width), SwiGLU(), linear(3 * width, width))
-            self.add_module(f"{stream}_mlp", mlp)
+            attention = {
+                "qkv": linear(width, 3 * width),
+                "norm": query_key_norm(head_dim),
+                "proj": linear(width, width),
+            }
+            mlp = [linear(width, 6 * width), SwiGLU(), linear(3 * width, width)]
+            self.add_module(f"{stream}_attn", nn.ModuleDict(attention))
+            self.add_module(f"{stream}_mlp", nn.Sequential(*mlp))
 
     def forward(self, x, modulation, rope):
-        """x {stream: (B, n, D)}, float32; modulation {stream: six tensors (B, 1, D)}; rope (cos, sin) of all tokens."""
-        qkv = []
+        """x {stream: (B, n, D)}, float32; modulation {stream: (B, 1, 6 D)}; rope (cos, sin) of all tokens in a row."""
+        heads = []
         for stream, tokens in x.items():
-            shift, scale = modulation[stream][:2]
+            shift, scale = modulation[stream].chunk(6, -1)[:2]
             attention = self.get_submodule(f"{stream}_attn")
-            qkv.append(attention.norm(attention.qkv(modulate(tokens, shift, scale)), self.head_dim))
-        q, k, v = (torch.cat(parts, 1) for parts in zip(*qkv, strict=True))  # (B, N, heads, E)
+            qkv = attention["qkv"](modulate(tokens, shift, scale))
+            heads.append(split_heads(qkv, attention["norm"], self.head_dim))
+        q, k, v = (torch.cat(parts, 1) for parts in zip(*heads, strict=True))  # (B, N, heads, E)
         attended = attend(q, k, v, rope).split([tokens.shape[1] for tokens in x.values()], 1)
 
         out = {}
-        for (stream, tokens), stream_attended in zip(x.items(), attended, strict=True):
-            _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation[stream]
-            tokens = tokens + gate * self.get_submodule(f"{stream}_attn").proj(stream_attended)
+        for (stream, tokens), from_all in zip(x.items(), attended, strict=True):
+            gate, mlp_shift, mlp_scale, mlp_gate = modulation[stream].chunk(6, -1)[2:]
+            tokens = tokens + gate * self.get_submodule(f"{stream}_attn")["proj"](from_all)
             mlp = self.get_submodule(f"{stream}_mlp")
             out[stream] = tokens + mlp_gate * mlp(modulate(tokens, mlp_shift, mlp_scale))
         return out
@@ -175,16 +150,16 @@ class SingleBlock(nn.Module):
         self.head_dim = head_dim
         self.split = [3 * width, 6 * width]
         self.linear1 = linear(width, sum(self.split))
-        self.norm = QueryKeyNorm(head_dim)
-        self.act = SwiGLU()
+        self.norm = query_key_norm(head_dim)
+        self.mlp_act = SwiGLU()
         self.linear2 = linear(4 * width, width)
 
     def forward(self, x, modulation, rope):
-        """x (B, N, D), float32; modulation (shift, scale, gate), each (B, N, D) or (B, 1, D); rope (cos, sin)."""
-        shift, scale, gate = modulation
+        """x (B, N, D), float32; modulation (B, N, 3 D) or (B, 1, 3 D); rope (cos, sin)."""
+        shift, scale, gate = modulation.chunk(3, -1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, -1)
-        attended = attend(*self.norm(qkv, self.head_dim), rope)
-        return x + gate * self.linear2(torch.cat([attended, self.act(mlp)], -1))
+        attended = attend(*split_heads(qkv, self.norm, self.head_dim), rope)
+        return x + gate * self.linear2(torch.cat([attended, self.mlp_act(mlp)], -1))
 
 
 class FinalLayer(nn.Module):
@@ -201,7 +176,26 @@ class FinalLayer(nn.Module):
             return self.linear(modulate(x.float(), shift, scale))
 
 
-PARTS = {  # published names of the parts of a stream: the image's, and those of another modality
+# ---- Network ----
+
+
+@dataclass(frozen=True)
+class Flux2Config(Config):
+    """Config.depth is the number of single blocks."""
+
+    double_depth: int = 0  # number of double blocks
+
+    def check_heads(self):
+        if self.head % 8 or self.width % self.head:
+            raise ValueError(f"head is {self.head}, must be a multiple of 8 that divides the width, {self.width}")
+
+    def build(self):
+        """A network without weights: warm_start gives it some."""
+        with torch.device("meta"):
+            return Network(self)
+
+
+PARTS = {  # published names of the parts of the image, and of those of another modality
     "input": ("img_in", "{}_in"),
     "time": ("time_in", "time_in_{}"),
     "double": ("double_stream_modulation_img", "double_stream_modulation_{}"),
@@ -218,14 +212,14 @@ def part_name(part, stream):
 
 
 def mixing_names(source, target):
-    """Names of the timestep embedder from one stream to another, and of its scalar. Published are those of two streams."""
+    """Names of the embedder of one stream's timestep for another, and of its factor. Two pairs of them are published."""
     embedder = f"time_in_{source}_to_{target}".replace("img_to", "rgb_to")
     if {source, target} == {"img", "depth"}:
         return embedder, f"cross_alpha_{target}"
     return embedder, embedder.replace("time_in", "cross_alpha")
 
 
-class Flux2DiT(Network):
+class Network(BaseNetwork):
     """Double blocks, then single blocks, over [text | image | other modalities]; then a decoder for each modality."""
 
     config_type = Flux2Config
@@ -245,7 +239,7 @@ class Flux2DiT(Network):
             num_values = m.channels * (PATCH // m.stride) ** 2
             parts = {
                 "input": linear(num_values, width),
-                "time": TimeEmbedder(width),
+                "time": TimestepEmbedder(width),
                 "double": Modulation(width, 6),
                 "single": Modulation(width, 3),
                 "final": FinalLayer(width, num_values),
@@ -257,9 +251,9 @@ class Flux2DiT(Network):
                 self.add_module(part_name(part, self.streams[m.name]), module)
 
         for source, target in itertools.permutations(self.streams.values(), 2):
-            embedder, alpha = mixing_names(source, target)
-            self.add_module(embedder, TimeEmbedder(width))
-            self.register_parameter(alpha, nn.Parameter(torch.zeros(1)))
+            embedder, factor = mixing_names(source, target)
+            self.add_module(embedder, TimestepEmbedder(width))
+            self.register_parameter(factor, nn.Parameter(torch.zeros(1)))
 
         streams = ["txt", *self.streams.values()]
         self.double_blocks = nn.ModuleList(DoubleBlock(streams, width, config.head) for _ in range(config.double_depth))
@@ -276,88 +270,76 @@ class Flux2DiT(Network):
         [0, 1]; text is (B, L, text_dim).
         """
         inputs = {self.streams[m.name]: m for m in self.modalities if m.name in noisy}
-        first = next(iter(inputs))  # its vector also modulates the text
         vectors = self.conditioning_vectors({stream: t[m.name] for stream, m in inputs.items()})  # {stream: (B, D)}
+        first = next(iter(inputs))  # the image, whose vector also modulates the text
 
-        # Tokens, their positions, and their modulation in double blocks.
         x = {"txt": self.txt_in(text).float()}  # {stream: (B, n, D)}
-        positions = [F.pad(torch.arange(text.shape[1], device=text.device)[:, None], (3, 0))]  # (n, 4) each
-        modulation = {"txt": self.double_stream_modulation_txt(vectors[first])}
+        modulation = {"txt": self.double_stream_modulation_txt(vectors[first])}  # {stream: (B, 1, 6 D)}
+        text_positions = torch.arange(text.shape[1], device=text.device)
+        positions = [F.pad(text_positions[:, None], (3, 0))]  # (n, 4) each
         grids = {}
         for stream, m in inputs.items():
             patches = F.pixel_unshuffle(noisy[m.name], PATCH // m.stride)  # (B, C * patch^2, rows, columns)
             grids[stream] = patches.shape[2:]
             x[stream] = self.part("input", stream)(patches.flatten(2).transpose(1, 2)).float()
-            positions.append(token_positions(m.id, *grids[stream], text.device))
             modulation[stream] = self.part("double", stream)(vectors[stream])
+            positions.append(token_positions(m.id, *grids[stream], text.device))
         angles = rotary_angles(torch.cat(positions), self.config.head)[:, None]  # (N, 1, E / 2)
         rope = (angles.cos(), angles.sin())
-        lengths = [tokens.shape[1] for tokens in x.values()]
-
         for block in self.double_blocks:
             x = block(x, modulation, rope)
 
-        # In single blocks, the text has the modulation of the first modality.
-        by_stream = [self.part("single", stream)(vectors[stream]) for stream in [first, *inputs]]
-        expanded = [
-            [tensor.expand(-1, length, -1) for tensor in tensors]
-            for tensors, length in zip(by_stream, lengths, strict=True)
-        ]
-        modulation = [torch.cat(parts, 1) for parts in zip(*expanded, strict=True)]  # three of (B, N, D)
+        lengths = [tokens.shape[1] for tokens in x.values()]
+        modulations = [self.part("single", stream)(vectors[stream]) for stream in (first, *inputs)]  # (B, 1, 3 D) each
+        pairs = zip(modulations, lengths, strict=True)
+        modulation = torch.cat([part.expand(-1, length, -1) for part, length in pairs], 1)  # (B, N, 3 D)
         x = torch.cat(list(x.values()), 1)  # (B, N, D)
         for block in self.single_blocks:
             x = block(x, modulation, rope)
 
         # Each modality's tokens go back to values. The text's tokens, which come first, are left out.
         x0_hat = {}
-        parts = zip(inputs.items(), x.split(lengths, 1)[1:], angles.split(lengths)[1:], strict=True)
-        for (stream, m), tokens, m_angles in parts:
-            values = self.decode(stream, tokens, vectors[stream], (m_angles.cos(), m_angles.sin()))
+        tokens = dict(zip(inputs, x.split(lengths, 1)[1:], strict=True))
+        token_angles = dict(zip(inputs, angles.split(lengths)[1:], strict=True))
+        for stream, m in inputs.items():
+            values = self.decode(stream, tokens[stream], vectors[stream], token_angles[stream])
             values = values.transpose(1, 2).unflatten(2, grids[stream])  # (B, C * patch^2, rows, columns)
-            values = F.pixel_shuffle(values, PATCH // m.stride)  # (B, C, H, W)
+            x0_hat[m.name] = F.pixel_shuffle(values, PATCH // m.stride)  # (B, C, H, W)
             if stream == "img":  # the pretrained head predicts the velocity u = noise - x0
-                values = noisy[m.name] - t[m.name].view(-1, 1, 1, 1) * values
-            x0_hat[m.name] = values
+                x0_hat[m.name] = noisy[m.name] - t[m.name].view(-1, 1, 1, 1) * x0_hat[m.name]
         return x0_hat
 
     def conditioning_vectors(self, t):
-        """Noise levels {stream: (B,)} -> {stream: (B, D)}, to which the other streams' levels add a learned share."""
-        vectors = {}
-        for stream in t:
-            vector = self.part("time", stream)(t[stream])
-            for other in t.keys() - {stream}:
-                embedder, alpha = mixing_names(other, stream)
-                vector = vector + self.get_parameter(alpha) * self.get_submodule(embedder)(t[other])
-            vectors[stream] = vector
+        """Noise levels {stream: (B,)} -> {stream: (B, D)}; the levels of the other streams are mixed in (Sec. 3.2)."""
+        vectors = {stream: self.part("time", stream)(t[stream]) for stream in t}
+        for source, target in itertools.permutations(t, 2):
+            embedder, factor = mixing_names(source, target)
+            mixed_in = self.get_parameter(factor) * self.get_submodule(embedder)(t[source])
+            vectors[target] = vectors[target] + mixed_in
         return vectors
 
-    def decode(self, stream, x, vector, rope):
+    def decode(self, stream, x, vector, angles):
         """Tokens (B, n, D) of one stream -> values (B, n, C * patch^2)."""
         if part_name("decoder_blocks", stream) in self._modules:
             modulation = self.part("decoder_modulation", stream)(vector)
             x = x.contiguous()  # so that all single blocks share a compiled graph
             for block in self.part("decoder_blocks", stream):
-                x = block(x, modulation, rope)
+                x = block(x, modulation, (angles.cos(), angles.sin()))
         return self.part("final", stream)(x, vector)
 
     def copies(self, m):
-        copies = {}
-        for name in self.state_dict():
-            for pattern in ("{}_attn.", "{}_mlp."):
-                if pattern.format(f".{m.name}") in name:
-                    copies[name] = name.replace(f".{m.name}_", ".img_")
-        for part in ("double", "single"):
-            copies[f"{part_name(part, m.name)}.lin.weight"] = f"{part_name(part, 'img')}.lin.weight"
-        return copies
+        pairs = [(f".{m.name}_{part}.", f".img_{part}.") for part in ("attn", "mlp")]
+        pairs += [(part_name(part, m.name), part_name(part, "img")) for part in ("double", "single")]
+        return {name: name.replace(new, old) for name in self.state_dict() for new, old in pairs if new in name}
 
     def warm_start(self, weights):
         super().warm_start(weights)
-        fresh = {name: fresh_value(name, p.shape) for name, p in self.named_parameters() if p.is_meta}
+        fresh = {name: fresh_weights(name, p.shape) for name, p in self.named_parameters() if p.is_meta}
         self.load_state_dict(fresh, strict=False, assign=True)
 
 
-def fresh_value(name, shape):
-    """Random weights; but ones for gains, and zeros for mixing, the decoder's modulation and the final layer."""
+def fresh_weights(name, shape):
+    """Random weights; but ones for gains, and zeros for mixing, for decoders' modulation and for final layers."""
     if name.endswith(".scale"):
         return torch.ones(shape)
     if "cross_alpha" in name or "_decoder_modulation" in name or "_final_layer" in name:
@@ -437,7 +419,7 @@ def read_config(weights):
 
 
 def read_checkpoint(path):
-    """Published weights as a checkpoint of our training scripts. Raises ValueError if they are damaged or unsuitable."""
+    """Published weights as a checkpoint of our training scripts. Raises ValueError if they are damaged or do not fit."""
     weights = {}
     try:
         for file in list_files(Path(path)):
@@ -448,40 +430,4 @@ def read_checkpoint(path):
         raise ValueError(f"it lacks {error}") from None
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"is damaged: {error}") from None
-    return {"config": config, "settings": {"encoders": "extras/flux2.py:klein:FOLDER"}, "ema": weights}
-
-
-# ---- Frozen encoders ----
-# They need the packages diffusers and transformers, and folders on the disk.
-
-
-class Flux2Autoencoder:
-    """The images of FLUX.2: 2 x 2 latents of its autoencoder become one, normalised by its channel statistics."""
-
-    def __init__(self, device, folder):
-        from diffusers import AutoencoderKLFlux2
-
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        options = {"torch_dtype": self.dtype, "local_files_only": True}
-        self.vae = AutoencoderKLFlux2.from_pretrained(folder, subfolder="vae", **options).to(device)
-        statistics = self.vae.bn  # the layer never runs: it only stores the mean and variance of each channel
-        self.mean = statistics.running_mean.float().view(-1, 1, 1)
-        self.std = (statistics.running_var.float() + statistics.eps).sqrt().view(-1, 1, 1)
-        self.image_channels = statistics.num_features
-        self.image_stride = 2 * 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @torch.no_grad()
-    def encode_image(self, rgb):
-        latents = self.vae.encode(rgb.to(self.dtype)).latent_dist.mode().float()
-        return (F.pixel_unshuffle(latents, 2) - self.mean) / self.std
-
-    @torch.no_grad()
-    def decode_image(self, latents):
-        latents = F.pixel_shuffle(latents * self.std + self.mean, 2)
-        return self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
-
-
-class klein(Flux2Autoencoder):  # noqa: N801  its name is that of the flag
-    """With Qwen3: hidden layers 9, 18 and 27 of a caption in its chat template. folder: a published FLUX.2 [klein]."""
-
-    text_length = 512
+    return {"config": config, "settings": {"encoders": "extras/encoders.py:klein:FOLDER"}, "ema": weights}
