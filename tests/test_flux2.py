@@ -39,7 +39,7 @@ def assert_close(a, b, tolerance, what):
 
 def open_network(weights):
     config = asdict(flux2.read_config(weights))
-    return flux2.Flux2DiT.from_checkpoint({"config": config, "ema": weights})
+    return flux2.Network.from_checkpoint({"config": config, "ema": weights})
 
 
 def latents(tokens, grid):
@@ -177,9 +177,9 @@ def plain_network(w, tokens, t, text, grid, double, single, decoder):
 
     out = {"img": final_layer(w, "final_layer", x["img"], vectors["img"])}
     if "depth" in tokens:
-        shift_scale_gate = modulation(w, "depth_decoder_modulation.lin", vectors["depth"])
         for i in range(decoder):
-            x["depth"] = single_block(w, f"depth_decoder_blocks.{i}", x["depth"], *shift_scale_gate, positions["depth"])
+            of_decoder = modulation(w, "depth_decoder_modulation.lin", vectors["depth"])
+            x["depth"] = single_block(w, f"depth_decoder_blocks.{i}", x["depth"], *of_decoder, positions["depth"])
         out["depth"] = final_layer(w, "depth_final_layer", x["depth"], vectors["depth"])
     return out
 
@@ -244,7 +244,7 @@ def write_layout(folder, layout, weights):
 @pytest.mark.parametrize("layout", ["authors", "file", "folder", "shards"])
 def test_image_and_depth_equal_the_authors(tmp_path, layout):
     state = flux2.read_checkpoint(write_layout(tmp_path, layout, ALL_WEIGHTS))
-    network = flux2.Flux2DiT.from_checkpoint(state)
+    network = flux2.Network.from_checkpoint(state)
     noisy, t, text = joint_inputs()
     assert torch.equal(noisy["depth"][:1, :, :16, :32], STORED["authors_depth_input"])
 
@@ -280,7 +280,7 @@ def test_parts_equal_plain_formulas(double, single, decoder):
             replace(model.DEPTH, decoder_depth=decoder),
         ),
     )
-    network = flux2.Flux2DiT.from_checkpoint({"config": asdict(config), "ema": weights})
+    network = flux2.Network.from_checkpoint({"config": asdict(config), "ema": weights})
 
     image, depth, text = reference.forward_inputs()
     times = {"img": T_IMAGE, "depth": T_DEPTH}
