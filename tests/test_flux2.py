@@ -69,7 +69,7 @@ def normalize(x):
 
 
 def embed_time(w, name, t):
-    rates = torch.tensor([10000 ** (-i / 128) for i in range(128)])
+    rates = torch.exp(torch.arange(128) / 128 * -math.log(10000))
     angles = torch.outer(1000 * t, rates)
     hidden = torch.cat([torch.cos(angles), torch.sin(angles)], 1) @ w[f"{name}.in_layer.weight"].T
     return (hidden * torch.sigmoid(hidden)) @ w[f"{name}.out_layer.weight"].T
@@ -405,3 +405,59 @@ def test_a_third_modality_is_one_more_entry(monkeypatch):
     image = noisy["rgb"] - T_IMAGE.view(2, 1, 1, 1) * latents(STORED["authors_velocity"], GRID)
     assert_close(x0_hat["rgb"], image, 1e-5, "image with new normals hidden, against the authors")
     assert_close(x0_hat["depth"], STORED["authors_depth"], 1e-5, "depth with new normals hidden, against the authors")
+
+
+# ---- Frozen encoders, where their packages are installed ----
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    pipeline = reference.tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def encoders(pipeline, tmp_path_factory):
+    """Our encoders, of a folder with the layout of a published one: vae/, text_encoder/, tokenizer/."""
+    folder = tmp_path_factory.mktemp("klein")
+    pipeline.save_pretrained(folder)
+    return flux2.klein(torch.device("cpu"), str(folder))
+
+
+def test_encoders_equal_diffusers_pipeline(pipeline, encoders):
+    rgb = draw("pixels", 2, 3, 16 * GRID[0], 16 * GRID[1]).tanh()
+    assert (encoders.image_channels, encoders.image_stride) == (IMAGE, 16)
+    expected = pipeline._encode_vae_image(rgb, generator=None)
+    assert_close(encoders.encode_image(rgb), expected, 1e-5, "latents of the pipeline")
+
+    captions = ["", "red hat", "a caption that is cut at 512 tokens " * 20]
+    expected = pipeline.encode_prompt(captions)[0]
+    assert expected.shape == (3, encoders.text_length, encoders.text_dim)
+    assert_close(encoders.encode_text(captions), expected, 1e-5, "embeddings of the pipeline")
+
+
+def test_picture_of_a_prompt_equals_diffusers_pipeline(pipeline, encoders):
+    noise = draw("pipeline latents", 2, IMAGE, *GRID)
+    expected = pipeline(
+        prompt=reference.PROMPTS,
+        height=16 * GRID[0],
+        width=16 * GRID[1],
+        num_inference_steps=reference.STEPS,
+        guidance_scale=reference.GUIDANCE,
+        latents=noise,
+        output_type="pt",
+    ).images  # (2, 3, H, W) in [0, 1]
+
+    latent = open_network(IMAGE_WEIGHTS).sample(
+        schedule={"rgb": pipeline.scheduler.sigmas},
+        noise={"rgb": noise},
+        text=encoders.encode_text(reference.PROMPTS),
+        guidance={"rgb": reference.GUIDANCE},
+        no_text=encoders.encode_text([""]),
+    )["rgb"]
+    rgb = encoders.decode_image(latent)
+    assert expected.std() > 0.1
+    assert_close((rgb + 1) / 2, expected, 1e-4, "pictures of the pipeline")
