@@ -16,11 +16,11 @@ missing where it is not above 0, not finite, or outside of --depth-min..--depth-
 import argparse
 import atexit
 import contextlib
-import copy
 import datetime
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -30,7 +30,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import signal
 import sys
 import tarfile
@@ -1062,7 +1061,7 @@ def encode_text(captions, length):
 
 
 class PixelsAndBytes:
-    """The network sees pixels and bytes. An object that load(device) of a --encoders file returns has these members:
+    """The network sees pixels and bytes. An object that a function of a --encoders file returns has these members:
 
                     without encoders             with --encoders
     image_channels  3                            channels C of a latent
@@ -1071,7 +1070,9 @@ class PixelsAndBytes:
     decode_image    its inverse                  its inverse
     text_length     bytes L of a caption         tokens L of a caption
     text_dim        0                            channels D of a token
-    encode_text     captions -> (B, L) uint8     captions -> (B, L, D) float32, finite, zeros where there is no text
+    encode_text     captions -> (B, L) uint8     captions -> (B, L, D) float32, finite
+
+    open_encoders adds no_text, the encoded empty caption: (1, L) or (1, L, D).
     """
 
     image_channels = 3
@@ -1107,21 +1108,34 @@ def check_encoders(encoders, device, config):
             raise ValueError(f"{name} returned a tensor of shape {tuple(returned.shape)}; must be {shape}, finite")
 
 
-def open_encoders(path, device, config, trained_with=None):
-    """--encoders -> the encoders of that file, or PixelsAndBytes if path is empty. Exit code 2 if they do not fit.
+def run_file(path):
+    """Run a file of Python code, which a flag names. Returns its module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # torch.compile and dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
+
+def open_encoders(flag, device, config, trained_with=None):
+    """--encoders FILE.py[:FUNCTION[:ARGUMENT,...]] -> the encoders that FUNCTION(device, ARGUMENT, ...) returns.
+
+    FUNCTION is load by default. An empty flag is PixelsAndBytes. Exit code 2 if the encoders do not fit.
     trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
     """
     encoders = PixelsAndBytes(config.text_length)
-    if path:
+    if flag:
+        path, function, arguments = (*flag.split(":", 2), "", "")[:3]
         try:
-            encoders = runpy.run_path(path)["load"](device)
+            make = getattr(run_file(path), function or "load")
+            encoders = make(device, *filter(None, arguments.split(",")))
             check_encoders(encoders, device, config)
         except Exception as error:
-            fail(f"--encoders {path}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    is_missing = trained_with and not path  # the text length of such a config counts tokens, not bytes
+            fail(f"--encoders {flag}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
+    is_missing = trained_with and not flag  # the text length of such a config counts tokens, not bytes
     if is_missing or (trained_with is not None and config.with_encoders(encoders) != config):
-        fail(f"--encoders {path or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
+        fail(f"--encoders {flag or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
+    encoders.no_text = encoders.encode_text([""]).to(device)
     return encoders
 
 
@@ -1231,8 +1245,13 @@ def source_settings(p, maps=True):
     p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
 
 
+def backbone_setting(p):
+    p.setting("--backbone", "", "FILE.py of a pretrained network in place of DiT, which is run (docs/backbone.md)")
+
+
 def sampling_settings(p):
     """The flags of scripts that sample."""
+    backbone_setting(p)
     p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
     guidance = by_modality(number(0, 100), unnamed="rgb")
     scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
@@ -1252,7 +1271,7 @@ def training_settings(p, steps, out):
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly towards zero", COUNT)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
-    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses", SHARE)
+    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses; 0 averages nothing", SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1278,8 +1297,8 @@ def parse_run(p):
         return args
 
     settings = json.loads(path.read_bytes())
-    # --out may have moved, and --encoders is code, which you must name to run it.
-    for name in vars(args).keys() & settings.keys() - {"out", "encoders"}:
+    # --out may have moved, and --encoders and --backbone are code, which you must name to run it.
+    for name in vars(args).keys() & settings.keys() - {"out", "encoders", "backbone"}:
         p.set_defaults(**{name: settings[name]})
     args = p.parse_args()
     for name in ("preset", "modalities", "optimizer"):
@@ -1417,15 +1436,31 @@ def read_checkpoint(path, keys=("config", "settings", "ema")):
     return state
 
 
-def open_network(path, flag="--checkpoint"):
-    """Checkpoint file -> (its averaged DiT, frozen, on the CPU; its dictionary). Else one line and exit code 2."""
-    if not os.path.isfile(path):
+def open_network(path, flag="--checkpoint", backbone=""):
+    """Checkpoint -> (its averaged network, frozen, on the CPU; its dictionary). Else one line and exit code 2.
+
+    backbone: file with a class Network, used in place of DiT, and a function read_checkpoint for published weights, in
+    a folder or .safetensors file.
+    """
+    if not os.path.exists(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
+    published = os.path.isdir(path) or path.endswith(".safetensors")
+    if published and not backbone:
+        fail(f"{flag} {path}: not a checkpoint of a training script; published weights need --backbone")
     if path == NANO:
         log(f"{flag} {path}: the network that comes with the repository, trained on the built-in world")
+    network_type = DiT
+    read = read_checkpoint
+    if backbone:
+        try:
+            module = run_file(backbone)
+            network_type = module.Network
+            read = module.read_checkpoint if published else read_checkpoint
+        except (OSError, AttributeError) as error:
+            fail(f"--backbone {backbone}: {error}")
     try:
-        state = read_checkpoint(path)
-        return DiT.from_checkpoint(state), state
+        state = read(path)
+        return network_type.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
 
@@ -1538,25 +1573,27 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch_signal)
 
-    def start(self, network, draw_samples, teacher=None):
-        """Prepare a DiT for training, and its frozen teacher. draw_samples(network) returns a picture."""
+    def start(self, network, draw_samples, teacher=None, lr_new=0.0):
+        """Prepare a network for training, and its frozen teacher. draw_samples(network) returns a picture."""
         args = self.args
         self.draw_samples = draw_samples
-        self.model = network.to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        # With --shard, the weights of a block are gathered when it runs.
+        shard = functools.partial(fully_shard, reshard_after_forward=True) if self.sharded else None
+        self.model = network
+        self.ema = network
         self.teacher = teacher
-        networks = [self.model]  # those that training runs
+        networks = [network]  # those that training runs
+        if args.ema > 0:
+            with torch.device("meta"):
+                self.ema = network.config.build().requires_grad_(False)
+            self.ema.load_state_dict(network.state_dict(), assign=True)
+            self.ema.place(self.device, shard=shard)
+        network.place(self.device, shard=shard)
         if teacher is not None:
-            networks.append(teacher.to(self.device))
-            if self.cuda:
-                for matrix in teacher.matrices():
-                    matrix.data = matrix.data.bfloat16()  # autocast would convert it at each use
-
-        if self.sharded:
-            for dit in (*networks, self.ema):
-                for module in (*dit.all_blocks(), dit):
-                    fully_shard(module, reshard_after_forward=True)  # its weights are gathered when it runs
-        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
+            networks.append(teacher)
+            teacher.place(self.device, half=True, shard=shard)
+        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer, lr_new)
+        self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         if args.resume:
             self.resume()
         if self.rank == 0:
@@ -1705,21 +1742,22 @@ class Run:
         dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
-    def learning_rate(self):
-        """The rate of this step: linear warm-up, then linear decline towards zero."""
+    def learning_rate(self, peak):
+        """The rate of this step: linear warm-up to the peak, then linear decline towards zero."""
         warmup = self.args.warmup
         steps_left = self.args.steps - self.step + 1
-        return self.args.lr * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
+        return peak * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
 
     def update_weights(self):
         """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate()
+        for optimizer, peaks in zip(self.optimizers, self.peak_rates, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = self.learning_rate(peak)
             optimizer.step()
-        decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        if self.ema is not self.model:
+            decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         for name, sums in self.step_sums.items():
             self.row_sums[name] = self.row_sums.get(name, 0) + sums
         self.skipped_in_a_row = 0
@@ -1743,8 +1781,8 @@ class Run:
         means = {name: total / count for name, (total, count) in sums.items() if count}
         losses = {name: means[name] for name in self.metrics if name.startswith("loss_") and name in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
-        row.update(skipped=self.skipped, images_per_s=speed)
+        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm}
+        row.update(lr=self.learning_rate(self.args.lr), skipped=self.skipped, images_per_s=speed)
         row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
         self.row_sums = {}
         if self.rank == 0:
@@ -1766,13 +1804,14 @@ class Run:
             return
 
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
+        weights = dcp.get_model_state_dict(self.model, options=options)
         state = {
             "config": asdict(self.model.config),
             "settings": vars(self.args),
             "step": self.step,
             "skipped": self.skipped,
-            "model": dcp.get_model_state_dict(self.model, options=options),
-            "ema": dcp.get_model_state_dict(self.ema, options=options),
+            "model": weights,
+            "ema": weights if self.ema is self.model else dcp.get_model_state_dict(self.ema, options=options),
             "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options),
         }
         if self.rank == 0:

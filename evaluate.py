@@ -199,14 +199,14 @@ Model = namedtuple("Model", ["network", "encoders"])
 
 def open_model(path, flag, args, device):
     """Load a checkpoint's averaged network and its encoders onto the device. Exit code 2 if it cannot do the task."""
-    network, state = data.open_network(path, flag)
+    network, state = data.open_network(path, flag, args.backbone)
     encoders = data.open_encoders(args.encoders, device, network.config, state["settings"].get("encoders", ""))
     for modality in TASKS[args.task].modalities:
         if modality.name not in [m.name for m in network.modalities]:
             data.fail(f"{flag} {path}: has no {modality.name}; train it with --modalities rgb,{modality.name}")
     if args.size % network.config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch size of {path}, {network.config.patch}")
-    return Model(network.to(device), encoders)
+    return Model(network.place(device, half=True), encoders)
 
 
 def read_samples(args, modalities, device):
@@ -222,7 +222,7 @@ def generate(model, captions, indices, size, key, schedule, given=None, guidance
     rng = data.PerSampleRNG(key, indices)
     noise = {m.name: rng.randn(*m.shape(size)).to(device) for m in model.network.modalities}
     text = model.encoders.encode_text(captions).to(device)
-    return model.network.sample(schedule, noise, text, given, guidance)
+    return model.network.sample(schedule, noise, text, given, guidance, no_text=model.encoders.no_text)
 
 
 def estimate(model, modality, rgb, indices, args, steps, strength=1.0):

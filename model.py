@@ -540,7 +540,7 @@ class Decoder(nn.Module):
 mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False)
 
 
-class Network(nn.Module):
+class Denoiser(nn.Module):
     """What all networks share: the sampler, checkpoints and optimizers.
 
     A subclass sets self.config and self.modalities, and defines forward(noisy, t, text) and copies(m).
@@ -570,12 +570,13 @@ class Network(nn.Module):
                 noised to the level in their row, as in training: missing pixels are noise.
             guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
             callback: called with {m: x_t} after each step.
-            no_text: the text of an empty caption, (1, L) or (1, L, text_dim); guidance needs it.
+            no_text: text of the guidance's second prediction, (1, L) or (1, L, text_dim); by default zeros.
         Returns {m: (B, C, H, W)} for Modality.decode.
         """
         given = given or {}
         guidance = guidance or {}
         low, high = guidance_interval
+        no_text = torch.zeros_like(text[:1]) if no_text is None else no_text
         names = [m.name for m in self.modalities if m.name in schedule]
         table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
         levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
@@ -664,6 +665,7 @@ class Network(nn.Module):
                     parameter.data = parameter.data.to(device, dtype, copy=True)
             if shard:
                 shard(module)
+        return self
 
     # ---- Training ----
 
@@ -714,7 +716,7 @@ class Network(nn.Module):
         return optimizers
 
 
-class DiT(Network):
+class DiT(Denoiser):
     """Flat-token diffusion transformer over text and any number of modalities."""
 
     def __init__(self, config):

@@ -161,8 +161,8 @@ class Sampler:
     def __init__(self, args):
         self.args = args
         self.device = data.pick_device(args.device)
-        self.network, state = data.open_network(args.checkpoint)
-        self.network.to(self.device)
+        self.network, state = data.open_network(args.checkpoint, backbone=args.backbone)
+        self.network.place(self.device, half=True)
         self.step = state.get("step")
         config = self.network.config
         self.encoders = data.open_encoders(args.encoders, self.device, config, state["settings"].get("encoders", ""))
@@ -242,9 +242,11 @@ class Sampler:
 
     def run_pass(self, noise, text, given, order, strength):
         """Sample all modalities once: {m: (B, C, h, w)}, to be decoded."""
-        steps = self.args.steps or (I2D_STEPS if strength.get(RGB.name) == 1 else STEPS)
+        args = self.args
+        steps = args.steps or (I2D_STEPS if strength.get(RGB.name) == 1 else STEPS)
         schedule = make_schedule(list(noise), steps, order, strength)
-        return self.network.sample(schedule, noise, text, given, self.args.cfg, self.args.cfg_interval)
+        no_text = self.encoders.no_text
+        return self.network.sample(schedule, noise, text, given, args.cfg, args.cfg_interval, no_text=no_text)
 
     def to_x0(self, name, values, valid=None):
         """Values (B, C, h, w), valid (B, 1, h, w) or None -> (x0, valid), a modality that DiT.sample is given."""

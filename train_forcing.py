@@ -29,7 +29,6 @@ import data
 from model import (
     MODALITIES,
     PRESETS,
-    DiT,
     corrupt,
     distillation_weight,
     draw_noise_levels,
@@ -50,6 +49,7 @@ def check_sparsity(text):
 def parse():
     p = data.Flags(__doc__)
     p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, and teacher if it lacks a modality; or none")
+    data.backbone_setting(p)
     p.setting("--preset", "", "network, which must fit --init (default: that of --init, else nano)", choices=PRESETS)
     p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
@@ -63,7 +63,10 @@ def parse():
     p.setting("--distill-hi", 0.5, "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities", weight)
     p.setting("--distill-lo", 0.05, "distillation weight lambda_lo, at their t = 0; both 0: no teacher", weight)
     data.training_settings(p, steps=540, out="runs/forcing")
+    p.setting("--lr-new", 0.0, "peak learning rate of the parts that --init lacks; 0 is --lr", data.SHARE)
     args = data.parse_run(p)
+    if args.backbone and (args.preset or args.init == "none"):
+        data.fail(f"--backbone {args.backbone}: needs the weights of --init, without --preset")
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args
@@ -88,7 +91,7 @@ def load_init(args):
     """Load --init. Returns its network and its --encoders, or (None, None) if no weights are needed."""
     if args.init == "none" or (args.dry_run and args.preset):
         return None, None
-    network, state = data.open_network(args.init, "--init")
+    network, state = data.open_network(args.init, "--init", args.backbone)
     return network, state["settings"].get("encoders", "")
 
 
@@ -142,7 +145,7 @@ def corrupt_batch(run, batch, encoders, args):
         valid[m.name] = batch.valid[m.name] & sensor_mask
         x0[m.name] = m.encode(batch.values[m.name], valid[m.name])
     text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)  # the next line changes it
-    text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
+    text[rng.rand() < args.drop_caption] = encoders.no_text  # for classifier-free guidance
 
     # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
     has_pixels = {m.name: valid[m.name].flatten(1).any(1) for m in others}
@@ -219,7 +222,7 @@ def draw_samples(encoders, batch, args, device, network):
 
     def sample(given):
         schedule = make_schedule(list(noise), 25, strength=dict.fromkeys(given, 1.0))
-        return network.sample(schedule, noise, text, given, guidance={image.name: 3.0})
+        return network.sample(schedule, noise, text, given, guidance={image.name: 3.0}, no_text=encoders.no_text)
 
     def paint(m, samples):
         values = encoders.decode_image(samples[m.name]) if m is image else m.decode(samples[m.name])
@@ -248,14 +251,14 @@ def main():
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)
     validation = data.validation_batch(args, config.modalities, device)
     torch.manual_seed(args.seed)
-    network = DiT(config)
+    network = config.build()
     if init is not None:
         try:
             network.warm_start(init.state_dict())
         except ValueError as error:
             data.fail(f"--init {args.init}: {error}")
     run = data.Run(args, device)
-    run.start(network, functools.partial(draw_samples, encoders, validation, args, device), teacher)
+    run.start(network, functools.partial(draw_samples, encoders, validation, args, device), teacher, args.lr_new)
     batches = data.training_batches(source, args, run.step, run.rank, run.ranks, device)
     train(run, batches, encoders, args)
     run.close()

@@ -60,7 +60,7 @@ def corrupt_batch(run, batch, encoders, args):
     rng = data.PerSampleRNG(args.seed, batch.indices, run.device)
     x0 = encoders.encode_image(batch.values["rgb"])
     text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)  # the next line changes it
-    text[rng.rand() < args.drop_caption] = 0  # no text, for classifier-free guidance
+    text[rng.rand() < args.drop_caption] = encoders.no_text  # for classifier-free guidance
     t = draw_noise_levels(run.model.modalities, rng.rand)["rgb"]  # never 0: the only modality is not held clean
     noisy = corrupt(x0, rng.randn(*x0.shape[1:]), t)  # Eq. 5
     return data.MicroBatch({"rgb": x0}, {"rgb": noisy}, {"rgb": t}, {"rgb": loss_mask(x0, t)}, text)
@@ -91,7 +91,8 @@ def draw_samples(encoders, batch, args, device, network):
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
-    samples = network.sample({"rgb": sampling_grid(25)}, {"rgb": noise}, text, guidance={"rgb": 3.0})
+    schedule = {"rgb": sampling_grid(25)}
+    samples = network.sample(schedule, {"rgb": noise}, text, guidance={"rgb": 3.0}, no_text=encoders.no_text)
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]
     return data.draw_grid(rows, ["real", "from its\ncaption"])

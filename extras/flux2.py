@@ -1,8 +1,8 @@
 """FLUX.2 [klein] as the network of Modality Forcing (Sec. 4.3): `--backbone extras/flux2.py`.
 
-With this flag, --init of train_forcing.py and --checkpoint of sample.py and evaluate.py take published weights: those of
-Black Forest Labs' text-to-image network, or the authors' released model, which adds a stream for depth. Parameters have
-the names of these files. docs/backbone.md has the commands.
+With this flag, --init of train_forcing.py and --checkpoint of sample.py and evaluate.py take published weights: those
+of Black Forest Labs' text-to-image network, or the authors' released model, which adds a stream for depth. Parameters
+have the names of these files. docs/backbone.md has the commands.
 
 Shapes: B batch, N tokens, n tokens of one stream, D width, E channels of a head. A stream is the text ("txt"), the
 image ("img") or another modality, which has its own name.
@@ -19,8 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MODALITIES, RGB, Config, mixed_precision, timestep_sinusoids, token_positions
-from model import Network as BaseNetwork
+from model import MODALITIES, RGB, Config, Denoiser, mixed_precision, timestep_sinusoids, token_positions
 
 PATCH = 16  # image pixels per token, per side; an image token is one latent of the autoencoder
 
@@ -45,7 +44,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Conditioning vector (B, D) -> (B, 1, count * D): shift, scale and gate; in double blocks for attention and MLP."""
+    """Vector (B, D) -> (B, 1, count * D): shift, scale and gate; in double blocks, of attention, then of the MLP."""
 
     def __init__(self, width, count):
         super().__init__()
@@ -192,7 +191,7 @@ class Flux2Config(Config):
     def build(self):
         """A network without weights: warm_start gives it some."""
         with torch.device("meta"):
-            return Network(self)
+            return Flux2DiT(self)
 
 
 PARTS = {  # published names of the parts of the image, and of those of another modality
@@ -212,14 +211,14 @@ def part_name(part, stream):
 
 
 def mixing_names(source, target):
-    """Names of the embedder of one stream's timestep for another, and of its factor. Two pairs of them are published."""
+    """Names of the embedder that brings the timestep of one stream to another, and of its factor."""
     embedder = f"time_in_{source}_to_{target}".replace("img_to", "rgb_to")
     if {source, target} == {"img", "depth"}:
         return embedder, f"cross_alpha_{target}"
     return embedder, embedder.replace("time_in", "cross_alpha")
 
 
-class Network(BaseNetwork):
+class Flux2DiT(Denoiser):
     """Double blocks, then single blocks, over [text | image | other modalities]; then a decoder for each modality."""
 
     config_type = Flux2Config
@@ -419,7 +418,7 @@ def read_config(weights):
 
 
 def read_checkpoint(path):
-    """Published weights as a checkpoint of our training scripts. Raises ValueError if they are damaged or do not fit."""
+    """Published weights as a checkpoint of our training scripts. Raises ValueError if they are damaged or unknown."""
     weights = {}
     try:
         for file in list_files(Path(path)):
@@ -430,4 +429,7 @@ def read_checkpoint(path):
         raise ValueError(f"it lacks {error}") from None
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"is damaged: {error}") from None
-    return {"config": config, "settings": {"encoders": "extras/encoders.py:klein:FOLDER"}, "ema": weights}
+    return {"config": config, "settings": {"encoders": "extras/encoders.py:Klein:FOLDER"}, "ema": weights}
+
+
+Network = Flux2DiT  # --backbone needs this name and read_checkpoint

@@ -44,6 +44,7 @@ def draw_frame(network, x):
 def main():
     args = parse()
     network, _ = data.open_network(args.checkpoint, "--checkpoint")
+    network.place(torch.device("cpu"))
     names = [m.name for m in network.modalities]
     order = data.parse_order(args.order, names)
     size = (network.config.size, network.config.size)

@@ -617,6 +617,7 @@ def test_a_checkpoint_of_an_earlier_version_loads():
     for name, parameter in wanted.state_dict().items():
         assert torch.equal(network.state_dict()[name], parameter)
     assert [m.id for m in network.modalities] == [0, 1]
+    network.place(torch.device("cpu"))
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 

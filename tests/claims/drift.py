@@ -48,6 +48,8 @@ def main():
     args = p.parse_args()
     student, _ = data.open_network(args.checkpoint)
     teacher, _ = data.open_network(args.teacher, "--teacher")
+    for network in (student, teacher):
+        network.place(torch.device("cpu"))
     results = {"drift": drift(student, teacher)}
     Path(args.out).mkdir(parents=True, exist_ok=True)
     Path(args.out, "results.json").write_text(json.dumps(results) + "\n")
