@@ -54,10 +54,17 @@ def draw(name, *shape):
 
 
 def draw_weight(name, shape):
-    """A parameter in which nothing is zero: matrices keep the size of activations, gains and alphas are near one."""
+    """A parameter in which nothing is zero: matrices keep the size of activations, gains and alphas are near one.
+
+    But tokens, queries and keys are small before they are normalised, so that the eps of a norm matters.
+    """
     values = draw(name, *shape)
     if len(shape) == 1:
         return 1 + 0.3 * values
+    if name.endswith(("_in.weight", "qkv.weight")):
+        values = values / 8
+    if name.endswith("attn.proj.weight"):
+        values = values * 8  # as the values of attention are small too
     return values / np.prod(shape[1:]) ** 0.5
 
 
@@ -366,7 +373,10 @@ def depth_pixels(tokens, grid):
 
 
 def authors_outputs(folder):
+    """One forward pass, and of each mode of their sampler the noise levels (image's, depth's) and the results."""
     network, schedule = authors_network(folder)
+    from flux_rgbd.depth.schedule import rollout_timesteps
+
     image, depth, text = forward_inputs()
     velocity, x0_hat = network(image, T_IMAGE, text, *GRID, depth, T_DEPTH)
     outputs = {"authors_velocity": velocity, "authors_depth": depth_pixels(x0_hat, GRID)}
@@ -390,6 +400,8 @@ def authors_outputs(folder):
                 schedule_config=schedule,
                 **settings,
             )
+        levels = rollout_timesteps(schedule, STEPS, mode=mode, log2_alpha=settings.get("log2_alpha"))
+        outputs[f"authors_{mode}_levels"] = torch.stack(levels)  # (2, STEPS + 1)
         if mode != "i2d":
             outputs[f"authors_{mode}_image"] = last_image
         if mode != "d2i":

@@ -18,6 +18,7 @@ from flux2_reference import GRID, HEAD, IMAGE, SMALL_GRID, T_DEPTH, T_IMAGE, WID
 
 import model
 from extras import flux2
+from extras.encoders import Klein
 
 STORED = {name: torch.from_numpy(array) for name, array in np.load(reference.FIXTURE).items()}
 IMAGE_WEIGHTS = reference.draw_weights(reference.image_shapes())
@@ -318,8 +319,12 @@ def test_sampler_equals_the_authors(mode):
     schedule = model.make_schedule(
         ["rgb", "depth"], reference.STEPS, order=reference.LOG2_ALPHA, strength=dict.fromkeys(given, 1)
     )
+    levels = dict(zip(["rgb", "depth"], STORED[f"authors_{mode}_levels"], strict=True))
+    for m, row in levels.items():
+        assert torch.allclose(schedule[m].float(), row, rtol=1e-6)
+
     last = open_network(ALL_WEIGHTS).sample(
-        schedule=schedule,
+        schedule=levels,  # theirs, which are rounded to float32
         noise={"rgb": latents(image_noise, SMALL_GRID), "depth": pixels(depth_noise, SMALL_GRID)},
         text=text,
         given={m: (clean[m], None) for m in given},
@@ -424,7 +429,7 @@ def encoders(pipeline, tmp_path_factory):
     """Our encoders, of a folder with the layout of a published one: vae/, text_encoder/, tokenizer/."""
     folder = tmp_path_factory.mktemp("klein")
     pipeline.save_pretrained(folder)
-    return flux2.klein(torch.device("cpu"), str(folder))
+    return Klein(torch.device("cpu"), str(folder))
 
 
 def test_encoders_equal_diffusers_pipeline(pipeline, encoders):
