@@ -36,7 +36,7 @@ import tarfile
 import textwrap
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -1132,8 +1132,8 @@ def open_encoders(flag, device, config, trained_with=None):
             check_encoders(encoders, device, config)
         except Exception as error:
             fail(f"--encoders {flag}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    is_missing = trained_with and not flag  # the text length of such a config counts tokens, not bytes
-    if is_missing or (trained_with is not None and config.with_encoders(encoders) != config):
+    fitting = replace(config, text_length=encoders.text_length)  # any length will do
+    if trained_with is not None and config.with_encoders(encoders) != fitting:
         fail(f"--encoders {flag or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     encoders.no_text = encoders.encode_text([""]).to(device)
     return encoders
@@ -1444,7 +1444,7 @@ def open_network(path, flag="--checkpoint", backbone=""):
     """
     if not os.path.exists(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
-    published = os.path.isdir(path) or path.endswith(".safetensors")
+    published = os.path.isdir(path) or Path(path).suffix == ".safetensors"
     if published and not backbone:
         fail(f"{flag} {path}: not a checkpoint of a training script; published weights need --backbone")
     if path == NANO:
