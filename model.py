@@ -611,8 +611,9 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, state):
-        """The averaged network of a checkpoint: frozen, its weights still mapped from the file, if they are, and of its
-        type. Call place before you run it. Raises ValueError if the checkpoint is wrong.
+        """Build the averaged network of a checkpoint, frozen. Raises ValueError if the checkpoint is wrong.
+
+        Its weights stay where state has them, and keep their type. Call place before you run the network.
         """
         try:
             with torch.device("meta"):
@@ -630,9 +631,9 @@ class Denoiser(nn.Module):
         return network.requires_grad_(False)
 
     def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2); copies says what new modalities take from it.
+        """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
 
-        The other parts of a new modality keep their fresh values. Raises ValueError if weights do not fit.
+        Their other parts keep their fresh values, and self.new names them. Raises ValueError if weights do not fit.
         """
         new = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
         with torch.device("meta"):
@@ -692,27 +693,25 @@ class Denoiser(nn.Module):
     def configure_optimizers(self, lr, optimizer="muon", lr_new=0.0):
         """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
 
-        lr_new: learning rate of the parameters in self.new; 0 is lr.
+        lr_new: learning rate of the parameters in self.new, as the lr_factor of their group; 0 is lr.
         """
+        new = self.new if lr_new else ()
         matrices = self.matrices() if optimizer == "muon" else []
         matrix_ids = {id(p) for p in matrices}
-        new = self.new if lr_new else ()
 
         def groups(of_matrices):
-            """The parameter groups of an optimizer: what was pretrained, and what is new."""
-            pretrained = {"params": [], "lr": lr}
-            fresh = {"params": [], "lr": lr_new}
-            for name, p in self.named_parameters():
-                if (id(p) in matrix_ids) == of_matrices:
-                    group = fresh if name in new else pretrained
-                    group["params"].append(p)
-            return [group for group in (pretrained, fresh) if group["params"]]
+            named = [(name, p) for name, p in self.named_parameters() if (id(p) in matrix_ids) == of_matrices]
+            result = [{"params": [p for name, p in named if name not in new]}]
+            if new:
+                result.append({"params": [p for name, p in named if name in new], "lr_factor": lr_new / lr})
+            return result
 
-        optimizers = [torch.optim.AdamW(groups(False), betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        optimizers = [torch.optim.AdamW(groups(False), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         if matrices:
             if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            optimizers.append(torch.optim.Muon(groups(True), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            muon = torch.optim.Muon(groups(True), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
         return optimizers
 
 
