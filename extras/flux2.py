@@ -426,9 +426,9 @@ def read_checkpoint(path):
                 weights[name.removeprefix("dit.")] = tensor
         config = asdict(read_config(weights))
     except KeyError as error:
-        raise ValueError(f"it lacks {error}; {ADVICE}") from None
+        raise ValueError(f"cannot be read: it lacks {error}; {ADVICE}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{error}; {ADVICE}") from None
+        raise ValueError(f"cannot be read: {error}; {ADVICE}") from None
     return {"config": config, "settings": {"encoders": "extras/encoders.py:Klein:FOLDER"}, "ema": weights}
 
 

@@ -7,6 +7,7 @@ import re
 import resource
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,16 @@ def train(line, monkeypatch):
     monkeypatch.setattr(data.Run, "draw", lambda run: runs.append(run))
     run(train_forcing, line, monkeypatch)
     return runs[-1]
+
+
+def evaluate_depth(line, monkeypatch):
+    """The results of evaluate.py depth on two images."""
+    monkeypatch.setattr(evaluate, "MEAN_IMAGES", 16)  # of the baseline
+    out = re.search(r"--out (\S+)", line)[1]
+    run(evaluate, f"depth {line} --size 32 --images 2", monkeypatch)
+    results = json.loads(Path(out, "results.json").read_text())
+    assert results["images"] == 2
+    return results
 
 
 def peak_memory():
@@ -115,6 +126,179 @@ def test_weights_are_placed_as_copies_block_by_block(tmp_path):
     assert (path / "model.safetensors").read_bytes() == written
 
 
+# ---- Bad files and flags: one line that says what is wrong and what to take, exit code 2 ----
+
+QKV = "double_blocks.0.img_attn.qkv.weight"  # (192, 64), float32
+SIZE = 4 * 192 * 64
+ADVICE = "take the original file, not of diffusers and not quantised, such as flux-2-klein-base-4b.safetensors"
+
+
+def says(**changes):
+    """A header that says something else of one tensor."""
+    return lambda header: {**header, QKV: {**header[QKV], **changes}}
+
+
+def without(part):
+    """A header without the tensors that have part in their names."""
+    return lambda header: {name: entry for name, entry in header.items() if part not in name}
+
+
+HEADERS = {  # what becomes of the header of a published file, and what the line must say
+    "float64": (says(dtype="F64"), f"{QKV} is F64, must be one of F32, F16, BF16; {ADVICE}"),
+    "int8": (says(dtype="I8"), f"{QKV} is I8, must be"),
+    "fp8": (says(dtype="F8_E4M3"), f"{QKV} is F8_E4M3, must be"),
+    "list-type": (says(dtype=["F32"]), ADVICE),
+    "beyond": (says(data_offsets=[2**40, 2**40 + SIZE]), f"is cut or damaged at {QKV}; {ADVICE}"),
+    "negative": (says(data_offsets=[-SIZE, 0]), f"is cut or damaged at {QKV}"),
+    "short": (says(data_offsets=[0, 4]), f"is cut or damaged at {QKV}"),
+    "backwards": (says(shape=[-192, 64], data_offsets=[SIZE, 0]), ADVICE),
+    "two-negative": (says(shape=[-192, -64]), ADVICE),
+    "huge": (says(shape=[2**40, 2**40]), ADVICE),
+    "larger": (says(shape=[10**30]), ADVICE),
+    "no-values": (says(shape=[0, 64], data_offsets=[0, 0]), ADVICE),
+    "words": (says(shape=["192", "64"]), ADVICE),
+    "fractions": (says(shape=[192.0, 64.0]), ADVICE),
+    "offset-words": (says(data_offsets=["0", str(SIZE)]), ADVICE),
+    "three-offsets": (says(data_offsets=[0, 1, 2]), ADVICE),
+    "no-offsets": (says(data_offsets=None), ADVICE),
+    "no-entry": (lambda header: {**header, QKV: [1]}, ADVICE),
+    "list": (lambda header: [header], ADVICE),
+    "number": (lambda header: 3, ADVICE),
+    "no-json": (lambda header: b"{'img_in.weight': 1}", ADVICE),
+    "no-text": (lambda header: b"\xff\xfe\xfd", ADVICE),
+    "nested": (lambda header: b"[" * 10**5, ADVICE),
+    "no-names": (lambda header: {}, f"it lacks 'img_in.weight'; {ADVICE}"),
+    "no-text-input": (without("txt_in"), "it lacks 'txt_in.weight'"),
+    "one-missing": (without(QKV), f"it lacks {QKV}"),
+    "many-missing": (without(".1.img_mlp."), "it lacks double_blocks.1.img_mlp.0.weight, double_blocks.1.img_mlp.2"),
+    "block-missing": (without("single_blocks.0."), "single_blocks.0.norm.query_norm.scale"),
+    "stream-missing": (without(".txt_attn."), "double_blocks.1.txt_attn.norm.key_norm.scale and 3 more"),
+    "extra": (lambda header: {**header, "extra": header[QKV]}, "it holds extra, which the network does not have"),
+    "shape": (says(shape=[64, 192]), f"{QKV} has shape (64, 192), must have (192, 64)"),
+}
+FILES = [
+    *[(f"{name}.safetensors", line) for name, (_, line) in HEADERS.items()],
+    ("cut.safetensors", f"cut.safetensors is cut or damaged at single_blocks.1.linear2.weight; {ADVICE}"),
+    ("nothing.safetensors", f"is cut or damaged in its header; {ADVICE}"),
+    ("long.safetensors", "is cut or damaged in its header"),
+    ("sparse.safetensors", "is cut or damaged in its header"),
+    ("nan.safetensors", f"{QKV} is not finite"),
+    ("pickle.safetensors", ADVICE),
+    ("missing.safetensors", "missing.safetensors: no such file"),
+    ("empty", f"holds 0 .safetensors files without an index; {ADVICE}"),
+    ("several", f"holds 2 .safetensors files without an index; {ADVICE}"),
+    ("no-model", "no-model/model.safetensors"),
+    ("config-words", ADVICE),
+    ("config-number", ADVICE),
+    ("no-shard", "flux-00002-of-00002.safetensors"),
+    ("index-list", ADVICE),
+    ("index-number", ADVICE),
+    ("index-empty", "it lacks 'weight_map'"),
+    ("diffusers", ADVICE),
+    ("diffusers/transformer", f"it lacks 'img_in.weight'; {ADVICE}"),
+    ("dit.pt", "was trained with --backbone (none)"),
+    ("damaged.pt", "cut, damaged, or not a checkpoint"),
+]
+LOAD = "--backbone {flux2} --init {t2i} "
+ENCODE = LOAD + "--encoders {toy}"
+FLAGS = [
+    (train_forcing, LOAD + "--preset nano", "--backbone {flux2}: needs the weights of --init, without --preset"),
+    (train_forcing, "--backbone {flux2} --init none", "needs the weights of --init, without --preset"),
+    (train_forcing, "--init {t2i}", "--init {t2i}: not a checkpoint of a training script; published weights need"),
+    (train_forcing, "--init {authors}", "--init {authors}: not a checkpoint of a training script; published weights"),
+    (train_forcing, "--init {own}", "--init {own}: was trained with --backbone {flux2}"),
+    (train_forcing, "--init {t2i} --backbone {tmp}/none.py", "--backbone {tmp}/none.py: FileNotFoundError"),
+    (train_forcing, "--init {t2i} --backbone {toy}", "has no attribute 'Network'; name extras/flux2.py, or a file"),
+    (train_forcing, "--init {t2i} --backbone {tmp}/syntax.py", "SyntaxError"),
+    (train_forcing, "--init {t2i} --backbone {tmp}/import.py", "No module named 'no_such_package'"),
+    (train_forcing, "--init {t2i} --backbone {tmp}", "--backbone {tmp}: "),
+    (train_forcing, "--init {t2i} --backbone {t2i}", "--backbone {t2i}: "),
+    (train_forcing, LOAD, "--encoders (none): the checkpoint was trained with --encoders extras/encoders.py:Klein"),
+    (train_forcing, ENCODE, "--encoders {toy}: the checkpoint was trained with"),
+    (train_forcing, ENCODE + ":Narrow", "--encoders {toy}:Narrow: the checkpoint was trained with"),
+    (train_forcing, ENCODE + ":None", "no attribute 'None'"),
+    (train_forcing, ENCODE + ":CoarseEncoders:a,b", "TypeError"),
+    (train_forcing, ENCODE + ":CoarseEncoders --size 40", "--size 40: must be a multiple of the patch size"),
+    (train_forcing, "--init {authors} {with_toy} --modalities rgb", "has depth; add it to --modalities"),
+    (sample, "--checkpoint {t2i}", "--checkpoint {t2i}: not a checkpoint of a training script; published weights"),
+    (sample, "--checkpoint {own}", "--checkpoint {own}: was trained with --backbone {flux2}"),
+    (sample, "--checkpoint {t2i} {with_toy} --size 40", "--size 40: must be a multiple of the patch size, 16"),
+    (sample, "--checkpoint {t2i} {with_toy} --order rgb,depth", "--order rgb,depth"),
+    (sample, "--backbone {flux2} --checkpoint {tmp}/dit.pt", "was trained with --backbone (none)"),
+    (evaluate, "depth --checkpoint {t2i} {with_toy}", "has no depth"),
+    (evaluate, "depth --checkpoint {authors} {with_toy} --size 40", "--size 40: must be a multiple of the patch size"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, t2i, authors):
+    """Names to fill into the command lines."""
+    tmp = tmp_path_factory.mktemp("bad")
+    header, content = describe(draw_weights())
+    for name, (change, _) in HEADERS.items():
+        (tmp / f"{name}.safetensors").write_bytes(join(change(header), content))
+    whole = join(header, content)
+    (tmp / "cut.safetensors").write_bytes(whole[:-1000])
+    (tmp / "nothing.safetensors").touch()
+    (tmp / "long.safetensors").write_bytes(b"\xff" * 8 + whole[8:])
+    (tmp / "sparse.safetensors").write_bytes((2**36).to_bytes(8, "little"))
+    os.truncate(tmp / "sparse.safetensors", 2**37)
+    torch.save({}, tmp / "pickle.safetensors")
+    weights = draw_weights()
+    weights[QKV][0, 0] = torch.nan
+    write_layout(tmp, "file", weights).rename(tmp / "nan.safetensors")
+
+    def folder(name, files):
+        (tmp / name).mkdir(parents=True)
+        for file, content in files.items():
+            (tmp / name / file).write_bytes(content)
+
+    index = "flux.safetensors.index.json"
+    folder("empty", {})
+    folder("several", {"a.safetensors": whole, "b.safetensors": whole})
+    folder("no-model", {"config.json": b'{"variant": "flux_rgbd_9b_v2"}', "ae.safetensors": whole})
+    folder("config-words", {"config.json": b"variant", "model.safetensors": whole})
+    folder("config-number", {"config.json": b"3", "model.safetensors": whole})
+    (write_layout(tmp / "no-shard", "shards", draw_weights()) / "flux-00002-of-00002.safetensors").unlink()
+    folder("index-list", {index: b'{"weight_map": ["flux.safetensors"]}', "flux.safetensors": whole})
+    folder("index-number", {index: b'{"weight_map": {"img_in.weight": 3}}', "flux.safetensors": whole})
+    folder("index-empty", {index: b"{}", "flux.safetensors": whole})
+    names = {"x_embedder.weight": torch.zeros(64, 48), "transformer_blocks.0.attn.to_q.weight": torch.zeros(64, 64)}
+    parts = {"config.json": b'{"_class_name": "Flux2Transformer2DModel"}'}
+    parts["diffusion_pytorch_model.safetensors"] = join(*describe(names))
+    folder("diffusers", {"model_index.json": b'{"_class_name": "Flux2KleinPipeline"}'})
+    folder("diffusers/transformer", parts)
+
+    (tmp / "damaged.pt").write_bytes(b"\x80")
+    (tmp / "syntax.py").write_text("class Network")
+    (tmp / "import.py").write_text("import no_such_package")
+    toy = tmp / "toy.py"
+    narrow = "class Narrow(CoarseEncoders):\n    text_dim = 8\n"
+    toy.write_text((ROOT / "tests/toy_encoders.py").read_text() + narrow)
+    paths = {"tmp": tmp, "t2i": t2i, "authors": authors, "toy": toy, "flux2": ROOT / "extras/flux2.py"}
+    dit = model.Config(width=64, depth=1, head=16, patch=4, size=16)
+    torch.save({"config": asdict(dit), "ema": dit.build().state_dict(), "settings": {}}, tmp / "dit.pt")
+    state = {"config": asdict(CONFIG), "ema": draw_weights(), "settings": {"backbone": str(paths["flux2"])}}
+    torch.save(state, tmp / "own.pt")
+    return paths | {"own": tmp / "own.pt", "with_toy": TOY}
+
+
+ROWS = [(train_forcing, "--backbone {flux2} --init {tmp}/" + name, line) for name, line in FILES] + FLAGS
+
+
+@pytest.mark.parametrize(("script", "line", "expected"), ROWS, ids=[f"{s.__name__} {line}" for s, line, _ in ROWS])
+def test_bad_input_is_one_line_and_exit_code_2(script, line, expected, bad, monkeypatch, capsys):
+    memory = peak_memory()
+    before = sorted(bad["tmp"].rglob("*"))
+    monkeypatch.chdir(bad["tmp"])
+    with pytest.raises(SystemExit) as stopped:
+        run(script, line.format(**bad), monkeypatch)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(message.splitlines()) == 1 and len(message) < 500, message
+    assert expected.format(**bad) in message
+    assert sorted(bad["tmp"].rglob("*")) == before and peak_memory() - memory < 1 << 30
+
+
 # ---- Training ----
 
 
@@ -180,22 +364,20 @@ def test_a_run_without_an_average_holds_weights_once(t2i, tmp_path, monkeypatch)
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert all(tensor.data_ptr() == state["ema"][name].data_ptr() for name, tensor in state["model"].items())
 
-    network = f"{TOY} --checkpoint {tmp_path}/run/last.pt --size 32 --steps 2"
-    run(sample, f"{network} --count 1 --out {tmp_path}/sample", monkeypatch)
+    network = f"{TOY} --checkpoint {tmp_path}/run/last.pt --steps 1"
+    run(sample, f"{network} --size 32 --count 1 --out {tmp_path}/sample", monkeypatch)
     assert (tmp_path / "sample/000/depth.npy").exists()
-    run(evaluate, f"depth {network} --images 2 --out {tmp_path}/results", monkeypatch)
-    assert json.loads((tmp_path / "results/results.json").read_text())["images"] == 2
+    assert np.isfinite(evaluate_depth(f"{network} --out {tmp_path}/results", monkeypatch)["absrel"])
 
 
 def test_published_networks_sample_and_are_evaluated(t2i, authors, tmp_path, monkeypatch):
     for name, path in (("t2i", t2i), ("authors", authors)):
-        line = f"{TOY} --checkpoint {path} --size 32 --steps 2 --count 1 --out {tmp_path}/{name}"
+        line = f"{TOY} --checkpoint {path} --size 32 --steps 1 --count 1 --out {tmp_path}/{name}"
         run(sample, line, monkeypatch)
         assert (tmp_path / name / "000/rgb.png").exists()
         assert (tmp_path / name / "000/depth.npy").exists() == (path == authors)
-    line = f"depth {TOY} --checkpoint {authors} --size 32 --steps 1 --images 2 --out {tmp_path}/results"
-    run(evaluate, line, monkeypatch)
-    assert np.isfinite(json.loads((tmp_path / "results/results.json").read_text())["absrel"])
+    line = f"{TOY} --checkpoint {authors} --steps 1 --out {tmp_path}/results"
+    assert np.isfinite(evaluate_depth(line, monkeypatch)["absrel"])
 
 
 def test_training_goes_on_from_the_authors_network_without_a_teacher(authors, tmp_path, monkeypatch):
