@@ -3,29 +3,45 @@
     python tests/plan_memory.py --preset 370m --batch-size 128 --gpus 8      stage 2, with a teacher
     python tests/plan_memory.py --preset 370m --batch-size 128 --gpus 8 --t2i               stage 1
     python tests/plan_memory.py --preset 3b --modalities rgb,depth,normal --no-teacher      three modalities
+    python tests/plan_memory.py --preset klein-4B --batch-size 64 --optimizer adamw --ema 0      a pretrained backbone
 
 The table has one row for each choice of --shard and --checkpoint-activations, and one column for each use of memory, in
 GiB. Weights, gradients, optimizer state and EMA are counted from the network's shapes. Activations are counted by
-running the forward pass on fake tensors, which have shapes but no memory.
+running the forward and backward passes on fake tensors, which have shapes but no memory.
 
-The estimate leaves out CUDA's context, NCCL's buffers, fragmentation and temporary tensors. It also leaves out what
-torch.compile saves. An 80 GB GPU has about 79 GiB.
+The estimate leaves out frozen encoders, CUDA's context, NCCL's buffers, fragmentation, and temporary tensors of the
+optimizer. It counts passes that are not compiled. An 80 GB GPU has about 79 GiB.
 """
 
 import sys
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from model import MODALITIES, PRESETS, DiT
+from model import MODALITIES, PRESETS, RGB
 
+flux2 = data.run_file(Path(__file__).resolve().parent.parent / "extras/flux2.py")
 FLOAT32 = 4  # bytes
 BFLOAT16 = 2
 GIB = 2**30
 CHOICES = [(False, False), (False, True), (True, False), (True, True)]  # of (--shard, --checkpoint-activations)
+
+
+def klein(width, double_depth, depth, text_dim):
+    """Config of a published text-to-image network of FLUX.2 [klein]."""
+    latents = replace(RGB, channels=128, stride=16)
+    sizes = {"width": width, "double_depth": double_depth, "depth": depth, "head": 128, "patch": 16, "size": 512}
+    return flux2.Flux2Config(**sizes, text_length=512, text_dim=text_dim, modalities=(latents,))
+
+
+NETWORKS = {**PRESETS, "klein-4B": klein(3072, 5, 20, 7680), "klein-9B": klein(4096, 8, 24, 12288)}
 
 
 def count(parameters):
@@ -34,7 +50,7 @@ def count(parameters):
 
 
 def example_inputs(config, size, batch):
-    """Zeros in the shapes that DiT.forward takes: (noisy, t, text)."""
+    """Zeros in the shapes that the network's forward takes: (noisy, t, text)."""
     noisy = {m.name: torch.zeros(batch, *m.shape(size)) for m in config.modalities}
     t = {m.name: torch.zeros(batch) for m in config.modalities}
     if config.text_dim:
@@ -44,37 +60,54 @@ def example_inputs(config, size, batch):
     return noisy, t, text
 
 
-def kept_bytes(config, size, batch, half, checkpointing):
-    """Bytes that a forward pass keeps for its backward pass, without the weights themselves.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist (now), and the most that existed at once (peak)."""
 
-    half: the forward pass runs under bfloat16 autocast, whose copies of the weights are counted.
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.known = set()  # addresses of the storages that are counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+
+    def remove(self, address, size):
+        self.known.remove(address)
+        self.now -= size
+
+
+def held_bytes(config, size, images, half, checkpointing):
+    """The most bytes that a forward and a backward pass hold at once, beside weights and gradients.
+
+    half: the passes run under bfloat16 autocast. Its copies of the weights are counted, too.
     """
-    storages = {}
-
-    def keep(tensor):
-        # The dictionary holds the tensor, so that no other tensor can get the same address.
-        storages[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        network = DiT(config)
-        inputs = example_inputs(config, size, batch)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)  # as model.mixed_precision
+    with torch.device("meta"):
+        network = config.build()
+    with FakeTensorMode(), LiveBytes() as live, autocast:
+        weights = {name: torch.empty(parameter.shape) for name, parameter in network.named_parameters()}
+        network.load_state_dict(weights, assign=True)
+        inputs = example_inputs(config, size, images)
         if checkpointing:
             network.checkpoint_activations()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(*inputs)
-        weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-
-    activations = [tensor for address, tensor in storages.items() if address not in weights]
-    return sum(tensor.untyped_storage().nbytes() for tensor in activations)
-
-
-def split_kept_bytes(config, size, half, checkpointing):
-    """(bytes kept whatever the batch size, bytes kept per image)."""
-    with_one = kept_bytes(config, size, 1, half, checkpointing)
-    with_two = kept_bytes(config, size, 2, half, checkpointing)
-    per_image = with_two - with_one
-    return with_one - per_image, per_image
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = live.now
+        x0_hat = network(*inputs)
+        sum(x.sum() for x in x0_hat.values()).backward()
+    return live.peak - before
 
 
 def gathered_bytes(network):
@@ -91,15 +124,15 @@ def gathered_bytes(network):
     return weights + gradients
 
 
-def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=None, half=True):
+def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=None, half=True, ema=True):
     """Estimated peak bytes on each GPU: {(shard, checkpointing): {part: bytes}}.
 
     images: images that one GPU takes at a time. teacher_config: Config of the frozen teacher, or None. half: linear
-    layers run in bfloat16, as they do on CUDA.
+    layers run in bfloat16, as they do on CUDA. ema: training keeps averaged weights.
     """
     with torch.device("meta"):
-        network = DiT(config)
-        teacher = DiT(teacher_config) if teacher_config else None
+        network = config.build()
+        teacher = teacher_config.build() if teacher_config else None
 
     parameters = count(network.parameters())
     optimizer_values = 2 * parameters  # AdamW keeps two averages of each gradient
@@ -107,11 +140,10 @@ def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=Non
         optimizer_values -= count(network.matrices())  # Muon keeps one
     teacher_bytes = 0
     if teacher is not None:
-        teacher_bytes = count(teacher.parameters()) * (BFLOAT16 if half else FLOAT32)
-
-    copies, per_image = split_kept_bytes(config, size, half, checkpointing=False)
-    _, per_image_checkpointed = split_kept_bytes(config, size, half, checkpointing=True)
-    per_image_checkpointed += (per_image - per_image_checkpointed) / len(network.all_blocks())  # the block at work
+        teacher_bytes = FLOAT32 * count(teacher.parameters())
+        if half:
+            teacher_bytes -= (FLOAT32 - BFLOAT16) * count(teacher.matrices())
+    held = {choice: held_bytes(config, size, images, half, choice) for choice in (False, True)}
 
     plans = {}
     for shard, checkpointing in CHOICES:
@@ -120,11 +152,10 @@ def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=Non
             "weights": FLOAT32 * parameters / ranks,
             "gradients": FLOAT32 * parameters / ranks,
             "optimizer": FLOAT32 * optimizer_values / ranks,
-            "EMA": FLOAT32 * parameters / ranks,
+            "EMA": FLOAT32 * parameters / ranks if ema else 0,
             "teacher": teacher_bytes / ranks,
             "gathered": gathered_bytes(network) if shard else 0,
-            "bfloat16 copies": copies,  # autocast keeps them from the forward to the backward pass, sharded or not
-            "activations": images * (per_image_checkpointed if checkpointing else per_image),
+            "activations": held[checkpointing],
         }
     return plans
 
@@ -147,8 +178,8 @@ def format_plan(plans):
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting("--preset", "370m", f"network: {', '.join(PRESETS)}", choices=PRESETS)
-    p.setting("--modalities", "rgb,depth", f"names with commas between, of {', '.join(MODALITIES)}")
+    p.setting("--preset", "370m", f"network: {', '.join(NETWORKS)}", choices=NETWORKS)
+    p.setting("--modalities", "rgb,depth", f"rgb, then others of {', '.join(MODALITIES)}, with commas between")
     p.setting("--t2i", False, "plan stage 1, text-to-image, instead of stage 2")
     p.add_argument("--no-teacher", action="store_true", help="leave out stage 2's teacher, as --init none does")
     p.setting("--size", 0, "side of the images in pixels; 0 is the preset's", data.whole(0, 1 << 14))
@@ -156,27 +187,30 @@ def parse():
     p.setting("--grad-accum", 1, "micro-batches that each GPU's images are split into", data.whole(1, 1 << 20))
     p.setting("--gpus", 8, "number of GPUs", data.whole(1, 1 << 16))
     p.setting("--optimizer", "muon", "muon or adamw", choices=["muon", "adamw"])
+    p.setting("--ema", 0.99, "decay of the averaged weights; 0 keeps none", data.SHARE)
     return p.parse_args()
 
 
 def main():
     args = parse()
     names = ["rgb"] if args.t2i else args.modalities.split(",")
-    for name in names:
-        if name not in MODALITIES:
-            data.fail(f"--modalities {args.modalities}: choose from {', '.join(MODALITIES)}")
-
-    preset = PRESETS[args.preset]
-    config = preset.with_modalities(*(MODALITIES[name] for name in names))
+    if names[0] != "rgb" or not set(names) <= set(MODALITIES):
+        data.fail(f"--modalities {args.modalities}: must be rgb, then others of {', '.join(MODALITIES)}")
+    preset = NETWORKS[args.preset]
+    config = preset.with_modalities(*preset.modalities, *(MODALITIES[name] for name in names[1:]))
     side = args.size or preset.size
     if side % preset.patch:
         data.fail(f"--size {side}: must be a multiple of the patch size, {preset.patch}")
+    num_micro_batches = args.gpus * args.grad_accum
+    if args.batch_size % num_micro_batches:
+        data.fail(f"--batch-size {args.batch_size}: must be a multiple of --gpus x --grad-accum, {num_micro_batches}")
+    images = args.batch_size // num_micro_batches
     has_teacher = len(names) > 1 and not args.no_teacher
     teacher_config = preset if has_teacher else None
-    images = args.batch_size / args.gpus / args.grad_accum
 
-    print(f"{args.preset}, {', '.join(names)}, {side} x {side} pixels, {images:g} images at a time on each GPU; GiB:\n")
-    print(format_plan(memory_plan(config, (side, side), images, args.gpus, args.optimizer, teacher_config)))
+    print(f"{args.preset}, {', '.join(names)}, {side} x {side} pixels, {images} images at a time on each GPU; GiB:\n")
+    plans = memory_plan(config, (side, side), images, args.gpus, args.optimizer, teacher_config, ema=args.ema > 0)
+    print(format_plan(plans))
 
 
 if __name__ == "__main__":
