@@ -360,6 +360,10 @@ def test_new_parts_have_a_rate_of_their_own(lr_new, rate_of_new, t2i, tmp_path, 
     assert t2i.read_bytes() == written
     assert "loss_distill_rgb" in losses(tmp_path / "run")[1]
 
+    resumed = train(f"--resume {TOY} --steps 2 --lr 1e-3 --lr-new 0.003 --out {tmp_path}/run", monkeypatch)
+    (optimizer,) = resumed.optimizers
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 0.003])
+
 
 def test_a_run_without_an_average_holds_weights_once(t2i, tmp_path, monkeypatch):
     ended = train(f"{QUICK} --init {t2i} --steps 1 --ema 0 --out {tmp_path}/run", monkeypatch)
