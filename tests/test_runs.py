@@ -152,6 +152,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(case, tmp_path, 
 
 def test_the_network_of_the_repository_loads():
     network, state = data.open_network(data.NANO)
+    network.place(torch.device("cpu"))
     assert state["ema"]["text_tokenizer.bias"].dtype == torch.float16
     assert network.text_tokenizer.bias.dtype == torch.float32 and not network.text_tokenizer.bias.requires_grad
 
