@@ -36,7 +36,7 @@ import tarfile
 import textwrap
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -1132,8 +1132,9 @@ def open_encoders(flag, device, config, trained_with=None):
             check_encoders(encoders, device, config)
         except Exception as error:
             fail(f"--encoders {flag}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
-    fitting = replace(config, text_length=encoders.text_length)  # any length will do
-    if trained_with is not None and config.with_encoders(encoders) != fitting:
+    image = config.modalities[0]
+    found = (encoders.image_channels, encoders.image_stride, encoders.text_dim)  # any text_length will do
+    if trained_with is not None and found != (image.channels, image.stride, config.text_dim):
         fail(f"--encoders {flag or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
     encoders.no_text = encoders.encode_text([""]).to(device)
     return encoders
@@ -1593,7 +1594,6 @@ class Run:
             networks.append(teacher)
             teacher.place(self.device, half=True, shard=shard)
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer, lr_new)
-        self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         if args.resume:
             self.resume()
         if self.rank == 0:
@@ -1742,17 +1742,17 @@ class Run:
         dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
-    def learning_rate(self, peak):
-        """The rate of this step: linear warm-up to the peak, then linear decline towards zero."""
+    def learning_rate(self):
+        """The rate of this step: linear warm-up, then linear decline towards zero."""
         warmup = self.args.warmup
         steps_left = self.args.steps - self.step + 1
-        return peak * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
+        return self.args.lr * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
 
     def update_weights(self):
         """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""
-        for optimizer, peaks in zip(self.optimizers, self.peak_rates, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = self.learning_rate(peak)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate() * group.get("lr_factor", 1)
             optimizer.step()
         if self.ema is not self.model:
             decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster
@@ -1781,8 +1781,8 @@ class Run:
         means = {name: total / count for name, (total, count) in sums.items() if count}
         losses = {name: means[name] for name in self.metrics if name.startswith("loss_") and name in means}
         speed = (self.step - self.clock_step) * self.args.batch_size / (time.perf_counter() - self.clock)
-        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm}
-        row.update(lr=self.learning_rate(self.args.lr), skipped=self.skipped, images_per_s=speed)
+        row = {"step": self.step, "loss": sum(losses.values()), **means, "grad_norm": norm, "lr": self.learning_rate()}
+        row.update(skipped=self.skipped, images_per_s=speed)
         row.update(tflops=speed * self.flops / 1e12, utilization=speed * self.flops / self.peak)
         self.row_sums = {}
         if self.rank == 0:

@@ -351,6 +351,176 @@ NORMAL = Modality("normal", channels=3, id=2, decoder_depth=4, timesteps="platea
 MODALITIES = {m.name: m for m in (RGB, DEPTH, NORMAL)}
 
 
+# ---- Sampler, checkpoints and optimizers ----
+
+
+class Denoiser(nn.Module):
+    """What all networks share. DiT, below, is ours; extras/flux2.py has another.
+
+    A network has these members beside those here:
+        config_type, block_types  its type of config, and the types of its blocks
+        config, modalities        set by __init__(config)
+        forward(noisy, t, text)   predicts x0_hat, as DiT.forward
+        copies(m)                 {parameter of a new modality m: that of the image which it starts as a copy of}
+    """
+
+    new = frozenset()  # names of the parameters that warm_start did not load
+
+    @torch.no_grad()
+    def sample(
+        self, schedule, noise, text, given=None, guidance=None, guidance_interval=(0, 1), callback=None, no_text=None
+    ):
+        """Generate all modalities that are not given, along a schedule of noise levels.
+
+        Args:
+            schedule: {m: S + 1 noise levels}, as from make_schedule. Its keys are the inputs of the network.
+            noise: {m: (B, C, H, W)} from N(0, 1).
+            text: as in forward.
+            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
+                noised to the level in their row, as in training: missing pixels are noise.
+            guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
+            callback: called with {m: x_t} after each step.
+            no_text: text of the guidance's second prediction, (1, L) or (1, L, text_dim); by default zeros.
+        Returns {m: (B, C, H, W)} for Modality.decode.
+        """
+        given = given or {}
+        guidance = guidance or {}
+        low, high = guidance_interval
+        no_text = torch.zeros_like(text[:1]) if no_text is None else no_text
+        names = [m.name for m in self.modalities if m.name in schedule]
+        table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
+        levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+
+        def batch_level(t):
+            return torch.full((len(text),), t, device=text.device)
+
+        def noised(t):
+            """The given values at noise levels t (Eq. 5)."""
+            return {name: corrupt(x0, noise[name], batch_level(t[name]), valid) for name, (x0, valid) in given.items()}
+
+        x = {name: noise[name] for name in names}
+        x.update(noised(levels[0]))
+        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
+            t_batch = {name: batch_level(t[name]) for name in names}
+            x0_hat = self(x, t_batch, text)
+            moving = [name for name in names if name not in given and s[name] < t[name]]
+            guided = [name for name in moving if guidance.get(name, 1) != 1 and low <= t[name] <= high]
+            if guided:
+                without_text = self(x, t_batch, no_text.expand_as(text))
+                for name in guided:
+                    x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
+            x = dict(x)  # a copy, since callback may have kept the last x
+            for name in moving:  # Euler's step on the velocity that x0_hat implies
+                x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
+            x.update(noised(s))
+            if callback:
+                callback(x)
+        return x
+
+    @classmethod
+    def from_checkpoint(cls, state):
+        """Build the averaged network of a checkpoint, frozen. Raises ValueError if the checkpoint is wrong.
+
+        Its weights stay where state has them, and keep their type. Call place before you run the network.
+        """
+        try:
+            with torch.device("meta"):
+                network = cls(cls.config_type(**state["config"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"its config is wrong: {error}") from None
+
+        weights = {}
+        for name, weight in state["ema"].items():
+            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
+            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
+            weights[name] = weight
+        check_weights(weights, network)
+        network.load_state_dict(weights, assign=True)
+        return network.requires_grad_(False)
+
+    def warm_start(self, weights):
+        """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
+
+        Their other parts keep their fresh values, and self.new names them. Raises ValueError if weights do not fit.
+        """
+        new = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
+        with torch.device("meta"):
+            smaller = replace(self.config, modalities=[m for m in self.modalities if m not in new]).build()
+        try:
+            check_weights(weights, smaller)
+        except ValueError as error:
+            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
+        weights = dict(weights)
+        for m in new:
+            for name, source in self.copies(m).items():
+                weights[name] = weights[source]
+        self.new = self.state_dict().keys() - weights.keys()
+        on_meta = next(self.parameters()).is_meta
+        self.load_state_dict(weights, strict=False, assign=on_meta)
+
+    def place(self, device, half=False, shard=None):
+        """Copy the weights to a device, in the default type; if half, the blocks' matrices become bfloat16 on CUDA.
+
+        shard is called for each block, and then for the network, once its weights are on the device. Only one block at
+        a time is whole there, and weights that are mapped from a file never take the memory of this machine.
+        """
+        half = half and device.type == "cuda"
+        matrix_ids = {id(p) for p in self.matrices()}
+        modules = [*self.all_blocks(), self] if shard else [self]
+        for module in modules:
+            for parameter in module.parameters():
+                if not isinstance(parameter, DTensor):  # those of the blocks are sharded already
+                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.get_default_dtype()
+                    parameter.data = parameter.data.to(device, dtype, copy=True)
+            if shard:
+                shard(module)
+        return self
+
+    def all_blocks(self):
+        """The blocks of the trunk and of the decoders."""
+        return [module for module in self.modules() if isinstance(module, self.block_types)]
+
+    def checkpoint_activations(self):
+        """From now on keep only each block's input, and compute the rest again in the backward pass."""
+        for block in self.all_blocks():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def compile_blocks(self):
+        """torch.compile every block. Blocks of one kind share a graph, and those of a decoder have another."""
+        torch._dynamo.config.optimize_ddp = False  # do not split a block's graph at the gradient buckets of DDP
+        for block in self.all_blocks():
+            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
+
+    def matrices(self):
+        """The parameters that Muon updates: the blocks' matrices."""
+        layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
+        return [layer.weight for layer in layers]
+
+    def configure_optimizers(self, lr, optimizer="muon", lr_new=0.0):
+        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
+
+        lr_new: learning rate of the parameters in self.new, as the lr_factor of their group; 0 is lr.
+        """
+        new = self.new if lr_new else ()
+        matrices = self.matrices() if optimizer == "muon" else []
+        matrix_ids = {id(p) for p in matrices}
+
+        def groups(of_matrices):
+            named = [(name, p) for name, p in self.named_parameters() if (id(p) in matrix_ids) == of_matrices]
+            result = [{"params": [p for name, p in named if name not in new]}]
+            if new:
+                result.append({"params": [p for name, p in named if name in new], "lr_factor": lr_new / lr})
+            return result
+
+        optimizers = [torch.optim.AdamW(groups(False), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        if matrices:
+            if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
+                torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
+            muon = torch.optim.Muon(groups(True), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            optimizers.append(muon)
+        return optimizers
+
+
 # ---- Network (Sec. 4.1) ----
 # A flat-token DiT: one sequence [text | first modality | second modality | ...], one stack of blocks for all of it.
 
@@ -540,184 +710,11 @@ class Decoder(nn.Module):
 mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False)
 
 
-class Denoiser(nn.Module):
-    """What all networks share: the sampler, checkpoints and optimizers.
-
-    A subclass sets self.config and self.modalities, and defines forward(noisy, t, text) and copies(m).
-    """
-
-    config_type = Config
-    block_types = (Block,)  # what is compiled, checkpointed and sharded as one
-    new = frozenset()  # names of the parameters that did not come from the checkpoint that training started from
-
-    def copies(self, m):
-        """{parameter of a new modality m: parameter of the image that it starts as a copy of}."""
-        raise NotImplementedError
-
-    # ---- Sampler (Sec. 4.2) ----
-
-    @torch.no_grad()
-    def sample(
-        self, schedule, noise, text, given=None, guidance=None, guidance_interval=(0, 1), callback=None, no_text=None
-    ):
-        """Generate all modalities that are not given, along a schedule of noise levels.
-
-        Args:
-            schedule: {m: S + 1 noise levels}, as from make_schedule. Its keys are the inputs of the network.
-            noise: {m: (B, C, H, W)} from N(0, 1).
-            text: as in forward.
-            given: {m: (encoded values (B, C, H, W), valid (B, 1, H, W) bool or None)}. Before every step they are
-                noised to the level in their row, as in training: missing pixels are noise.
-            guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
-            callback: called with {m: x_t} after each step.
-            no_text: text of the guidance's second prediction, (1, L) or (1, L, text_dim); by default zeros.
-        Returns {m: (B, C, H, W)} for Modality.decode.
-        """
-        given = given or {}
-        guidance = guidance or {}
-        low, high = guidance_interval
-        no_text = torch.zeros_like(text[:1]) if no_text is None else no_text
-        names = [m.name for m in self.modalities if m.name in schedule]
-        table = torch.stack([torch.as_tensor(schedule[name], dtype=torch.float64) for name in names], 1)  # (S + 1, M)
-        levels = [dict(zip(names, row, strict=True)) for row in table.tolist()]
-
-        def batch_level(t):
-            return torch.full((len(text),), t, device=text.device)
-
-        def noised(t):
-            """The given values at noise levels t (Eq. 5)."""
-            return {name: corrupt(x0, noise[name], batch_level(t[name]), valid) for name, (x0, valid) in given.items()}
-
-        x = {name: noise[name] for name in names}
-        x.update(noised(levels[0]))
-        for t, s in itertools.pairwise(levels):  # a step from noise levels t to s
-            t_batch = {name: batch_level(t[name]) for name in names}
-            x0_hat = self(x, t_batch, text)
-            moving = [name for name in names if name not in given and s[name] < t[name]]
-            guided = [name for name in moving if guidance.get(name, 1) != 1 and low <= t[name] <= high]
-            if guided:
-                without_text = self(x, t_batch, no_text.expand_as(text))
-                for name in guided:
-                    x0_hat[name] = torch.lerp(without_text[name], x0_hat[name], float(guidance[name]))
-            x = dict(x)  # a copy, since callback may have kept the last x
-            for name in moving:  # Euler's step on the velocity that x0_hat implies
-                x[name] = x0_hat[name] + s[name] / t[name] * (x[name] - x0_hat[name])
-            x.update(noised(s))
-            if callback:
-                callback(x)
-        return x
-
-    # ---- Checkpoints ----
-
-    @classmethod
-    def from_checkpoint(cls, state):
-        """The averaged network of a checkpoint: frozen, its weights still mapped from the file, if they are, and of its
-        type. Call place before you run it. Raises ValueError if the checkpoint is wrong.
-        """
-        try:
-            with torch.device("meta"):
-                network = cls(cls.config_type(**state["config"]))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"its config is wrong: {error}") from None
-
-        weights = {}
-        for name, weight in state["ema"].items():
-            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
-            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
-            weights[name] = weight
-        check_weights(weights, network)
-        network.load_state_dict(weights, assign=True)
-        return network.requires_grad_(False)
-
-    def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2); copies says what new modalities take from it.
-
-        The other parts of a new modality keep their fresh values. Raises ValueError if weights do not fit.
-        """
-        new = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
-        with torch.device("meta"):
-            smaller = replace(self.config, modalities=[m for m in self.modalities if m not in new]).build()
-        try:
-            check_weights(weights, smaller)
-        except ValueError as error:
-            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
-        weights = dict(weights)
-        for m in new:
-            for name, source in self.copies(m).items():
-                weights[name] = weights[source]
-        self.new = self.state_dict().keys() - weights.keys()
-        on_meta = next(self.parameters()).is_meta
-        self.load_state_dict(weights, strict=False, assign=on_meta)
-
-    def place(self, device, half=False, shard=None):
-        """Copy the weights to a device, as float32; if half, the blocks' matrices become bfloat16 on CUDA.
-
-        shard is called for each block, and then for the network, once its weights are on the device. Only one block at
-        a time is whole there, and weights that are mapped from a file never take the memory of this machine.
-        """
-        half = half and device.type == "cuda"
-        matrix_ids = {id(p) for p in self.matrices()}
-        modules = [*self.all_blocks(), self] if shard else [self]
-        for module in modules:
-            for parameter in module.parameters():
-                if not isinstance(parameter, DTensor):  # those of the blocks are sharded already
-                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.float32
-                    parameter.data = parameter.data.to(device, dtype, copy=True)
-            if shard:
-                shard(module)
-        return self
-
-    # ---- Training ----
-
-    def all_blocks(self):
-        """The blocks of the trunk and of the decoders."""
-        return [module for module in self.modules() if isinstance(module, self.block_types)]
-
-    def checkpoint_activations(self):
-        """From now on keep only each block's input, and compute the rest again in the backward pass."""
-        for block in self.all_blocks():
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-    def compile_blocks(self):
-        """torch.compile every block. Blocks of one kind share a graph, and those of a decoder have another."""
-        torch._dynamo.config.optimize_ddp = False  # do not split a block's graph at the gradient buckets of DDP
-        for block in self.all_blocks():
-            block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)
-
-    def matrices(self):
-        """The parameters that Muon updates: the blocks' matrices."""
-        layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
-        return [layer.weight for layer in layers]
-
-    def configure_optimizers(self, lr, optimizer="muon", lr_new=0.0):
-        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
-
-        lr_new: learning rate of the parameters in self.new; 0 is lr.
-        """
-        matrices = self.matrices() if optimizer == "muon" else []
-        matrix_ids = {id(p) for p in matrices}
-        new = self.new if lr_new else ()
-
-        def groups(of_matrices):
-            """The parameter groups of an optimizer: what was pretrained, and what is new."""
-            pretrained = {"params": [], "lr": lr}
-            fresh = {"params": [], "lr": lr_new}
-            for name, p in self.named_parameters():
-                if (id(p) in matrix_ids) == of_matrices:
-                    group = fresh if name in new else pretrained
-                    group["params"].append(p)
-            return [group for group in (pretrained, fresh) if group["params"]]
-
-        optimizers = [torch.optim.AdamW(groups(False), betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-        if matrices:
-            if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
-                torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            optimizers.append(torch.optim.Muon(groups(True), weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        return optimizers
-
-
 class DiT(Denoiser):
     """Flat-token diffusion transformer over text and any number of modalities."""
+
+    config_type = Config
+    block_types = (Block,)
 
     def __init__(self, config):
         super().__init__()

@@ -23,22 +23,24 @@ class Flux2Autoencoder:
         from diffusers import AutoencoderKLFlux2
 
         self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        vae = AutoencoderKLFlux2.from_pretrained(folder, subfolder="vae", torch_dtype=self.dtype, local_files_only=True)
+        self.dtype = (
+            torch.bfloat16 if device.type == "cuda" else torch.float32
+        )  # of the text encoder; images need float32
+        vae = AutoencoderKLFlux2.from_pretrained(folder, subfolder="vae", local_files_only=True).float()
         self.vae = vae.to(device).requires_grad_(False)
         statistics = vae.bn  # the layer never runs: it only stores the mean and variance of each channel
-        self.mean = statistics.running_mean.float().view(-1, 1, 1)
-        self.std = (statistics.running_var.float() + statistics.eps).sqrt().view(-1, 1, 1)
+        self.mean = statistics.running_mean.view(-1, 1, 1)
+        self.std = (statistics.running_var + statistics.eps).sqrt().view(-1, 1, 1)
         self.image_channels = statistics.num_features
         self.image_stride = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
 
     def encode_image(self, rgb):
-        latents = self.vae.encode(rgb.to(self.dtype)).latent_dist.mode().float()
+        latents = self.vae.encode(rgb).latent_dist.mode()
         return (F.pixel_unshuffle(latents, 2) - self.mean) / self.std
 
     def decode_image(self, latents):
         latents = F.pixel_shuffle(latents * self.std + self.mean, 2)
-        return self.vae.decode(latents.to(self.dtype)).sample.float().clamp(-1, 1)
+        return self.vae.decode(latents).sample.clamp(-1, 1)
 
 
 class Klein(Flux2Autoencoder):

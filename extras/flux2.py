@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from model import MODALITIES, RGB, Config, Denoiser, mixed_precision, timestep_sinusoids, token_positions
 
-PATCH = 16  # image pixels per token, per side; an image token is one latent of the autoencoder
+PATCH = 16  # image pixels per token, per side, in published weights: an image token is one latent
 
 
 # ---- Blocks ----
@@ -235,7 +235,7 @@ class Flux2DiT(Denoiser):
         self.txt_in = linear(config.text_dim, width)
         self.double_stream_modulation_txt = Modulation(width, 6)
         for m in self.modalities:
-            num_values = m.channels * (PATCH // m.stride) ** 2
+            num_values = m.channels * (config.patch // m.stride) ** 2
             parts = {
                 "input": linear(num_values, width),
                 "time": TimestepEmbedder(width),
@@ -278,7 +278,7 @@ class Flux2DiT(Denoiser):
         positions = [F.pad(text_positions[:, None], (3, 0))]  # (n, 4) each
         grids = {}
         for stream, m in inputs.items():
-            patches = F.pixel_unshuffle(noisy[m.name], PATCH // m.stride)  # (B, C * patch^2, rows, columns)
+            patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)  # (B, C * patch^2, rows, columns)
             grids[stream] = patches.shape[2:]
             x[stream] = self.part("input", stream)(patches.flatten(2).transpose(1, 2)).float()
             modulation[stream] = self.part("double", stream)(vectors[stream])
@@ -303,7 +303,7 @@ class Flux2DiT(Denoiser):
         for stream, m in inputs.items():
             values = self.decode(stream, tokens[stream], vectors[stream], token_angles[stream])
             values = values.transpose(1, 2).unflatten(2, grids[stream])  # (B, C * patch^2, rows, columns)
-            x0_hat[m.name] = F.pixel_shuffle(values, PATCH // m.stride)  # (B, C, H, W)
+            x0_hat[m.name] = F.pixel_shuffle(values, self.config.patch // m.stride)  # (B, C, H, W)
             if stream == "img":  # the pretrained head predicts the velocity u = noise - x0
                 x0_hat[m.name] = noisy[m.name] - t[m.name].view(-1, 1, 1, 1) * x0_hat[m.name]
         return x0_hat

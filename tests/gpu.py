@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plan_memory import memory_plan
+from plan_memory import NETWORKS, memory_plan
 
 import data
 import train_forcing
-from model import DEPTH, I2D_STEPS, PRESETS, RGB, DiT, make_schedule
+from model import DEPTH, I2D_STEPS, RGB, make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 VENDOR_PEAKS = {  # dense bfloat16 FLOP/s by the data sheets; the first name that is part of the device's name counts
@@ -266,18 +266,22 @@ class Training(data.Run):
             flags += [never, str(10**9)]
         if checkpointing:
             flags.append("--checkpoint-activations")
+        if args.no_ema:
+            flags += ["--ema", "0"]
         sys.argv = ["train_forcing.py", *flags]
         super().__init__(train_forcing.parse(), args.device)
         for number in (signal.SIGTERM, signal.SIGINT):  # gpu.sh stops a part at once
             signal.signal(number, signal.SIG_DFL)
 
-        config = args.config.with_modalities(RGB, DEPTH)
-        with torch.device(args.device):
-            network = DiT(config)
-            teacher = DiT(args.config).requires_grad_(False) if taught else None
+        config = with_depth(args.config)
+        network = random_network(config, args.device)
+        teacher = random_network(args.config, args.device).requires_grad_(False) if taught else None
         with contextlib.redirect_stdout(sys.stderr):
             self.start(network, None, teacher)
-        self.encoders = data.open_encoders("", args.device, config)
+        if config.text_dim:
+            self.encoders = RandomEncoders(config, args.device)
+        else:
+            self.encoders = data.open_encoders("", args.device, config)
         world = data.SyntheticWorld("train", (config.size, config.size), args.device)
         self.batches = data.training_batches(world, self.args, 0, self.rank, self.ranks, args.device)
         self.seconds = {"data": [], "network": [], "optimizer": []}
@@ -301,6 +305,37 @@ class Training(data.Run):
         super().end_step()
         self.note_seconds("optimizer")
         self.stopping = True
+
+
+def with_depth(config):
+    return config.with_modalities(config.modalities[0], DEPTH)
+
+
+def random_network(config, device):
+    """A network on the device. One of FLUX.2, which has no weights of its own, gets random ones."""
+    with torch.device(device):
+        network = config.build()
+    if next(network.parameters()).is_meta:
+        network.to_empty(device=device)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+class RandomEncoders:
+    """Stands in for frozen encoders: latents and embeddings of the right shapes, which cost no time."""
+
+    def __init__(self, config, device):
+        self.image = config.modalities[0]
+        self.text_shape = (config.text_length, config.text_dim)
+        self.device = device
+        self.no_text = torch.zeros(1, *self.text_shape, device=device)
+
+    def encode_image(self, rgb):
+        return torch.randn(len(rgb), *self.image.shape(rgb.shape[2:]), device=self.device)
+
+    def encode_text(self, captions):
+        return torch.randn(len(captions), *self.text_shape, device=self.device)
 
 
 def synchronized(device):
@@ -348,6 +383,7 @@ def speed(args, report):
         how = f"{args.preset} at {args.config.size}, {'eager' if args.eager else 'compiled'}, {batch_size} images, "
         how += "with teacher" if taught else "no teacher"
         how += ", --checkpoint-activations" if args.checkpoint_activations else ""
+        how += ", no EMA" if args.no_ema else ""
         planned = planned_gib(args, batch_size, taught)
         try:
             report.row(how, measure_speed(args, batch_size, taught, planned))
@@ -362,8 +398,8 @@ def speed(args, report):
 def planned_gib(args, batch_size, taught):
     half = args.device.type == "cuda"
     size = (args.config.size, args.config.size)
-    joint = args.config.with_modalities(RGB, DEPTH)
-    plans = memory_plan(joint, size, batch_size, 1, teacher_config=args.config if taught else None, half=half)
+    teacher = args.config if taught else None
+    plans = memory_plan(with_depth(args.config), size, batch_size, 1, "muon", teacher, half, not args.no_ema)
     return sum(plans[False, args.checkpoint_activations].values()) / 2**30
 
 
@@ -445,8 +481,7 @@ def sampler(args, model):
 
 def sampling(args, report):
     """Image to depth, and image and depth together with guidance."""
-    with torch.device(args.device):
-        model = DiT(args.config.with_modalities(RGB, DEPTH)).requires_grad_(False)
+    model = random_network(with_depth(args.config), args.device).requires_grad_(False)
     sample = sampler(args, model)
     joint_steps = args.steps or 50
     for task, settings in (
@@ -492,7 +527,7 @@ PARTS = (stages, speed, graphs, kernels, suite, sampling, evaluation, rendering,
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("part", choices=("where", *(part.__name__ for part in PARTS)), help="where: the device alone")
-    p.add_argument("--preset", choices=PRESETS, default="nano", help="network (default: %(default)s)")
+    p.add_argument("--preset", choices=NETWORKS, default="nano", help="network (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
     p.add_argument("--size", type=int, default=0, help="side in pixels; 0 is the preset's (default: %(default)s)")
     p.add_argument("--steps", type=int, default=0, help="of training or sampling; 0 is 50 (default: %(default)s)")
@@ -500,6 +535,7 @@ def parse():
     p.add_argument("--seconds", type=float, default=0, help="training: how long (default: as short as it goes)")
     p.add_argument("--eager", action="store_true", help="speed: do not compile")
     p.add_argument("--checkpoint-activations", action="store_true", help="speed: compute blocks twice")
+    p.add_argument("--no-ema", action="store_true", help="speed: no averaged weights, as --ema 0")
     p.add_argument("--toy", action="store_true", help="few steps, no code generation: tests the parts themselves")
     p.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for gpu.md (default: %(default)s)")
@@ -515,7 +551,7 @@ def main():
     args.out = args.out.resolve()
     args.work = args.out / "work" / args.part
     args.work.mkdir(parents=True, exist_ok=True)
-    args.config = replace(PRESETS[args.preset], size=args.size or PRESETS[args.preset].size)
+    args.config = replace(NETWORKS[args.preset], size=args.size or NETWORKS[args.preset].size)
     if args.toy:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     report = Report(args.part, args.out / "gpu.md", args.device)

@@ -21,6 +21,7 @@ GPU_PARTS="
 120 speed --preset 370m --batch-size 16 --eager
 180 speed --preset 800m --batch-size 16
 270 speed --preset 3b --batch-size 16 --checkpoint-activations
+270 speed --preset klein-4B --batch-size 4 --checkpoint-activations --no-ema
 120 graphs --preset tiny
 120 kernels --preset 370m --batch-size 4
 120 suite

@@ -205,7 +205,7 @@ PLUG_INS = [
     ("raise ValueError('first\\nsecond')", "ValueError: first second; docs/data.md shows a file that works"),
     ("def", "SyntaxError"),
     ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
-    ("del load", "KeyError: 'load'"),
+    ("del load", "has no attribute 'load'"),
     ("load = lambda device: None", "AttributeError"),
     ("Encoders.image_channels = 13", "encode_image returned a tensor of shape (2, 12,"),
     ("del Encoders.image_stride", "image_stride"),
