@@ -1457,10 +1457,13 @@ def open_network(path, flag="--checkpoint", backbone=""):
             module = run_file(backbone)
             network_type = module.Network
             read = module.read_checkpoint if published else read_checkpoint
-        except (OSError, AttributeError) as error:
-            fail(f"--backbone {backbone}: {error}")
+        except Exception as error:
+            fail(f"--backbone {backbone}: {type(error).__name__}: {error}; name extras/flux2.py, or a file like it")
     try:
         state = read(path)
+        trained_with = state["settings"].get("backbone", "")
+        if not published and bool(trained_with) != bool(backbone):
+            raise ValueError(f"was trained with --backbone {trained_with or '(none)'}")
         return network_type.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")

@@ -10,7 +10,6 @@ image ("img") or another modality, which has its own name.
 
 import itertools
 import json
-import math
 import mmap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import MODALITIES, RGB, Config, Denoiser, mixed_precision, timestep_sinusoids, token_positions
+from model import DEPTH, MODALITIES, RGB, Config, Denoiser, mixed_precision, timestep_sinusoids, token_positions
 
 PATCH = 16  # image pixels per token, per side, in published weights: an image token is one latent
 
@@ -349,6 +348,8 @@ def fresh_weights(name, shape):
 # ---- Published files ----
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 10**8  # bytes
+ADVICE = "take the original file, not of diffusers and not quantised, such as flux-2-klein-base-4b.safetensors"
 
 
 def read_safetensors(path):
@@ -356,8 +357,8 @@ def read_safetensors(path):
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise ValueError(f"{path.name} is cut, or not a .safetensors file")
+        if not 0 < length <= min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path.name} is cut or damaged in its header")
         header = json.loads(file.read(length))
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     header.pop("__metadata__", None)
@@ -365,14 +366,14 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in TYPES:
-            raise ValueError(f"{name} is {entry['dtype']}; take weights in {', '.join(TYPES)}, not quantised ones")
+            raise ValueError(f"{name} is {entry['dtype']}, must be one of {', '.join(TYPES)}")
         dtype = TYPES[entry["dtype"]]
         start, end = entry["data_offsets"]
-        count = math.prod(entry["shape"])
-        if start < 0 or end - start != count * dtype.itemsize or 8 + length + end > size:
+        shape = torch.Size(entry["shape"])
+        if start < 0 or end - start != shape.numel() * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"{path.name} is cut or damaged at {name}")
-        tensor = torch.frombuffer(content, dtype=dtype, count=count, offset=8 + length + start)
-        tensors[name] = tensor.view(entry["shape"])
+        tensor = torch.frombuffer(content, dtype=dtype, count=shape.numel(), offset=8 + length + start)
+        tensors[name] = tensor.view(shape)
     return tensors
 
 
@@ -387,14 +388,12 @@ def list_files(path):
         return [path / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     files = list(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"must hold config.json and model.safetensors, or one .safetensors file, not {len(files)}")
+        raise ValueError(f"holds {len(files)} .safetensors files without an index")
     return files
 
 
 def read_config(weights):
     """The Flux2Config of published weights, from their shapes."""
-    if any(name.startswith("transformer_blocks.") for name in weights):
-        raise ValueError("has the names of diffusers; take the original file, such as flux-2-klein-base-4b.safetensors")
 
     def count_blocks(prefix):
         return len({name.split(".")[1] for name in weights if name.startswith(f"{prefix}.")})
@@ -411,6 +410,7 @@ def read_config(weights):
         head=len(weights["double_blocks.0.img_attn.norm.query_norm.scale"]),
         patch=PATCH,
         size=512,
+        decoder_depth=max((m.decoder_depth for m in modalities[1:]), default=DEPTH.decoder_depth),
         text_length=512,
         text_dim=weights["txt_in.weight"].shape[1],
         modalities=modalities,
@@ -426,9 +426,9 @@ def read_checkpoint(path):
                 weights[name.removeprefix("dit.")] = tensor
         config = asdict(read_config(weights))
     except KeyError as error:
-        raise ValueError(f"it lacks {error}") from None
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"is damaged: {error}") from None
+        raise ValueError(f"cannot be read: it lacks {error}; {ADVICE}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot be read: {error}; {ADVICE}") from None
     return {"config": config, "settings": {"encoders": "extras/encoders.py:Klein:FOLDER"}, "ema": weights}
 
 
