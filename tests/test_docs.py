@@ -30,6 +30,7 @@ STAND_INS = {
     "srun": SRUN,
     "python3": NOTHING,
     "pip": NOTHING,
+    "hf": NOTHING,
     "scontrol": NOTHING,
 }
 
@@ -133,7 +134,7 @@ def test_an_unknown_flag_is_found(calls, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_of_the_code_and_every_link_exists(page):
     text = page.read_text()
-    for module, name in re.findall(r"`(model|data|evaluate|sample)\.(?!py\b)([A-Za-z_][\w.]*)", text):
+    for module, name in re.findall(r"`(model|data|evaluate|sample)\.(?!py\b|safetensors\b)([A-Za-z_][\w.]*)", text):
         found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
