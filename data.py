@@ -1596,7 +1596,8 @@ class Run:
         if teacher is not None:
             networks.append(teacher)
             teacher.place(self.device, half=True, shard=shard)
-        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer, lr_new)
+        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
+        self.lr_factors = (1, (lr_new or args.lr) / args.lr)  # of each optimizer's groups
         if args.resume:
             self.resume()
         if self.rank == 0:
@@ -1754,8 +1755,8 @@ class Run:
     def update_weights(self):
         """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate() * group.get("lr_factor", 1)
+            for group, factor in zip(optimizer.param_groups, self.lr_factors, strict=False):
+                group["lr"] = self.learning_rate() * factor
             optimizer.step()
         if self.ema is not self.model:
             decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster

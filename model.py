@@ -496,21 +496,22 @@ class Denoiser(nn.Module):
         layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
         return [layer.weight for layer in layers]
 
-    def configure_optimizers(self, lr, optimizer="muon", lr_new=0.0):
+    def configure_optimizers(self, lr, optimizer="muon"):
         """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
 
-        lr_new: learning rate of the parameters in self.new, as the lr_factor of their group; 0 is lr.
+        If self.new is not empty, the second group of each optimizer has its parameters.
         """
-        new = self.new if lr_new else ()
         matrices = self.matrices() if optimizer == "muon" else []
         matrix_ids = {id(p) for p in matrices}
 
         def groups(of_matrices):
-            named = [(name, p) for name, p in self.named_parameters() if (id(p) in matrix_ids) == of_matrices]
-            result = [{"params": [p for name, p in named if name not in new]}]
-            if new:
-                result.append({"params": [p for name, p in named if name in new], "lr_factor": lr_new / lr})
-            return result
+            pretrained = {"params": []}
+            new = {"params": []}
+            for name, p in self.named_parameters():
+                if (id(p) in matrix_ids) == of_matrices:
+                    group = new if name in self.new else pretrained
+                    group["params"].append(p)
+            return [group for group in (pretrained, new) if group["params"]]
 
         optimizers = [torch.optim.AdamW(groups(False), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         if matrices:
