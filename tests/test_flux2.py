@@ -4,9 +4,7 @@ tests/flux2_reference.py made the stored outputs. The plain functions below say 
 another way, what the network computes; the stored outputs judge them as well.
 """
 
-import json
 import math
-import struct
 from dataclasses import asdict, replace
 
 import flux2_reference as reference
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flux2_reference import GRID, HEAD, IMAGE, SMALL_GRID, T_DEPTH, T_IMAGE, WIDTH, draw
+from tiny_flux2 import write_layout
 
 import model
 from extras import flux2
@@ -205,41 +204,6 @@ def test_text_to_image_equals_diffusers():
     image, _, text = reference.forward_inputs()
     plain = plain_network(IMAGE_WEIGHTS, {"img": image}, {"img": T_IMAGE}, text, GRID, 2, 3, 0)
     assert_close(plain["img"], STORED["diffusers_velocity"], 1e-5, "plain functions, against diffusers")
-
-
-def write_safetensors(path, tensors):
-    """Write the format from its description: length of the header, header in JSON, then the values."""
-    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
-    header = {"__metadata__": {"format": "pt"}}
-    content = []
-    end = 0
-    for name, tensor in tensors.items():
-        values = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        offsets = [end, end + len(values)]
-        header[name] = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        content.append(values)
-        end = offsets[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(content))
-
-
-def write_layout(folder, layout, weights):
-    """A checkpoint in one of the layouts that are published; returns the path that read_checkpoint takes."""
-    if layout == "authors":
-        (folder / "config.json").write_text(json.dumps({"variant": "flux_rgbd_9b_v2"}))
-        write_safetensors(folder / "model.safetensors", {f"dit.{name}": value for name, value in weights.items()})
-        return folder
-    if layout == "shards":
-        names = sorted(weights)
-        shards = {"a-00001-of-00002.safetensors": names[::2], "a-00002-of-00002.safetensors": names[1::2]}
-        for file, held in shards.items():
-            write_safetensors(folder / file, {name: weights[name] for name in held})
-        weight_map = {name: file for file, held in shards.items() for name in held}
-        (folder / "a.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        return folder
-    write_safetensors(folder / "flux.safetensors", weights)
-    return folder / "flux.safetensors" if layout == "file" else folder
 
 
 @pytest.mark.parametrize("layout", ["authors", "file", "folder", "shards"])

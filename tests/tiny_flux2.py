@@ -1,11 +1,17 @@
-"""A tiny FLUX.2 with random weights, and a writer of the layouts in which the large ones are published."""
+"""A tiny FLUX.2 with random weights, and a writer of the layouts in which the large ones are published.
+
+python tests/tiny_flux2.py FILE.safetensors      writes one to train from scratch on the built-in world
+"""
 
 import json
 import struct
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from extras import flux2
 from model import DEPTH, RGB
 
@@ -72,3 +78,20 @@ def write_layout(folder, layout, weights):
     else:
         write_file(folder / "flux.safetensors", weights)
     return folder / "flux.safetensors" if layout == "file" else folder
+
+
+def main():
+    """Write a network to train from scratch. Its modulations and final layer are zero, so it predicts x_t at first."""
+    config = replace(CONFIG, width=128, head=32, depth=4)
+    weights = {}
+    for name, parameter in config.build().named_parameters():
+        weights[name] = flux2.fresh_weights(name, parameter.shape)
+        if "modulation" in name or "final_layer" in name:
+            weights[name].zero_()
+    path = Path(sys.argv[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, weights)
+
+
+if __name__ == "__main__":
+    main()
