@@ -183,7 +183,7 @@ def test_the_median_of_normals_has_unit_length_at_any_size():
 def test_modalities_of_an_estimate_have_noise_of_their_own(monkeypatch):
     noises = []
 
-    def spy(self, schedule, noise, *args):
+    def spy(self, schedule, noise, *args, **options):
         noises.append(noise)
         return noise
 
