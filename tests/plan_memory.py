@@ -124,7 +124,9 @@ def gathered_bytes(network):
     return weights + gradients
 
 
-def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=None, half=True, ema=True):
+def memory_plan(
+    config, size, images, gpus, optimizer="muon", teacher_config=None, half=True, ema=True, choices=CHOICES
+):
     """Estimated peak bytes on each GPU: {(shard, checkpointing): {part: bytes}}.
 
     images: images that one GPU takes at a time. teacher_config: Config of the frozen teacher, or None. half: linear
@@ -143,10 +145,12 @@ def memory_plan(config, size, images, gpus, optimizer="muon", teacher_config=Non
         teacher_bytes = FLOAT32 * count(teacher.parameters())
         if half:
             teacher_bytes -= (FLOAT32 - BFLOAT16) * count(teacher.matrices())
-    held = {choice: held_bytes(config, size, images, half, choice) for choice in (False, True)}
+    held = {}
+    for checkpointing in {checkpointing for _, checkpointing in choices}:
+        held[checkpointing] = held_bytes(config, size, images, half, checkpointing)
 
     plans = {}
-    for shard, checkpointing in CHOICES:
+    for shard, checkpointing in choices:
         ranks = gpus if shard else 1
         plans[shard, checkpointing] = {
             "weights": FLOAT32 * parameters / ranks,
