@@ -159,7 +159,7 @@ def settings(**changes):
 
 
 def small_model(*modalities):
-    return evaluate.Model(build(*modalities), data.PixelsAndBytes(SMALL.text_length))
+    return evaluate.Model(build(*modalities), data.open_encoders("", torch.device("cpu"), SMALL))
 
 
 def test_an_ensemble_is_the_median_of_its_members():
@@ -183,7 +183,7 @@ def test_the_median_of_normals_has_unit_length_at_any_size():
 def test_modalities_of_an_estimate_have_noise_of_their_own(monkeypatch):
     noises = []
 
-    def spy(self, schedule, noise, *args):
+    def spy(self, schedule, noise, *args, **options):
         noises.append(noise)
         return noise
 
@@ -297,7 +297,7 @@ def test_completion_corrects_the_depth_that_is_scored(checkpoints, results, monk
     (maps, measured), (flat, same) = calls
     assert (flat == 1).all() and torch.equal(measured, same) and 0.1 < measured.float().mean() < 0.25
     rgb = data.SyntheticWorld("val", (16, 16)).samples(range(8)).values["rgb"]
-    model = evaluate.Model(build(RGB, DEPTH), data.PixelsAndBytes(SMALL.text_length))
+    model = evaluate.Model(build(RGB, DEPTH), data.open_encoders("", torch.device("cpu"), SMALL))
     close(maps, evaluate.estimate(model, DEPTH, rgb, range(8), settings(), 2))
 
 

@@ -86,8 +86,10 @@ def test_help_names_every_part(fake):
 
 
 def arguments(tmp_path):
-    args = argparse.Namespace(preset="nano", batch_size=8, eager=True, checkpoint_activations=False, turns=1)
-    args.config = gpu.PRESETS["nano"]
+    args = argparse.Namespace(
+        preset="nano", batch_size=8, eager=True, checkpoint_activations=False, turns=1, no_ema=False
+    )
+    args.config = gpu.NETWORKS["nano"]
     args.device = torch.device("cpu")
     return args, gpu.Report("speed", tmp_path / "gpu.md", args.device)
 
