@@ -1109,8 +1109,9 @@ def check_encoders(encoders, device, config):
 
 
 def run_file(path):
-    """Run a file of Python code, which a flag names. Returns its module."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    """Run the Python file that a flag names, and return its module."""
+    name = f"file_{Path(path).stem}"  # such as file_model, which does not replace our model
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile and dataclasses look it up
     spec.loader.exec_module(module)
@@ -1125,13 +1126,14 @@ def open_encoders(flag, device, config, trained_with=None):
     """
     encoders = PixelsAndBytes(config.text_length)
     if flag:
-        path, function, arguments = (*flag.split(":", 2), "", "")[:3]
+        path, _, call = flag.partition(":")
+        function, _, arguments = call.partition(":")
         try:
             make = getattr(run_file(path), function or "load")
-            encoders = make(device, *filter(None, arguments.split(",")))
+            encoders = make(device, *arguments.split(",")) if arguments else make(device)
             check_encoders(encoders, device, config)
         except Exception as error:
-            fail(f"--encoders {flag}: {type(error).__name__}: {error}; docs/data.md shows a file that works")
+            fail(f"--encoders {flag}: {type(error).__name__}: {error}; extras/encoders.py is a file that works")
     image = config.modalities[0]
     found = (encoders.image_channels, encoders.image_stride, encoders.text_dim)  # any text_length will do
     if trained_with is not None and found != (image.channels, image.stride, config.text_dim):
@@ -1243,11 +1245,11 @@ def source_settings(p, maps=True):
         p.setting("--depth-min", 0.0, f"depth up to this is missing, {unit}", number(0, 10**6))
         p.setting("--depth-max", 0.0, f"depth beyond this is missing, {unit}; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
-    p.setting("--encoders", "", "FILE.py of frozen encoders, which is run, to train on latents and text embeddings")
+    p.setting("--encoders", "", "FILE.py[:FUNCTION[:ARGUMENT,...]] of frozen encoders; the file is run")
 
 
 def backbone_setting(p):
-    p.setting("--backbone", "", "FILE.py of a pretrained network in place of DiT, which is run (docs/backbone.md)")
+    p.setting("--backbone", "", "file of a pretrained network that replaces DiT, such as extras/flux2.py; it is run")
 
 
 def sampling_settings(p):
@@ -1272,7 +1274,7 @@ def training_settings(p, steps, out):
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
     p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly towards zero", COUNT)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
-    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses; 0 averages nothing", SHARE)
+    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses; 0 keeps no average", SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1440,8 +1442,7 @@ def read_checkpoint(path, keys=("config", "settings", "ema")):
 def open_network(path, flag="--checkpoint", backbone=""):
     """Checkpoint -> (its averaged network, frozen, on the CPU; its dictionary). Else one line and exit code 2.
 
-    backbone: file with a class Network, used in place of DiT, and a function read_checkpoint for published weights, in
-    a folder or .safetensors file.
+    backbone: a file with a class Network, which replaces DiT, and read_checkpoint(path), which reads published weights.
     """
     if not os.path.exists(path):
         fail(f"{flag} {path}: no such file; train one first (train_t2i.py, then train_forcing.py) or name another")
@@ -1462,8 +1463,8 @@ def open_network(path, flag="--checkpoint", backbone=""):
     try:
         state = read(path)
         trained_with = state["settings"].get("backbone", "")
-        if not published and bool(trained_with) != bool(backbone):
-            raise ValueError(f"was trained with --backbone {trained_with or '(none)'}")
+        if bool(trained_with) != bool(backbone):
+            raise ValueError(f"was trained with --backbone {trained_with}" if trained_with else "leave out --backbone")
         return network_type.from_checkpoint(state), state
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
@@ -1578,10 +1579,13 @@ class Run:
             signal.signal(number, self.catch_signal)
 
     def start(self, network, draw_samples, teacher=None, lr_new=0.0):
-        """Prepare a network for training, and its frozen teacher. draw_samples(network) returns a picture."""
+        """Prepare a network for training, and its frozen teacher. draw_samples(network) returns a picture.
+
+        lr_new: learning rate of the parameters in network.fresh_names; 0 is --lr.
+        """
         args = self.args
         self.draw_samples = draw_samples
-        # With --shard, the weights of a block are gathered when it runs.
+        # With --shard, the weights of a block are gathered when it runs, and freed after it.
         shard = functools.partial(fully_shard, reshard_after_forward=True) if self.sharded else None
         self.model = network
         self.ema = network
@@ -1595,9 +1599,9 @@ class Run:
         network.place(self.device, shard=shard)
         if teacher is not None:
             networks.append(teacher)
-            teacher.place(self.device, half=True, shard=shard)
+            teacher.place(self.device, frozen=True, shard=shard)
         self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
-        self.lr_factors = (1, (lr_new or args.lr) / args.lr)  # of each optimizer's groups
+        self.fresh_factor = (lr_new or args.lr) / args.lr  # of the learning rate of fresh parameters
         if args.resume:
             self.resume()
         if self.rank == 0:
@@ -1710,8 +1714,8 @@ class Run:
         """Compile the networks if wanted. Returns the model, or DDP around it."""
         args = self.args
         if args.compile or (args.compile is None and self.cuda):
-            for dit in networks:
-                dit.compile_blocks()
+            for network in networks:
+                network.compile_blocks()
         if args.checkpoint_activations:
             self.model.checkpoint_activations()
         if self.ranks > 1 and not self.sharded:
@@ -1742,8 +1746,8 @@ class Run:
             return
 
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)
         dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
+        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)  # last: without EMA, both are one
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
@@ -1755,8 +1759,10 @@ class Run:
     def update_weights(self):
         """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""
         for optimizer in self.optimizers:
-            for group, factor in zip(optimizer.param_groups, self.lr_factors, strict=False):
-                group["lr"] = self.learning_rate() * factor
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+                if group.get("fresh"):
+                    group["lr"] *= self.fresh_factor
             optimizer.step()
         if self.ema is not self.model:
             decay = min(self.args.ema, self.step / (9 + self.step))  # a young average forgets faster

@@ -206,7 +206,7 @@ def open_model(path, flag, args, device):
             data.fail(f"{flag} {path}: has no {modality.name}; train it with --modalities rgb,{modality.name}")
     if args.size % network.config.patch:
         data.fail(f"--size {args.size}: must be a multiple of the patch size of {path}, {network.config.patch}")
-    return Model(network.place(device, half=True), encoders)
+    return Model(network.place(device, frozen=True), encoders)
 
 
 def read_samples(args, modalities, device):

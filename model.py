@@ -351,6 +351,81 @@ NORMAL = Modality("normal", channels=3, id=2, decoder_depth=4, timesteps="platea
 MODALITIES = {m.name: m for m in (RGB, DEPTH, NORMAL)}
 
 
+# ---- Configurations ----
+# The sizes and modalities of a network.
+
+TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything needed to build a network; checkpoints hold one. Raises ValueError if values do not fit together."""
+
+    width: int
+    depth: int  # blocks of the trunk
+    head: int  # channels of an attention head: width / head query heads, a quarter as many key/value heads
+    patch: int  # side of a token in image pixels: all modalities cover the image with the same grid of tokens
+    size: int  # default side of the images; any height and width that the patch divides works at call time
+    decoder_depth: int = 4  # with_modalities reduces the decoder_depth of an entry to this, if it is larger
+    text_length: int = 160  # bytes of a caption, TEXT_PATCH to a token; or, with text_dim, embeddings
+    text_dim: int = 0  # channels of a frozen encoder's text embeddings; 0 is bytes
+    modalities: tuple = (RGB,)  # the first is the image
+
+    def __post_init__(self):
+        entries = list(self.modalities)
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, Modality):  # a checkpoint holds dictionaries, an old one without ids
+                entries[i] = Modality(**{"id": i, **entry})
+        object.__setattr__(self, "modalities", tuple(entries))
+
+        self.check_heads()
+        if not self.text_dim and self.text_length % TEXT_PATCH:
+            raise ValueError(f"text_length is {self.text_length}, must be a multiple of {TEXT_PATCH} bytes")
+        for m in entries:
+            if self.patch % m.stride:
+                raise ValueError(f"patch is {self.patch}, must be a multiple of the stride of {m.name}, {m.stride}")
+        if len({m.name for m in entries}) < len(entries) or len({m.id for m in entries}) < len(entries):
+            raise ValueError("modalities must have different names and ids")
+
+    def check_heads(self):
+        if self.head % 16:
+            raise ValueError(f"head is {self.head}, must be a multiple of 16")
+        if self.width % (4 * self.head):
+            raise ValueError(f"width is {self.width}, must be a multiple of 4 x head, {4 * self.head}")
+
+    def build(self):
+        """A new network with random weights."""
+        return DiT(self)
+
+    def with_modalities(self, *entries):
+        """This config with the given entries; their decoders are at most as deep as decoder_depth."""
+        entries = [replace(m, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
+        return replace(self, modalities=tuple(entries))
+
+    def with_encoders(self, encoders):
+        """This config with the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
+        stride = encoders.image_stride
+        patch = max(1, self.patch // stride) * stride  # rounded, so that the token grids of all modalities coincide
+        image = replace(self.modalities[0], channels=encoders.image_channels, stride=stride)
+        config = replace(self, patch=patch, modalities=(image, *self.modalities[1:]))
+        return replace(config, text_dim=encoders.text_dim, text_length=encoders.text_length)
+
+    def fit(self, height, width, side):
+        """The size (H, W) that keeps the aspect, is near side x side pixels in area, and is a multiple of the patch."""
+        scale = side / (height * width) ** 0.5 / self.patch
+        return tuple(max(1, round(n * scale)) * self.patch for n in (height, width))
+
+
+PRESETS = {  # text-to-image networks; with_modalities replaces their list of modalities
+    "nano": Config(width=128, depth=6, head=32, patch=4, size=32, decoder_depth=1),
+    "tiny": Config(width=256, depth=10, head=64, patch=4, size=64, decoder_depth=2),
+    "small": Config(width=512, depth=14, head=64, patch=8, size=128, decoder_depth=2, text_length=256),
+    "370m": Config(width=1024, depth=30, head=64, patch=16, size=256, text_length=512),
+    "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
+    "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
+}
+
+
 # ---- Sampler, checkpoints and optimizers ----
 
 
@@ -361,10 +436,10 @@ class Denoiser(nn.Module):
         config_type, block_types  its type of config, and the types of its blocks
         config, modalities        set by __init__(config)
         forward(noisy, t, text)   predicts x0_hat, as DiT.forward
-        copies(m)                 {parameter of a new modality m: that of the image which it starts as a copy of}
+        copies(m)                 {parameter of a new modality m: parameter of the image that it is copied from}
     """
 
-    new = frozenset()  # names of the parameters that warm_start did not load
+    fresh_names = frozenset()  # of the parameters that warm_start did not load
 
     @torch.no_grad()
     def sample(
@@ -441,36 +516,35 @@ class Denoiser(nn.Module):
     def warm_start(self, weights):
         """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
 
-        Their other parts keep their fresh values, and self.new names them. Raises ValueError if weights do not fit.
+        The other parts of a new modality stay as they are; self.fresh_names lists them. The network shares the tensors
+        in weights until place copies them. Raises ValueError if weights do not fit.
         """
-        new = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
+        added = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
         with torch.device("meta"):
-            smaller = replace(self.config, modalities=[m for m in self.modalities if m not in new]).build()
+            smaller = replace(self.config, modalities=[m for m in self.modalities if m not in added]).build()
         try:
             check_weights(weights, smaller)
         except ValueError as error:
-            raise ValueError(f"its network does not fit this one ({error}): is the preset the same?") from None
+            raise ValueError(f"its network does not fit this one ({error})") from None
         weights = dict(weights)
-        for m in new:
+        for m in added:
             for name, source in self.copies(m).items():
                 weights[name] = weights[source]
-        self.new = self.state_dict().keys() - weights.keys()
-        on_meta = next(self.parameters()).is_meta
-        self.load_state_dict(weights, strict=False, assign=on_meta)
+        self.fresh_names = self.state_dict().keys() - weights.keys()
+        self.load_state_dict(weights, strict=False, assign=True)
 
-    def place(self, device, half=False, shard=None):
-        """Copy the weights to a device, in the default type; if half, the blocks' matrices become bfloat16 on CUDA.
+    def place(self, device, frozen=False, shard=None):
+        """Copy the weights to a device, in the default type. Frozen networks have bfloat16 matrices in blocks on CUDA.
 
-        shard is called for each block, and then for the network, once its weights are on the device. Only one block at
-        a time is whole there, and weights that are mapped from a file never take the memory of this machine.
+        With shard (FSDP2's fully_shard), each block is moved and sharded before the next one, so that a GPU never holds
+        the whole network.
         """
-        half = half and device.type == "cuda"
-        matrix_ids = {id(p) for p in self.matrices()}
+        half_ids = {id(p) for p in self.matrices()} if frozen and device.type == "cuda" else ()
         modules = [*self.all_blocks(), self] if shard else [self]
         for module in modules:
             for parameter in module.parameters():
                 if not isinstance(parameter, DTensor):  # those of the blocks are sharded already
-                    dtype = torch.bfloat16 if half and id(parameter) in matrix_ids else torch.get_default_dtype()
+                    dtype = torch.bfloat16 if id(parameter) in half_ids else torch.get_default_dtype()
                     parameter.data = parameter.data.to(device, dtype, copy=True)
             if shard:
                 shard(module)
@@ -499,102 +573,29 @@ class Denoiser(nn.Module):
     def configure_optimizers(self, lr, optimizer="muon"):
         """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
 
-        If self.new is not empty, the second group of each optimizer has its parameters.
+        The parameters in self.fresh_names have groups of their own, marked by the key "fresh".
         """
         matrices = self.matrices() if optimizer == "muon" else []
         matrix_ids = {id(p) for p in matrices}
+        rest = [p for p in self.parameters() if id(p) not in matrix_ids]
+        fresh_ids = {id(p) for name, p in self.named_parameters() if name in self.fresh_names}
 
-        def groups(of_matrices):
-            pretrained = {"params": []}
-            new = {"params": []}
-            for name, p in self.named_parameters():
-                if (id(p) in matrix_ids) == of_matrices:
-                    group = new if name in self.new else pretrained
-                    group["params"].append(p)
-            return [group for group in (pretrained, new) if group["params"]]
+        def groups(parameters):
+            pretrained = [p for p in parameters if id(p) not in fresh_ids]
+            fresh = [p for p in parameters if id(p) in fresh_ids]
+            return [{"params": params, "fresh": params is fresh} for params in (pretrained, fresh) if params]
 
-        optimizers = [torch.optim.AdamW(groups(False), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        optimizers = [torch.optim.AdamW(groups(rest), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
         if matrices:
             if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            muon = torch.optim.Muon(groups(True), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            muon = torch.optim.Muon(groups(matrices), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
             optimizers.append(muon)
         return optimizers
 
 
 # ---- Network (Sec. 4.1) ----
 # A flat-token DiT: one sequence [text | first modality | second modality | ...], one stack of blocks for all of it.
-
-TEXT_PATCH = 8  # bytes in a text token: a caption is patchified as an image is
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything needed to build a network; checkpoints hold one. Raises ValueError if values do not fit together."""
-
-    width: int
-    depth: int  # blocks of the trunk
-    head: int  # channels of an attention head: width / head query heads, a quarter as many key/value heads
-    patch: int  # side of a token in image pixels: all modalities cover the image with the same grid of tokens
-    size: int  # default side of the images; any height and width that the patch divides works at call time
-    decoder_depth: int = 4  # with_modalities reduces the decoder_depth of an entry to this, if it is larger
-    text_length: int = 160  # bytes of a caption, TEXT_PATCH to a token; or, with text_dim, embeddings
-    text_dim: int = 0  # channels of a frozen encoder's text embeddings; 0 is bytes
-    modalities: tuple = (RGB,)  # the first is the image
-
-    def __post_init__(self):
-        entries = list(self.modalities)
-        for i, entry in enumerate(entries):
-            if not isinstance(entry, Modality):  # a checkpoint holds dictionaries, an old one without ids
-                entries[i] = Modality(**{"id": i, **entry})
-        object.__setattr__(self, "modalities", tuple(entries))
-
-        self.check_heads()
-        if not self.text_dim and self.text_length % TEXT_PATCH:
-            raise ValueError(f"text_length is {self.text_length}, must be a multiple of {TEXT_PATCH} bytes")
-        for m in entries:
-            if self.patch % m.stride:
-                raise ValueError(f"patch is {self.patch}, must be a multiple of the stride of {m.name}, {m.stride}")
-        if len({m.name for m in entries}) < len(entries) or len({m.id for m in entries}) < len(entries):
-            raise ValueError("modalities must have different names and ids")
-
-    def check_heads(self):
-        if self.head % 16:
-            raise ValueError(f"head is {self.head}, must be a multiple of 16")
-        if self.width % (4 * self.head):
-            raise ValueError(f"width is {self.width}, must be a multiple of 4 x head, {4 * self.head}")
-
-    def build(self):
-        """A new network with random weights."""
-        return DiT(self)
-
-    def with_modalities(self, *entries):
-        """This config with the given entries; their decoders are at most as deep as decoder_depth."""
-        entries = [replace(m, decoder_depth=min(m.decoder_depth, self.decoder_depth)) for m in entries]
-        return replace(self, modalities=tuple(entries))
-
-    def with_encoders(self, encoders):
-        """This config with the image latents and text embeddings of frozen encoders (data.PixelsAndBytes)."""
-        stride = encoders.image_stride
-        patch = max(1, self.patch // stride) * stride  # rounded, so that the token grids of all modalities coincide
-        image = replace(self.modalities[0], channels=encoders.image_channels, stride=stride)
-        config = replace(self, patch=patch, modalities=(image, *self.modalities[1:]))
-        return replace(config, text_dim=encoders.text_dim, text_length=encoders.text_length)
-
-    def fit(self, height, width, side):
-        """The size (H, W) that keeps the aspect, is near side x side pixels in area, and is a multiple of the patch."""
-        scale = side / (height * width) ** 0.5 / self.patch
-        return tuple(max(1, round(n * scale)) * self.patch for n in (height, width))
-
-
-PRESETS = {  # text-to-image networks; with_modalities replaces their list of modalities
-    "nano": Config(width=128, depth=6, head=32, patch=4, size=32, decoder_depth=1),
-    "tiny": Config(width=256, depth=10, head=64, patch=4, size=64, decoder_depth=2),
-    "small": Config(width=512, depth=14, head=64, patch=8, size=128, decoder_depth=2, text_length=256),
-    "370m": Config(width=1024, depth=30, head=64, patch=16, size=256, text_length=512),
-    "800m": Config(width=1536, depth=30, head=64, patch=16, size=256, text_length=512),
-    "3b": Config(width=3072, depth=30, head=128, patch=16, size=256, text_length=512),
-}
 
 
 def timestep_sinusoids(t):
@@ -706,8 +707,8 @@ class Decoder(nn.Module):
             return self.head(x)
 
 
-# On CUDA, linear layers and attention run in bfloat16; other devices stay in float32. Autocast's cache would hold
-# bfloat16 copies of all weights until the end of the forward pass.
+# On CUDA, linear layers and attention run in bfloat16; other devices stay in float32. Autocast's cache is off: it would
+# keep bfloat16 copies of all weights until the end of the forward pass.
 mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available(), cache_enabled=False)
 
 

@@ -7,6 +7,7 @@
     python sample.py --depth depth.npy --prompt "..."                           images that have this depth
     python sample.py --depth sketch.npy --strength depth=0.8 --refine depth --prompt "..."      roughly this depth
     python sample.py --image photo.jpg --depth lidar.png        depth of the image, fitted to sparse depth, in its unit
+    python sample.py --checkpoint FOLDER --backbone extras/flux2.py ...     FLUX.2 [klein] and others (docs/backbone.md)
 
 If the checkpoint has surface normals, they are generated too, or you give them as --normal normals.npy.
 
@@ -162,7 +163,7 @@ class Sampler:
         self.args = args
         self.device = data.pick_device(args.device)
         self.network, state = data.open_network(args.checkpoint, backbone=args.backbone)
-        self.network.place(self.device, half=True)
+        self.network.place(self.device, frozen=True)
         self.step = state.get("step")
         config = self.network.config
         self.encoders = data.open_encoders(args.encoders, self.device, config, state["settings"].get("encoders", ""))

@@ -5,6 +5,7 @@
     python train_forcing.py --data DIR --sparsity dense      your own images and depth, not thinned out (docs/data.md)
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        continue after an interruption
+    python train_forcing.py --backbone extras/flux2.py --init FOLDER ...     from FLUX.2 [klein] (docs/backbone.md)
     torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \\
         --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
 
@@ -48,9 +49,15 @@ def check_sparsity(text):
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, and teacher if it lacks a modality; or none")
+    p.setting(
+        "--init",
+        "runs/t2i/last.pt",
+        "checkpoint or published weights to start from, the teacher of new modalities; or none",
+    )
     data.backbone_setting(p)
     p.setting("--preset", "", "network, which must fit --init (default: that of --init, else nano)", choices=PRESETS)
+    new = "peak learning rate of what is neither in --init nor a copy of its parts; 0 is --lr"
+    p.setting("--lr-new", 0.0, new, data.number(0, 1))
     p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
     patterns = ", ".join(data.PATTERNS)
@@ -63,10 +70,9 @@ def parse():
     p.setting("--distill-hi", 0.5, "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities", weight)
     p.setting("--distill-lo", 0.05, "distillation weight lambda_lo, at their t = 0; both 0: no teacher", weight)
     data.training_settings(p, steps=540, out="runs/forcing")
-    p.setting("--lr-new", 0.0, "peak learning rate of the parts that --init lacks; 0 is --lr", data.SHARE)
     args = data.parse_run(p)
     if args.backbone and (args.preset or args.init == "none"):
-        data.fail(f"--backbone {args.backbone}: needs the weights of --init, without --preset")
+        data.fail(f"--backbone {args.backbone}: takes its network from --init; leave out --preset and --init none")
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args

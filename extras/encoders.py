@@ -2,7 +2,7 @@
 
     --encoders extras/encoders.py:Klein:FOLDER         the autoencoder and the Qwen3 of FLUX.2 [klein]
     --encoders extras/encoders.py:Klein:FOLDER,CACHE   the same; embeddings are kept in the folder CACHE
-    --encoders extras/encoders.py:UMT5:FOLDER,UMT5     the autoencoder, and UMT5 from the folder UMT5
+    --encoders extras/encoders.py:UMT5:FOLDER,T5       the autoencoder, and UMT5 from the folder T5
 
 FOLDER is a published FLUX.2 [klein], with vae/, text_encoder/ and tokenizer/. Nothing is downloaded. docs/backbone.md
 has the commands, and what a cache takes on the disk. data.PixelsAndBytes documents the members of an encoder.
@@ -10,6 +10,7 @@ has the commands, and what a cache takes on the disk. data.PixelsAndBytes docume
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -17,15 +18,14 @@ import torch.nn.functional as F
 
 
 class Flux2Autoencoder:
-    """Images as latents: 2 x 2 of FLUX.2's autoencoder become one, normalised by the statistics stored with it."""
+    """Images as latents of FLUX.2's autoencoder: 2 x 2 become one, normalised by the statistics stored with it."""
 
     def __init__(self, device, folder):
         from diffusers import AutoencoderKLFlux2
 
         self.device = device
-        self.dtype = (
-            torch.bfloat16 if device.type == "cuda" else torch.float32
-        )  # of the text encoder; images need float32
+        # Only the text encoder runs in bfloat16; images need float32.
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vae = AutoencoderKLFlux2.from_pretrained(folder, subfolder="vae", local_files_only=True).float()
         self.vae = vae.to(device).requires_grad_(False)
         statistics = vae.bn  # the layer never runs: it only stores the mean and variance of each channel
@@ -54,7 +54,7 @@ class Klein(Flux2Autoencoder):
 
         super().__init__(device, folder)
         self.folder = folder
-        self.cache = cache and Path(cache)
+        self.cache = Path(cache) if cache else None
         self.qwen = None
         config = AutoConfig.from_pretrained(folder, subfolder="text_encoder", local_files_only=True)
         self.text_dim = len(self.layers) * config.hidden_size
@@ -88,15 +88,15 @@ class Klein(Flux2Autoencoder):
     def encode_text(self, captions):
         if self.cache is None:
             return self.embed(captions).float()
-        rows = [self.cached(caption) for caption in captions]
+        rows = [self.read_or_embed(caption) for caption in captions]
         return torch.stack(rows).to(self.device).float()
 
-    def cached(self, caption):
+    def read_or_embed(self, caption):
         """The embedding of a caption (L, D) from its file in the cache, which is written when it is first needed."""
         path = self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()}.pt"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")  # other ranks may write the same caption
+            part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")  # other ranks may write the same caption
             torch.save(self.embed([caption])[0].to(self.dtype).cpu(), part)
             part.replace(path)
         return torch.load(path, weights_only=True)

@@ -2,7 +2,7 @@
 
 With this flag, --init of train_forcing.py and --checkpoint of sample.py and evaluate.py take published weights: those
 of Black Forest Labs' text-to-image network, or the authors' released model, which adds a stream for depth. Parameters
-have the names of these files. docs/backbone.md has the commands.
+are named as in these files. docs/backbone.md has the commands. Checkpoints of our own training need the flag, too.
 
 Shapes: B batch, N tokens, n tokens of one stream, D width, E channels of a head. A stream is the text ("txt"), the
 image ("img") or another modality, which has its own name.
@@ -11,6 +11,7 @@ image ("img") or another modality, which has its own name.
 import itertools
 import json
 import mmap
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from model import DEPTH, MODALITIES, RGB, Config, Denoiser, mixed_precision, timestep_sinusoids, token_positions
 
-PATCH = 16  # image pixels per token, per side, in published weights: an image token is one latent
+PATCH = 16  # side of a token in image pixels, in published weights, and stride of the latents: one is an image token
 
 
 # ---- Blocks ----
@@ -30,27 +31,15 @@ def linear(in_features, out_features):
     return nn.Linear(in_features, out_features, bias=False)
 
 
-class TimestepEmbedder(nn.Module):
-    """Noise level t (B,) in [0, 1] -> (B, D)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.in_layer = linear(256, width)
-        self.out_layer = linear(width, width)
-
-    def forward(self, t):
-        return self.out_layer(F.silu(self.in_layer(timestep_sinusoids(t))))
+def timestep_embedder(width):
+    """timestep_sinusoids of a noise level (B, 256) -> (B, D)."""
+    layers = {"in_layer": linear(256, width), "silu": nn.SiLU(), "out_layer": linear(width, width)}
+    return nn.Sequential(OrderedDict(layers))
 
 
-class Modulation(nn.Module):
-    """Vector (B, D) -> (B, 1, count * D): shift, scale and gate; in double blocks, of attention, then of the MLP."""
-
-    def __init__(self, width, count):
-        super().__init__()
-        self.lin = linear(width, count * width)
-
-    def forward(self, vector):
-        return self.lin(F.silu(vector))[:, None].float()
+def modulation_layer(width, count):
+    """Vector (B, D) -> (B, count * D): (shift, scale, gate), twice in double blocks: of attention, then of the MLP."""
+    return nn.Sequential(OrderedDict({"silu": nn.SiLU(), "lin": linear(width, count * width)}))
 
 
 def modulate(x, shift, scale):
@@ -72,7 +61,7 @@ def query_key_norm(head_dim):
     return nn.ModuleDict({"query_norm": HeadNorm(head_dim), "key_norm": HeadNorm(head_dim)})
 
 
-def split_heads(qkv, norm, head_dim):
+def queries_keys_values(qkv, norm, head_dim):
     """(B, n, 3 D) -> normalised q and k, and v, each (B, n, heads, E)."""
     q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(2)
     return norm["query_norm"](q), norm["key_norm"](k), v
@@ -127,14 +116,14 @@ class DoubleBlock(nn.Module):
             shift, scale = modulation[stream].chunk(6, -1)[:2]
             attention = self.get_submodule(f"{stream}_attn")
             qkv = attention["qkv"](modulate(tokens, shift, scale))
-            heads.append(split_heads(qkv, attention["norm"], self.head_dim))
+            heads.append(queries_keys_values(qkv, attention["norm"], self.head_dim))
         q, k, v = (torch.cat(parts, 1) for parts in zip(*heads, strict=True))  # (B, N, heads, E)
         attended = attend(q, k, v, rope).split([tokens.shape[1] for tokens in x.values()], 1)
 
         out = {}
-        for (stream, tokens), from_all in zip(x.items(), attended, strict=True):
+        for (stream, tokens), attended_tokens in zip(x.items(), attended, strict=True):
             gate, mlp_shift, mlp_scale, mlp_gate = modulation[stream].chunk(6, -1)[2:]
-            tokens = tokens + gate * self.get_submodule(f"{stream}_attn")["proj"](from_all)
+            tokens = tokens + gate * self.get_submodule(f"{stream}_attn")["proj"](attended_tokens)
             mlp = self.get_submodule(f"{stream}_mlp")
             out[stream] = tokens + mlp_gate * mlp(modulate(tokens, mlp_shift, mlp_scale))
         return out
@@ -156,7 +145,7 @@ class SingleBlock(nn.Module):
         """x (B, N, D), float32; modulation (B, N, 3 D) or (B, 1, 3 D); rope (cos, sin)."""
         shift, scale, gate = modulation.chunk(3, -1)
         qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.split, -1)
-        attended = attend(*split_heads(qkv, self.norm, self.head_dim), rope)
+        attended = attend(*queries_keys_values(qkv, self.norm, self.head_dim), rope)
         return x + gate * self.linear2(torch.cat([attended, self.mlp_act(mlp)], -1))
 
 
@@ -188,25 +177,16 @@ class Flux2Config(Config):
             raise ValueError(f"head is {self.head}, must be a multiple of 8 that divides the width, {self.width}")
 
     def build(self):
-        """A network without weights: warm_start gives it some."""
+        """A network on the meta device; warm_start loads its weights."""
         with torch.device("meta"):
             return Flux2DiT(self)
 
 
-PARTS = {  # published names of the parts of the image, and of those of another modality
-    "input": ("img_in", "{}_in"),
-    "time": ("time_in", "time_in_{}"),
-    "double": ("double_stream_modulation_img", "double_stream_modulation_{}"),
-    "single": ("single_stream_modulation", "single_stream_modulation_{}"),
-    "decoder_blocks": ("img_decoder_blocks", "{}_decoder_blocks"),
-    "decoder_modulation": ("img_decoder_modulation", "{}_decoder_modulation"),
-    "final": ("final_layer", "{}_final_layer"),
+IMAGE_NAMES = {  # the published names of these parts of the image do not name their stream
+    "time_in_img": "time_in",
+    "single_stream_modulation_img": "single_stream_modulation",
+    "img_final_layer": "final_layer",
 }
-
-
-def part_name(part, stream):
-    of_image, of_others = PARTS[part]
-    return of_image if stream == "img" else of_others.format(stream)
 
 
 def mixing_names(source, target):
@@ -232,33 +212,38 @@ class Flux2DiT(Denoiser):
         self.streams[self.modalities[0].name] = "img"
 
         self.txt_in = linear(config.text_dim, width)
-        self.double_stream_modulation_txt = Modulation(width, 6)
+        self.double_stream_modulation_txt = modulation_layer(width, 6)
         for m in self.modalities:
+            stream = self.streams[m.name]
             num_values = m.channels * (config.patch // m.stride) ** 2
             parts = {
-                "input": linear(num_values, width),
-                "time": TimestepEmbedder(width),
-                "double": Modulation(width, 6),
-                "single": Modulation(width, 3),
-                "final": FinalLayer(width, num_values),
+                f"{stream}_in": linear(num_values, width),
+                f"time_in_{stream}": timestep_embedder(width),
+                f"double_stream_modulation_{stream}": modulation_layer(width, 6),
+                f"single_stream_modulation_{stream}": modulation_layer(width, 3),
+                f"{stream}_final_layer": FinalLayer(width, num_values),
             }
             if m.decoder_depth:
-                parts["decoder_blocks"] = nn.ModuleList(SingleBlock(width, config.head) for _ in range(m.decoder_depth))
-                parts["decoder_modulation"] = Modulation(width, 3)
-            for part, module in parts.items():
-                self.add_module(part_name(part, self.streams[m.name]), module)
+                blocks = [SingleBlock(width, config.head) for _ in range(m.decoder_depth)]
+                parts[f"{stream}_decoder_blocks"] = nn.ModuleList(blocks)
+                parts[f"{stream}_decoder_modulation"] = modulation_layer(width, 3)
+            for name, module in parts.items():
+                self.add_module(IMAGE_NAMES.get(name, name), module)
 
         for source, target in itertools.permutations(self.streams.values(), 2):
             embedder, factor = mixing_names(source, target)
-            self.add_module(embedder, TimestepEmbedder(width))
+            self.add_module(embedder, timestep_embedder(width))
             self.register_parameter(factor, nn.Parameter(torch.zeros(1)))
 
         streams = ["txt", *self.streams.values()]
         self.double_blocks = nn.ModuleList(DoubleBlock(streams, width, config.head) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(SingleBlock(width, config.head) for _ in range(config.depth))
 
-    def part(self, part, stream):
-        return self.get_submodule(part_name(part, stream))
+    def part(self, name):
+        return self.get_submodule(IMAGE_NAMES.get(name, name))
+
+    def modulation(self, name, vector):
+        return self.part(name)(vector)[:, None].float()
 
     @mixed_precision
     def forward(self, noisy, t, text):
@@ -269,38 +254,47 @@ class Flux2DiT(Denoiser):
         """
         inputs = {self.streams[m.name]: m for m in self.modalities if m.name in noisy}
         vectors = self.conditioning_vectors({stream: t[m.name] for stream, m in inputs.items()})  # {stream: (B, D)}
-        first = next(iter(inputs))  # the image, whose vector also modulates the text
 
+        # The tokens of every stream and their positions.
         x = {"txt": self.txt_in(text).float()}  # {stream: (B, n, D)}
-        modulation = {"txt": self.double_stream_modulation_txt(vectors[first])}  # {stream: (B, 1, 6 D)}
         text_positions = torch.arange(text.shape[1], device=text.device)
         positions = [F.pad(text_positions[:, None], (3, 0))]  # (n, 4) each
         grids = {}
         for stream, m in inputs.items():
             patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)  # (B, C * patch^2, rows, columns)
             grids[stream] = patches.shape[2:]
-            x[stream] = self.part("input", stream)(patches.flatten(2).transpose(1, 2)).float()
-            modulation[stream] = self.part("double", stream)(vectors[stream])
+            x[stream] = self.part(f"{stream}_in")(patches.flatten(2).transpose(1, 2)).float()
             positions.append(token_positions(m.id, *grids[stream], text.device))
+        lengths = [tokens.shape[1] for tokens in x.values()]
         angles = rotary_angles(torch.cat(positions), self.config.head)[:, None]  # (N, 1, E / 2)
         rope = (angles.cos(), angles.sin())
+
+        modulation = {}  # {stream: (B, 1, 6 D)}
+        for stream in x:
+            modulation[stream] = self.modulation(f"double_stream_modulation_{stream}", vectors[stream])
         for block in self.double_blocks:
             x = block(x, modulation, rope)
 
-        lengths = [tokens.shape[1] for tokens in x.values()]
-        modulations = [self.part("single", stream)(vectors[stream]) for stream in (first, *inputs)]  # (B, 1, 3 D) each
-        pairs = zip(modulations, lengths, strict=True)
-        modulation = torch.cat([part.expand(-1, length, -1) for part, length in pairs], 1)  # (B, N, 3 D)
+        modulations = []  # (B, n, 3 D) each
+        for stream, length in zip(x, lengths, strict=True):
+            name = "img" if stream == "txt" else stream
+            single = self.modulation(f"single_stream_modulation_{name}", vectors[stream])
+            modulations.append(single.expand(-1, length, -1))
+        modulation = torch.cat(modulations, 1)  # (B, N, 3 D)
         x = torch.cat(list(x.values()), 1)  # (B, N, D)
         for block in self.single_blocks:
             x = block(x, modulation, rope)
 
         # Each modality's tokens go back to values. The text's tokens, which come first, are left out.
         x0_hat = {}
-        tokens = dict(zip(inputs, x.split(lengths, 1)[1:], strict=True))
-        token_angles = dict(zip(inputs, angles.split(lengths)[1:], strict=True))
-        for stream, m in inputs.items():
-            values = self.decode(stream, tokens[stream], vectors[stream], token_angles[stream])
+        streams = zip(inputs.items(), x.split(lengths, 1)[1:], angles.split(lengths)[1:], strict=True)
+        for (stream, m), tokens, token_angles in streams:
+            if m.decoder_depth:
+                modulation = self.modulation(f"{stream}_decoder_modulation", vectors[stream])  # (B, 1, 3 D)
+                tokens = tokens.contiguous()  # the first block's, too, so that all share a compiled graph
+                for block in self.part(f"{stream}_decoder_blocks"):
+                    tokens = block(tokens, modulation, (token_angles.cos(), token_angles.sin()))
+            values = self.part(f"{stream}_final_layer")(tokens, vectors[stream])  # (B, n, C * patch^2)
             values = values.transpose(1, 2).unflatten(2, grids[stream])  # (B, C * patch^2, rows, columns)
             x0_hat[m.name] = F.pixel_shuffle(values, self.config.patch // m.stride)  # (B, C, H, W)
             if stream == "img":  # the pretrained head predicts the velocity u = noise - x0
@@ -309,30 +303,28 @@ class Flux2DiT(Denoiser):
 
     def conditioning_vectors(self, t):
         """Noise levels {stream: (B,)} -> {stream: (B, D)}; the levels of the other streams are mixed in (Sec. 3.2)."""
-        vectors = {stream: self.part("time", stream)(t[stream]) for stream in t}
+        sinusoids = {stream: timestep_sinusoids(levels) for stream, levels in t.items()}  # {stream: (B, 256)}
+        vectors = {stream: self.part(f"time_in_{stream}")(sinusoids[stream]) for stream in t}
         for source, target in itertools.permutations(t, 2):
             embedder, factor = mixing_names(source, target)
-            mixed_in = self.get_parameter(factor) * self.get_submodule(embedder)(t[source])
+            mixed_in = self.get_parameter(factor) * self.get_submodule(embedder)(sinusoids[source])
             vectors[target] = vectors[target] + mixed_in
+        vectors["txt"] = next(iter(vectors.values()))  # the text takes the vector of the first input
         return vectors
 
-    def decode(self, stream, x, vector, angles):
-        """Tokens (B, n, D) of one stream -> values (B, n, C * patch^2)."""
-        if part_name("decoder_blocks", stream) in self._modules:
-            modulation = self.part("decoder_modulation", stream)(vector)
-            x = x.contiguous()  # so that all single blocks share a compiled graph
-            for block in self.part("decoder_blocks", stream):
-                x = block(x, modulation, (angles.cos(), angles.sin()))
-        return self.part("final", stream)(x, vector)
-
     def copies(self, m):
-        pairs = [(f".{m.name}_{part}.", f".img_{part}.") for part in ("attn", "mlp")]
-        pairs += [(part_name(part, m.name), part_name(part, "img")) for part in ("double", "single")]
-        return {name: name.replace(new, old) for name in self.state_dict() for new, old in pairs if new in name}
+        copies = {}
+        for name in self.state_dict():
+            for part in (f".{m.name}_attn.", f".{m.name}_mlp.", f"_stream_modulation_{m.name}."):
+                if part in name:
+                    image_part = part.replace(m.name, "img")
+                    image_name = name.replace(part, image_part)
+                    copies[name] = image_name.replace("single_stream_modulation_img", "single_stream_modulation")
+        return copies
 
     def warm_start(self, weights):
         super().warm_start(weights)
-        fresh = {name: fresh_weights(name, p.shape) for name, p in self.named_parameters() if p.is_meta}
+        fresh = {name: fresh_weights(name, p.shape) for name, p in self.named_parameters() if name in self.fresh_names}
         self.load_state_dict(fresh, strict=False, assign=True)
 
 
@@ -349,7 +341,7 @@ def fresh_weights(name, shape):
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 10**8  # bytes
-ADVICE = "take the original file, not of diffusers and not quantised, such as flux-2-klein-base-4b.safetensors"
+ADVICE = "take the original file, such as flux-2-klein-base-4b.safetensors, not diffusers' or a quantised one"
 
 
 def read_safetensors(path):
@@ -410,6 +402,7 @@ def read_config(weights):
         head=len(weights["double_blocks.0.img_attn.norm.query_norm.scale"]),
         patch=PATCH,
         size=512,
+        # New modalities get decoders as deep as these.
         decoder_depth=max((m.decoder_depth for m in modalities[1:]), default=DEPTH.decoder_depth),
         text_length=512,
         text_dim=weights["txt_in.weight"].shape[1],
@@ -425,11 +418,12 @@ def read_checkpoint(path):
             for name, tensor in read_safetensors(file).items():
                 weights[name.removeprefix("dit.")] = tensor
         config = asdict(read_config(weights))
-    except KeyError as error:
-        raise ValueError(f"cannot be read: it lacks {error}; {ADVICE}") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot be read: {error}; {ADVICE}") from None
-    return {"config": config, "settings": {"encoders": "extras/encoders.py:Klein:FOLDER"}, "ema": weights}
+    except Exception as error:  # a damaged header can fail in any way
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"cannot be read: {reason}; {ADVICE}") from None
+    # The settings are shown if --backbone or --encoders do not fit.
+    settings = {"backbone": "extras/flux2.py", "encoders": "extras/encoders.py:Klein:FOLDER"}
+    return {"config": config, "settings": settings, "ema": weights}
 
 
-Network = Flux2DiT  # --backbone needs this name and read_checkpoint
+Network = Flux2DiT  # what --backbone looks up, beside read_checkpoint

@@ -133,7 +133,7 @@ def test_weights_are_placed_as_copies_block_by_block(dtype, tmp_path):
 
 QKV = "double_blocks.0.img_attn.qkv.weight"  # (192, 64), float32
 SIZE = 4 * 192 * 64
-ADVICE = "take the original file, not of diffusers and not quantised, such as flux-2-klein-base-4b.safetensors"
+ADVICE = "take the original file, such as flux-2-klein-base-4b.safetensors, not diffusers' or a quantised one"
 
 
 def says(**changes):
@@ -199,14 +199,14 @@ FILES = [
     ("index-empty", "it lacks 'weight_map'"),
     ("diffusers", ADVICE),
     ("diffusers/transformer", f"it lacks 'img_in.weight'; {ADVICE}"),
-    ("dit.pt", "was trained with --backbone (none)"),
+    ("dit.pt", "leave out --backbone"),
     ("damaged.pt", "cut, damaged, or not a checkpoint"),
 ]
 LOAD = "--backbone {flux2} --init {t2i} "
 ENCODE = LOAD + "--encoders {toy}"
 FLAGS = [
-    (train_forcing, LOAD + "--preset nano", "--backbone {flux2}: needs the weights of --init, without --preset"),
-    (train_forcing, "--backbone {flux2} --init none", "needs the weights of --init, without --preset"),
+    (train_forcing, LOAD + "--preset nano", "--backbone {flux2}: takes its network from --init; leave out --preset"),
+    (train_forcing, "--backbone {flux2} --init none", "leave out --preset and --init none"),
     (train_forcing, "--init {t2i}", "--init {t2i}: not a checkpoint of a training script; published weights need"),
     (train_forcing, "--init {authors}", "--init {authors}: not a checkpoint of a training script; published weights"),
     (train_forcing, "--init {own}", "--init {own}: was trained with --backbone {flux2}"),
@@ -227,7 +227,7 @@ FLAGS = [
     (sample, "--checkpoint {own}", "--checkpoint {own}: was trained with --backbone {flux2}"),
     (sample, "--checkpoint {t2i} {with_toy} --size 40", "--size 40: must be a multiple of the patch size, 16"),
     (sample, "--checkpoint {t2i} {with_toy} --order rgb,depth", "--order rgb,depth"),
-    (sample, "--backbone {flux2} --checkpoint {tmp}/dit.pt", "was trained with --backbone (none)"),
+    (sample, "--backbone {flux2} --checkpoint {tmp}/dit.pt", "leave out --backbone"),
     (evaluate, "depth --checkpoint {t2i} {with_toy}", "has no depth"),
     (evaluate, "depth --checkpoint {authors} {with_toy} --size 40", "--size 40: must be a multiple of the patch size"),
 ]
@@ -349,7 +349,7 @@ def test_new_parts_have_a_rate_of_their_own(lr_new, rate_of_new, t2i, tmp_path, 
 
     moved = {name: (p - started[0][name]).abs().max().item() for name, p in ended.model.named_parameters()}
     new = {name for name in moved if name.startswith(NEW)}
-    assert ended.model.new == new and len(new) == 28
+    assert ended.model.fresh_names == new and len(new) == 28
     assert max(moved[name] for name in new) == pytest.approx(rate_of_new, rel=1e-3)
     assert max(moved[name] for name in moved.keys() - new) == pytest.approx(1e-4, rel=1e-2)
 
@@ -390,7 +390,7 @@ def test_published_networks_sample_and_are_evaluated(t2i, authors, tmp_path, mon
 def test_training_goes_on_from_the_authors_network_without_a_teacher(authors, tmp_path, monkeypatch):
     """Every weight is the file's: none is new."""
     ended = train(f"{QUICK} --init {authors} --steps 1 --lr 1e-12 --out {tmp_path}/run", monkeypatch)
-    assert ended.teacher is None and not ended.model.new
+    assert ended.teacher is None and not ended.model.fresh_names
     expected = draw_weights(WITH_DEPTH, torch.bfloat16)
     for name, parameter in ended.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name].float(), rtol=0, atol=1e-6, msg=name)

@@ -202,7 +202,7 @@ PROMPTS = [
 # ---- Plug-ins: what is added to tests/toy_encoders.py, and what the line must say ----
 
 PLUG_INS = [
-    ("raise ValueError('first\\nsecond')", "ValueError: first second; docs/data.md shows a file that works"),
+    ("raise ValueError('first\\nsecond')", "ValueError: first second; extras/encoders.py is a file that works"),
     ("def", "SyntaxError"),
     ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
     ("del load", "has no attribute 'load'"),
