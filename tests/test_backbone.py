@@ -448,6 +448,7 @@ data.Run.close = close
 """
 
 
+@pytest.mark.slow
 def test_two_sharded_ranks_compute_what_one_computes_and_hold_half_each(t2i, tmp_path, monkeypatch):
     """In float64: losses, weights and EMA of three steps with a teacher and two learning rates."""
     line = f"{QUICK} --init {t2i} --steps 3 --lr 1e-3 --lr-new 1e-2"

@@ -356,6 +356,7 @@ def test_a_training_that_was_stopped_is_not_done(claims, monkeypatch):
     assert claims("4")[3][0][0] == "train_t2i.py"
 
 
+@pytest.mark.slow
 def test_a_claim_is_trained_and_measured(claims, monkeypatch):
     """By the scripts themselves, in a step each."""
     measure_only(claims, "4   short        depth         evaluate.py depth --images 2")
@@ -486,6 +487,7 @@ def test_a_report_of_few_results_is_drawn(write, tmp_path, monkeypatch):
 # ---- assets/nano.pt ----
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
     """Issue: AbsRel at most 0.35 of the input-blind baseline's, prompts followed twice as often as shuffled ones."""
     path = ROOT / data.NANO

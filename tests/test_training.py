@@ -183,6 +183,7 @@ DistributedDataParallel.__init__, torch.nn.utils.clip_grad_norm_, model.squared_
     assert {beside for _, beside in found[2:]} == {"[0, 0, 0, 0]"}
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeypatch, capfd):
     """Rank 1 alone is signalled in step 3: both stop after it. That checkpoint is damaged, so both continue from step
     2, with sharded weights; after step 4 one rank continues with whole ones. All as if one had taken the five steps.
@@ -210,6 +211,7 @@ def test_ranks_stop_together_and_go_on_sharded_and_then_as_one(tmp_path, monkeyp
         assert (one[k] - other[k]).norm() <= 0.02 * (one[k] - before[k]).norm() + 1e-7, k
 
 
+@pytest.mark.slow
 def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_other_stopped(t2i, tmp_path):
     """In float64: two steps of two sharded ranks, two of one rank, two of two sharded ranks, against six of one."""
     line = f"{QUICK} --init {t2i} --steps 6 --checkpoint-every 1 --keep 9"  # AdamW and Muon
@@ -233,6 +235,7 @@ def test_sharded_ranks_compute_what_one_computes_and_each_goes_on_where_the_othe
             torch.testing.assert_close(v, expected[k], rtol=0, atol=1e-9, msg=k)
 
 
+@pytest.mark.slow
 def test_sharded_ranks_compile_and_draw_pictures_together(t2i, tmp_path):
     """After a picture the averaged weights are parts again: the next step moves them, and the next picture shows it."""
     line = f"{QUICK} --init {t2i} --steps 2 --sample-every 1"
@@ -452,6 +455,7 @@ def test_a_run_whose_last_checkpoint_fails_says_so(tmp_path, monkeypatch, capsys
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down_and_torchrun_starts_it_again(tmp_path, monkeypatch):
     """Killed in its third step, rank 1 ends the job; the second try continues from step 2, as one rank would."""
     first_try = 'if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0": os.kill(os.getpid(), signal.SIGKILL)'
@@ -520,6 +524,7 @@ def test_killed_at_any_moment(t2i, tmp_path):
 # ---- Fast ----
 
 
+@pytest.mark.slow
 def test_blocks_compile_without_breaks_and_once(t2i, tmp_path, monkeypatch):
     """One graph of the trunk, one of the detokenizer, one of the teacher, all in the first step."""
     graphs = []
