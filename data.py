@@ -1112,6 +1112,8 @@ def run_file(path):
     """Run the Python file that a flag names, and return its module."""
     name = f"file_{Path(path).stem}"  # such as file_model, which does not replace our model
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise ValueError("must be the path of a .py file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile and dataclasses look it up
     spec.loader.exec_module(module)
@@ -1125,6 +1127,7 @@ def open_encoders(flag, device, config, trained_with=None):
     trained_with: the --encoders of the checkpoint that config belongs to ("" for none), or None for a new network.
     """
     encoders = PixelsAndBytes(config.text_length)
+    encoders.no_text = encoders.encode_text([""]).to(device)
     if flag:
         path, _, call = flag.partition(":")
         function, _, arguments = call.partition(":")
@@ -1132,13 +1135,14 @@ def open_encoders(flag, device, config, trained_with=None):
             make = getattr(run_file(path), function or "load")
             encoders = make(device, *arguments.split(",")) if arguments else make(device)
             check_encoders(encoders, device, config)
+            encoders.no_text = encoders.encode_text([""]).to(device)
         except Exception as error:
             fail(f"--encoders {flag}: {type(error).__name__}: {error}; extras/encoders.py is a file that works")
     image = config.modalities[0]
     found = (encoders.image_channels, encoders.image_stride, encoders.text_dim)  # any text_length will do
-    if trained_with is not None and found != (image.channels, image.stride, config.text_dim):
+    fits = trained_with is None or found == (image.channels, image.stride, config.text_dim)
+    if not fits or (trained_with and not flag):
         fail(f"--encoders {flag or '(none)'}: the checkpoint was trained with --encoders {trained_with or '(none)'}")
-    encoders.no_text = encoders.encode_text([""]).to(device)
     return encoders
 
 
@@ -1255,7 +1259,11 @@ def backbone_setting(p):
 def sampling_settings(p):
     """The flags of scripts that sample."""
     backbone_setting(p)
-    p.setting("--checkpoint", NANO, "checkpoint of a training script; the default was trained on the built-in world")
+    p.setting(
+        "--checkpoint",
+        NANO,
+        "checkpoint of a training script (default: one of the built-in world), or published weights",
+    )
     guidance = by_modality(number(0, 100), unnamed="rgb")
     scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
     p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
@@ -1746,8 +1754,9 @@ class Run:
             return
 
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.ranks > 1)
-        dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
-        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)  # last: without EMA, both are one
+        dcp.set_model_state_dict(self.model, state.get("model", {}), options=options)
+        if self.ema is not self.model:
+            dcp.set_model_state_dict(self.ema, state.get("ema", {}), options=options)
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
@@ -1821,7 +1830,7 @@ class Run:
             "step": self.step,
             "skipped": self.skipped,
             "model": weights,
-            "ema": weights if self.ema is self.model else dcp.get_model_state_dict(self.ema, options=options),
+            "ema": dict(weights) if self.ema is self.model else dcp.get_model_state_dict(self.ema, options=options),
             "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options),
         }
         if self.rank == 0:

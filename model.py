@@ -510,6 +510,9 @@ class Denoiser(nn.Module):
             name = re.sub("^mixers[.]", "cross_time_embedders.", name)
             weights[name] = weight
         check_weights(weights, network)
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} is not finite")
         network.load_state_dict(weights, assign=True)
         return network.requires_grad_(False)
 
@@ -816,7 +819,7 @@ class DiT(Denoiser):
 
 
 def check_weights(weights, network):
-    """Raise ValueError unless weights {name: tensor} have all names and shapes of the network, and are finite."""
+    """Raise ValueError unless weights {name: tensor} have all names and shapes of the network."""
     expected = network.state_dict()
 
     def listed(names):
@@ -832,8 +835,6 @@ def check_weights(weights, network):
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, must have {tuple(expected[name].shape)}")
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} is not finite")
 
 
 def training_cost(config, size):

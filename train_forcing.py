@@ -73,6 +73,8 @@ def parse():
     args = data.parse_run(p)
     if args.backbone and (args.preset or args.init == "none"):
         data.fail(f"--backbone {args.backbone}: takes its network from --init; leave out --preset and --init none")
+    if args.lr_new and args.init == "none":
+        data.fail(f"--lr-new {args.lr_new}: needs --init, because everything is new without it; give --lr")
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args

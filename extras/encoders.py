@@ -9,8 +9,7 @@ has the commands, and what a cache takes on the disk. data.PixelsAndBytes docume
 """
 
 import hashlib
-import os
-import socket
+import uuid
 from pathlib import Path
 
 import torch
@@ -96,7 +95,7 @@ class Klein(Flux2Autoencoder):
         path = self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()}.pt"
         if not path.exists():
             self.cache.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")  # other ranks may write the same caption
+            part = path.with_suffix(f".{uuid.uuid4().hex}")  # another rank may write the same caption
             torch.save(self.embed([caption])[0].to(self.dtype).cpu(), part)
             part.replace(path)
         return torch.load(path, weights_only=True)
