@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_weights_are_placed_as_copies_block_by_block(dtype, tmp_path):
         assert torch.equal(parameter, expected[name].float())
         parameter.data.fill_(7.0)
     assert all(torch.equal(mapped[name], expected[name]) for name in expected)
+
+
+def test_a_plug_in_replaces_no_module_of_ours(tmp_path):
+    (tmp_path / "model.py").write_text("value = 1")
+    assert data.run_file(tmp_path / "model.py").value == 1
+    assert sys.modules["model"] is model
+
+
+def test_encoders_are_not_forgotten_even_if_pixels_have_their_shape(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        data.open_encoders("", CPU, model.PRESETS["nano"], trained_with="pixels.py")
+    assert stopped.value.code == 2 and "was trained with --encoders pixels.py" in capsys.readouterr().err
 
 
 # ---- Bad files and flags: one line that says what is wrong and what to take, exit code 2 ----
@@ -489,3 +502,21 @@ def test_two_sharded_ranks_compute_what_one_computes_and_hold_half_each(t2i, tmp
     difference = max((one[k] - two[k]).abs().max().item() for k in one)
     print(f"largest difference of weights {difference:.1e}")
     assert difference < 1e-9
+
+
+@pytest.mark.slow
+def test_sharded_ranks_without_an_average_go_on(t2i, tmp_path):
+    """Interrupted after two steps, three steps give the weights of a run left alone."""
+    line = f"{QUICK} --init {t2i} --shard --ema 0 --lr 1e-3"
+    first = f"{line} --steps 3 --checkpoint-every 2 --out {tmp_path}/alone"
+    code, printed = finish(start("train_forcing", first, launcher=LAUNCHER))
+    assert code == 0, printed
+    shutil.copytree(tmp_path / "alone", tmp_path / "stopped")
+    (tmp_path / "stopped/step-0000003.pt").unlink()
+    stopped = f"{line} --steps 3 --out {tmp_path}/stopped --resume"
+    code, printed = finish(start("train_forcing", stopped, launcher=LAUNCHER))
+    assert code == 0, printed
+    assert "from step 2" in printed
+    alone = weights(tmp_path / "alone")
+    assert losses(tmp_path / "stopped")[3] == losses(tmp_path / "alone")[3]
+    assert all(torch.equal(weight, alone[name]) for name, weight in weights(tmp_path / "stopped").items())
