@@ -1253,7 +1253,7 @@ def source_settings(p, maps=True):
 
 
 def backbone_setting(p):
-    p.setting("--backbone", "", "file of a pretrained network that replaces DiT, such as extras/flux2.py; it is run")
+    p.setting("--backbone", "", "extras/flux2.py, which is run: --init and --checkpoint are FLUX.2 (docs/backbone.md)")
 
 
 def sampling_settings(p):

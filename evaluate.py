@@ -527,11 +527,7 @@ def parse():
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
     p.setting("--strength", 1.0, "depth, normal, follow: trust in the input; 1 is full, 0 is none", data.SHARE)
     p.setting("--order", "joint", "image, joint: joint, log2(alpha) (above 0 image first), or names as depth,rgb")
-    p.setting(
-        "--judge",
-        "",
-        "follow, joint: checkpoint of the same kind that estimates depth in images (default: --checkpoint)",
-    )
+    p.setting("--judge", "", "follow, joint: checkpoint of this kind that estimates depth (default: --checkpoint)")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))
     p.setting("--predictions", "", "depth: DIR with NAME.npy or NAME.png of another model, to score instead")

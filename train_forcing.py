@@ -49,11 +49,7 @@ def check_sparsity(text):
 
 def parse():
     p = data.Flags(__doc__)
-    p.setting(
-        "--init",
-        "runs/t2i/last.pt",
-        "checkpoint or published weights to start from, the teacher of new modalities; or none",
-    )
+    p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, the teacher of new modalities; or none")
     data.backbone_setting(p)
     p.setting("--preset", "", "network, which must fit --init (default: that of --init, else nano)", choices=PRESETS)
     new = "peak learning rate of what is neither in --init nor a copy of its parts; 0 is --lr"
@@ -74,7 +70,7 @@ def parse():
     if args.backbone and (args.preset or args.init == "none"):
         data.fail(f"--backbone {args.backbone}: takes its network from --init; leave out --preset and --init none")
     if args.lr_new and args.init == "none":
-        data.fail(f"--lr-new {args.lr_new}: needs --init, because everything is new without it; give --lr")
+        data.fail(f"--lr-new {args.lr_new}: needs --init; without it everything is new, so give --lr")
     if args.distill_hi < args.distill_lo:
         data.fail(f"--distill-hi {args.distill_hi}: must be at least --distill-lo, {args.distill_lo}")
     return args

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 from extras import flux2
 from model import DEPTH, RGB
 
@@ -82,13 +83,15 @@ def write_layout(folder, layout, weights):
 
 def main():
     """Write a network to train from scratch. Its modulations and final layer are zero, so it predicts x_t at first."""
+    p = data.Flags(__doc__)
+    p.setting("--out", "runs/flux2/start.safetensors", "file to write")
+    path = Path(p.parse_args().out)
     config = replace(CONFIG, width=128, head=32, depth=4)
     weights = {}
     for name, parameter in config.build().named_parameters():
         weights[name] = flux2.fresh_weights(name, parameter.shape)
         if "modulation" in name or "final_layer" in name:
             weights[name].zero_()
-    path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, weights)
 
