@@ -87,6 +87,7 @@ def main():
     p.setting("--out", "runs/flux2/start.safetensors", "file to write")
     path = Path(p.parse_args().out)
     config = replace(CONFIG, width=128, head=32, depth=4)
+    torch.manual_seed(0)
     weights = {}
     for name, parameter in config.build().named_parameters():
         weights[name] = flux2.fresh_weights(name, parameter.shape)
