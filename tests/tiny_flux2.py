@@ -1,6 +1,8 @@
 """A tiny FLUX.2 with random weights, and a writer of the layouts in which the large ones are published.
 
-python tests/tiny_flux2.py FILE.safetensors      writes one to train from scratch on the built-in world
+    python tests/tiny_flux2.py --out FILE.safetensors      writes one to train from scratch on the built-in world
+
+The tests use CONFIG and WITH_DEPTH, which are smaller.
 """
 
 import json
