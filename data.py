@@ -1554,8 +1554,8 @@ def validation_batch(args, modalities, device, count=8):
 class Run:
     """A training run: ranks (DDP, or FSDP2 with --shard), clipping, learning rate, EMA, checkpoints and metrics.
 
-    main and train of a script call its methods in order. self.model is the DiT that is trained and saved; self.network,
-    which predicts in training, is the model or DDP around it.
+    main and train of a script call its methods in order. self.model is the network that is trained and saved.
+    self.network, which predicts in training, is the model or DDP around it.
     """
 
     def __init__(self, args, device):

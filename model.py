@@ -185,7 +185,7 @@ def warp(t, log2_alpha):
 
 
 def make_schedule(names, steps, order=JOINT, strength=None):
-    """The table of noise levels that DiT.sample follows: {m: (S + 1,) float64} for the modalities called names.
+    """The table of noise levels that Denoiser.sample follows: {m: (S + 1,) float64} for the modalities called names.
 
     Args:
         steps: number of sampling steps; if order is a list, the number for each generated name in it.

@@ -250,7 +250,7 @@ class Sampler:
         return self.network.sample(schedule, noise, text, given, args.cfg, args.cfg_interval, no_text=no_text)
 
     def to_x0(self, name, values, valid=None):
-        """Values (B, C, h, w), valid (B, 1, h, w) or None -> (x0, valid), a modality that DiT.sample is given."""
+        """Values (B, C, h, w), valid (B, 1, h, w) or None -> (x0, valid), a modality that Denoiser.sample is given."""
         if name == RGB.name:
             return self.encoders.encode_image(values), None
         return self.modalities[name].encode(values, valid), valid

@@ -30,9 +30,9 @@ HEAD = 16  # four axes of four channels: two rates of rotation each
 DOUBLE = 2
 SINGLE = 3
 DECODER = 2
-TEXT = 24  # three hidden layers of 8 channels
-IMAGE = 16  # values of an image token: 4 latent channels, 2 x 2
-DEPTH = 256  # values of a depth token: 16 x 16 pixels
+TEXT_CHANNELS = 24  # three hidden layers of 8 channels
+IMAGE_VALUES = 16  # values of an image token: 4 latent channels, 2 x 2
+DEPTH_VALUES = 256  # values of a depth token: 16 x 16 pixels
 GRID = (3, 5)  # tokens of the forward passes and of the pipeline's loops
 SMALL_GRID = (2, 3)  # tokens of the authors' sampler
 TEXT_LENGTH = 7
@@ -101,13 +101,13 @@ def embedder_shapes(name):
 def image_shapes(double=DOUBLE, single=SINGLE):
     """{published name: shape} of FLUX.2 [klein] at these sizes."""
     shapes = {
-        "img_in.weight": (WIDTH, IMAGE),
-        "txt_in.weight": (WIDTH, TEXT),
+        "img_in.weight": (WIDTH, IMAGE_VALUES),
+        "txt_in.weight": (WIDTH, TEXT_CHANNELS),
         **embedder_shapes("time_in"),
         "double_stream_modulation_img.lin.weight": (6 * WIDTH, WIDTH),
         "double_stream_modulation_txt.lin.weight": (6 * WIDTH, WIDTH),
         "single_stream_modulation.lin.weight": (3 * WIDTH, WIDTH),
-        "final_layer.linear.weight": (IMAGE, WIDTH),
+        "final_layer.linear.weight": (IMAGE_VALUES, WIDTH),
         "final_layer.adaLN_modulation.1.weight": (2 * WIDTH, WIDTH),
     }
     for i in range(double):
@@ -121,7 +121,7 @@ def image_shapes(double=DOUBLE, single=SINGLE):
 def depth_shapes(double=DOUBLE, decoder=DECODER):
     """{published name: shape} of what the authors' released network adds to image_shapes."""
     shapes = {
-        "depth_in.weight": (WIDTH, DEPTH),
+        "depth_in.weight": (WIDTH, DEPTH_VALUES),
         **embedder_shapes("time_in_depth"),
         **embedder_shapes("time_in_depth_to_img"),
         **embedder_shapes("time_in_rgb_to_depth"),
@@ -129,7 +129,7 @@ def depth_shapes(double=DOUBLE, decoder=DECODER):
         "cross_alpha_depth": (1,),
         "double_stream_modulation_depth.lin.weight": (6 * WIDTH, WIDTH),
         "single_stream_modulation_depth.lin.weight": (3 * WIDTH, WIDTH),
-        "depth_final_layer.linear.weight": (DEPTH, WIDTH),
+        "depth_final_layer.linear.weight": (DEPTH_VALUES, WIDTH),
         "depth_final_layer.adaLN_modulation.1.weight": (2 * WIDTH, WIDTH),
     }
     for i in range(double):
@@ -144,18 +144,24 @@ def depth_shapes(double=DOUBLE, decoder=DECODER):
 def forward_inputs():
     """(image tokens, depth tokens, text) of the forward passes, each (B, N, channels)."""
     num_tokens = GRID[0] * GRID[1]
-    image = draw("image", 2, num_tokens, IMAGE)
-    depth = draw("depth", 2, num_tokens, DEPTH)
-    text = draw("text", 2, TEXT_LENGTH, TEXT)
+    image = draw("image", 2, num_tokens, IMAGE_VALUES)
+    depth = draw("depth", 2, num_tokens, DEPTH_VALUES)
+    text = draw("text", 2, TEXT_LENGTH, TEXT_CHANNELS)
     return image, depth, text
 
 
 def sampler_inputs():
     """(image noise, depth noise, clean image, clean depth, text, no text) of the authors' sampler, as tokens."""
     num_tokens = SMALL_GRID[0] * SMALL_GRID[1]
-    noises = [draw(f"{name} noise", 1, num_tokens, values) for name, values in (("image", IMAGE), ("depth", DEPTH))]
-    cleans = [draw(f"{name} clean", 1, num_tokens, values) for name, values in (("image", IMAGE), ("depth", DEPTH))]
-    texts = [draw(name, 1, TEXT_LENGTH, TEXT) for name in ("text", "no text")]
+    noises = [
+        draw(f"{name} noise", 1, num_tokens, values)
+        for name, values in (("image", IMAGE_VALUES), ("depth", DEPTH_VALUES))
+    ]
+    cleans = [
+        draw(f"{name} clean", 1, num_tokens, values)
+        for name, values in (("image", IMAGE_VALUES), ("depth", DEPTH_VALUES))
+    ]
+    texts = [draw(name, 1, TEXT_LENGTH, TEXT_CHANNELS) for name in ("text", "no text")]
     return *noises, *cleans, *texts
 
 
@@ -206,12 +212,12 @@ def diffusers_transformer():
     from diffusers import Flux2Transformer2DModel
 
     transformer = Flux2Transformer2DModel(
-        in_channels=IMAGE,
+        in_channels=IMAGE_VALUES,
         num_layers=DOUBLE,
         num_single_layers=SINGLE,
         attention_head_dim=HEAD,
         num_attention_heads=WIDTH // HEAD,
-        joint_attention_dim=TEXT,
+        joint_attention_dim=TEXT_CHANNELS,
         axes_dims_rope=(HEAD // 4,) * 4,
         guidance_embeds=False,
     )
@@ -266,7 +272,7 @@ def tiny_pipeline():
     tokenizer = tiny_tokenizer()
     text_config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT // 3,
+        hidden_size=TEXT_CHANNELS // 3,
         intermediate_size=16,
         num_hidden_layers=28,
         num_attention_heads=2,
@@ -275,7 +281,7 @@ def tiny_pipeline():
         tie_word_embeddings=True,
     )
     autoencoder = AutoencoderKLFlux2(
-        block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=IMAGE // 4, norm_num_groups=2
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=IMAGE_VALUES // 4, norm_num_groups=2
     )
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -328,12 +334,12 @@ def pipeline_outputs():
             width=16 * GRID[1],
             num_inference_steps=STEPS,
             guidance_scale=guidance,
-            latents=draw("pipeline latents", 2, IMAGE, *GRID),
+            latents=draw("pipeline latents", 2, IMAGE_VALUES, *GRID),
             max_sequence_length=PROMPT_LENGTH,
             output_type="latent",
             callback_on_step_end=keep_latents,
         )
-        outputs[f"pipeline_{name}"] = last["latents"]  # (2, N, IMAGE)
+        outputs[f"pipeline_{name}"] = last["latents"]  # (2, N, IMAGE_VALUES)
     outputs["pipeline_sigmas"] = pipeline.scheduler.sigmas  # (STEPS + 1,)
     return outputs
 
@@ -349,9 +355,9 @@ def authors_network(folder):
     from flux_rgbd.model import FluxRGBD
 
     dit = FluxRGBDDiT(
-        in_channels=IMAGE,
-        depth_channels=DEPTH,
-        context_in_dim=TEXT,
+        in_channels=IMAGE_VALUES,
+        depth_channels=DEPTH_VALUES,
+        context_in_dim=TEXT_CHANNELS,
         hidden_size=WIDTH,
         num_heads=WIDTH // HEAD,
         depth_double=DOUBLE,
@@ -383,7 +389,7 @@ def authors_outputs(folder):
     outputs["authors_depth_input"] = depth_pixels(depth, GRID)[:1, :, :16, :32]  # the layout of two tokens
 
     image_noise, depth_noise, clean_image, clean_depth, text, no_text = sampler_inputs()
-    noise = {IMAGE: image_noise, DEPTH: depth_noise}
+    noise = {IMAGE_VALUES: image_noise, DEPTH_VALUES: depth_noise}
     modes = {
         "joint": {"cfg_scale": GUIDANCE, "null_text_embed": no_text, "log2_alpha": LOG2_ALPHA},
         "i2d": {"clean_rgb": clean_image},

@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+from extras import flux2
 from model import MODALITIES, PRESETS, RGB
 
-flux2 = data.run_file(Path(__file__).resolve().parent.parent / "extras/flux2.py")
 FLOAT32 = 4  # bytes
 BFLOAT16 = 2
 GIB = 2**30

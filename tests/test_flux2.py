@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from flux2_reference import GRID, HEAD, IMAGE, SMALL_GRID, T_DEPTH, T_IMAGE, WIDTH, draw
+from flux2_reference import GRID, HEAD, IMAGE_VALUES, SMALL_GRID, T_DEPTH, T_IMAGE, WIDTH, draw
 from tiny_flux2 import write_layout
 
 import model
@@ -241,7 +241,7 @@ def test_parts_equal_plain_formulas(double, single, decoder):
         double_depth=double,
         depth=single,
         modalities=(
-            replace(model.RGB, channels=IMAGE, stride=16),
+            replace(model.RGB, channels=IMAGE_VALUES, stride=16),
             replace(model.DEPTH, decoder_depth=decoder),
         ),
     )
@@ -266,7 +266,7 @@ def test_parts_equal_plain_formulas(double, single, decoder):
 def test_denoising_loop_equals_diffusers_pipeline(name):
     last = open_network(IMAGE_WEIGHTS).sample(
         schedule={"rgb": STORED["pipeline_sigmas"]},
-        noise={"rgb": draw("pipeline latents", 2, IMAGE, *GRID)},
+        noise={"rgb": draw("pipeline latents", 2, IMAGE_VALUES, *GRID)},
         text=STORED["pipeline_text"],
         guidance={"rgb": reference.GUIDANCE if name == "guided" else 1},
         no_text=STORED["pipeline_no_text"],
@@ -401,7 +401,7 @@ def encoders(pipeline, tmp_path_factory):
 
 def test_encoders_equal_diffusers_pipeline(pipeline, encoders):
     rgb = draw("pixels", 2, 3, 16 * GRID[0], 16 * GRID[1]).tanh()
-    assert (encoders.image_channels, encoders.image_stride) == (IMAGE, 16)
+    assert (encoders.image_channels, encoders.image_stride) == (IMAGE_VALUES, 16)
     expected = pipeline._encode_vae_image(rgb, generator=None)
     assert_close(encoders.encode_image(rgb), expected, 1e-5, "latents of the pipeline")
 
@@ -412,7 +412,7 @@ def test_encoders_equal_diffusers_pipeline(pipeline, encoders):
 
 
 def test_picture_of_a_prompt_equals_diffusers_pipeline(pipeline, encoders):
-    noise = draw("pipeline latents", 2, IMAGE, *GRID)
+    noise = draw("pipeline latents", 2, IMAGE_VALUES, *GRID)
     expected = pipeline(
         prompt=reference.PROMPTS,
         height=16 * GRID[0],
