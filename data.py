@@ -1249,21 +1249,21 @@ def source_settings(p, maps=True):
         p.setting("--depth-min", 0.0, f"depth up to this is missing, {unit}", number(0, 10**6))
         p.setting("--depth-max", 0.0, f"depth beyond this is missing, {unit}; 0 is no limit", number(0, 10**6))
     p.setting("--workers", 2, "processes that read files, for each rank (evaluation: at most one)", whole(0, 256))
+    encoders_setting(p)
+
+
+def encoders_setting(p):
     p.setting("--encoders", "", "FILE.py[:FUNCTION[:ARGUMENT,...]] of frozen encoders; the file is run")
 
 
 def backbone_setting(p):
-    p.setting("--backbone", "", "extras/flux2.py, which is run: --init and --checkpoint are FLUX.2 (docs/backbone.md)")
+    p.setting("--backbone", "", "extras/flux2.py, to use FLUX.2 in place of our network; the file is run")
 
 
 def sampling_settings(p):
     """The flags of scripts that sample."""
     backbone_setting(p)
-    p.setting(
-        "--checkpoint",
-        NANO,
-        "checkpoint of a training script (default: one of the built-in world), or published weights",
-    )
+    p.setting("--checkpoint", NANO, "of a training script (the default knows the built-in world), or published weights")
     guidance = by_modality(number(0, 100), unnamed="rgb")
     scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
     p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
@@ -1824,13 +1824,16 @@ class Run:
 
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, on rank 0
         weights = dcp.get_model_state_dict(self.model, options=options)
+        ema = dict(weights)  # a dictionary of its own, because loading changes it
+        if self.ema is not self.model:
+            ema = dcp.get_model_state_dict(self.ema, options=options)
         state = {
             "config": asdict(self.model.config),
             "settings": vars(self.args),
             "step": self.step,
             "skipped": self.skipped,
             "model": weights,
-            "ema": dict(weights) if self.ema is self.model else dcp.get_model_state_dict(self.ema, options=options),
+            "ema": ema,
             "optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizers, options=options),
         }
         if self.rank == 0:

@@ -57,7 +57,7 @@ def parse():
     )
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--seed", 0, "of the first sample's noise; the next adds 1, a file of a directory its hash", data.SEED)
-    p.setting("--encoders", "", "FILE.py of the frozen encoders that the checkpoint was trained with; it is run")
+    data.encoders_setting(p)
     p.setting("--out", "runs/samples", "directory to write to, new or empty")
     args = p.parse_args()
     if args.cfg_interval[0] > args.cfg_interval[1]:

@@ -11,8 +11,8 @@ The run directory (--out) gets config.json, metrics.jsonl (losses and speed), sa
 train_forcing.py starts from last.pt, the newest. docs/gpu-node.md has more on clusters.
 
 A step reads: draw a batch -> draw noise levels -> corrupt -> predict -> loss -> step. train_forcing.py does the same
-for several modalities. data.Run has what both stages share: clipping, the learning rate, the averaged
-weights (EMA), ranks, checkpoints and metrics.
+for several modalities. data.Run has what both stages share: clipping, the learning rate, the averaged weights (EMA),
+ranks, checkpoints and metrics.
 """
 
 import functools

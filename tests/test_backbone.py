@@ -506,17 +506,20 @@ def test_two_sharded_ranks_compute_what_one_computes_and_hold_half_each(t2i, tmp
 
 @pytest.mark.slow
 def test_sharded_ranks_without_an_average_go_on(t2i, tmp_path):
-    """Interrupted after two steps, three steps give the weights of a run left alone."""
-    line = f"{QUICK} --init {t2i} --shard --ema 0 --lr 1e-3"
-    first = f"{line} --steps 3 --checkpoint-every 2 --out {tmp_path}/alone"
-    code, printed = finish(start("train_forcing", first, launcher=LAUNCHER))
-    assert code == 0, printed
-    shutil.copytree(tmp_path / "alone", tmp_path / "stopped")
-    (tmp_path / "stopped/step-0000003.pt").unlink()
-    stopped = f"{line} --steps 3 --out {tmp_path}/stopped --resume"
-    code, printed = finish(start("train_forcing", stopped, launcher=LAUNCHER))
-    assert code == 0, printed
-    assert "from step 2" in printed
-    alone = weights(tmp_path / "alone")
-    assert losses(tmp_path / "stopped")[3] == losses(tmp_path / "alone")[3]
-    assert all(torch.equal(weight, alone[name]) for name, weight in weights(tmp_path / "stopped").items())
+    """Interrupted after two steps, three steps give the weights of a run left alone, also if they keep an average."""
+    line = f"{QUICK} --init {t2i} --shard --ema 0 --lr 1e-3 --steps 3"
+
+    def train_sharded(more):
+        code, printed = finish(start("train_forcing", f"{line} {more}", launcher=LAUNCHER))
+        assert code == 0, printed
+        return printed
+
+    train_sharded(f"--checkpoint-every 2 --out {tmp_path}/alone")
+    expected = torch.load(tmp_path / "alone/last.pt", weights_only=True)["model"]
+    for name, more in (("stopped", ""), ("averaged", "--ema 0.9")):
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "alone", out)
+        (out / "step-0000003.pt").unlink()
+        assert "from step 2" in train_sharded(f"{more} --out {out} --resume")
+        found = torch.load(out / "last.pt", weights_only=True)["model"]
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
