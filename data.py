@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model import JOINT, MODALITIES, TEXT_PATCH, DiT, split_by_mode, training_cost
+from model import GUIDANCE, JOINT, MODALITIES, TEXT_PATCH, DiT, split_by_mode, training_cost
 
 # ---- The synthetic world ----
 # Endless captioned scenes with exact depth and normals, so that you can train both stages without any download.
@@ -402,7 +402,7 @@ def render(scenes, height, width=None, device="cpu"):
 # Real depth sensors leave pixels out. These masks imitate that, so that dense maps train the network for sparse ones.
 # The network gets no mask: it must recognise the noise that stands in for a missing pixel.
 
-PATTERNS = ("dense", "uniform", "lidar", "sfm", "holes")
+PATTERNS = {"dense": 0.5, "uniform": 0.125, "lidar": 0.125, "sfm": 0.125, "holes": 0.125}  # shares in "mixed"
 
 
 def scan_lines(noise, rand):
@@ -457,9 +457,12 @@ def sensor_mask(rgb, pattern, rand):
     holes = outside_rectangles(noise, rand)
     masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
     if pattern == "mixed":
-        choice = (rand() * len(PATTERNS)).long()
+        ends = torch.tensor(list(PATTERNS.values()), device=rgb.device).cumsum(
+            0
+        )  # of the patterns' intervals in (0, 1]
+        choice = torch.bucketize(rand(), ends, right=True)
     else:
-        choice = torch.full((batch,), PATTERNS.index(pattern), device=rgb.device)
+        choice = torch.full((batch,), list(PATTERNS).index(pattern), device=rgb.device)
     return masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
 
 
@@ -1265,24 +1268,28 @@ def sampling_settings(p):
     backbone_setting(p)
     p.setting("--checkpoint", NANO, "of a training script (the default knows the built-in world), or published weights")
     guidance = by_modality(number(0, 100), unnamed="rgb")
-    scales = "guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: 3)"
-    p.setting("--cfg", {"rgb": 3.0}, scales, guidance)
+    scales = f"guidance scale of the image (3) or by name (rgb=3,depth=2); 1 is none (default: {GUIDANCE:g})"
+    p.setting("--cfg", {"rgb": GUIDANCE}, scales, guidance)
     p.setting("--ensemble", 1, "samples of each map, of which the median is taken", whole(1, 1000))
     p.setting("--batch-size", 16, "samples in each call of the network", whole(1, 10**5))
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
 
 
-def training_settings(p, steps, out):
-    """The flags that both training scripts share; steps and out are their defaults."""
+def training_settings(p, recipe, out):
+    """The flags that both training scripts share. recipe {name: value} and out are defaults."""
     p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
-    p.setting("--steps", steps, "optimizer steps", COUNT)
-    p.setting("--batch-size", 32, "samples in a step, over all ranks and accumulation steps", whole(1, 1 << 20))
+    p.setting("--steps", recipe["steps"], "optimizer steps", COUNT)
+    samples = "samples in a step, over all ranks and accumulation steps"
+    p.setting("--batch-size", recipe["batch_size"], samples, whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "micro-batches into which each rank splits its samples, to save memory", COUNT)
-    p.setting("--lr", 6e-3, "peak learning rate", number(0, 1, above=True))
+    p.setting("--lr", recipe["lr"], "peak learning rate", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
-    p.setting("--warmup", 50, "steps of linear warm-up, before the rate falls linearly towards zero", COUNT)
+    p.setting("--beta2", recipe["beta2"], "AdamW's decay of squared gradients; small batches need a high one", SHARE)
+    p.setting("--weight-decay", 0.1, "of the blocks' matrices, by Muon", SHARE)
+    p.setting("--warmup", recipe["warmup"], "steps of linear warm-up", COUNT)
+    p.setting("--cooldown", 0.5, "share of the steps, at the end, in which the rate falls linearly to zero", SHARE)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
-    p.setting("--ema", 0.99, "decay of the averaged weights, which sampling uses; 0 keeps no average", SHARE)
+    p.setting("--ema", recipe["ema"], "decay of the averaged weights, which sampling uses; 0 keeps no average", SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1300,8 +1307,23 @@ def training_settings(p, steps, out):
     p.setting("--dry-run", False, "print the number of parameters and the FLOPs, and stop")
 
 
-def parse_run(p):
-    """Parse the flags of a training script. With --resume, the settings of the run's config.json are the defaults."""
+def preset_of(path):
+    """The preset whose recipe trained a checkpoint; nano if there is none, or if it can't be read."""
+    try:
+        return read_checkpoint(path, ["settings"])["settings"]["recipe"]
+    except (OSError, ValueError, KeyError):
+        return "nano"
+
+
+def parse_run(p, recipes):
+    """Parse the flags of a training script.
+
+    The defaults are the recipe of the preset, which may be that of --init. With --resume they are the settings in the
+    run's config.json.
+    """
+    args = p.parse_args()
+    recipe = args.preset or preset_of(args.init)
+    p.set_defaults(recipe=recipe, **recipes.get(recipe, recipes["nano"]))
     args = p.parse_args()
     path = Path(args.out) / "config.json"
     if not args.resume or not path.is_file():
@@ -1608,7 +1630,7 @@ class Run:
         if teacher is not None:
             networks.append(teacher)
             teacher.place(self.device, frozen=True, shard=shard)
-        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer)
+        self.optimizers = self.model.configure_optimizers(args.lr, args.optimizer, args.beta2, args.weight_decay)
         self.fresh_factor = (lr_new or args.lr) / args.lr  # of the learning rate of fresh parameters
         if args.resume:
             self.resume()
@@ -1760,10 +1782,11 @@ class Run:
         dcp.set_optimizer_state_dict(self.model, self.optimizers, state.get("optimizer", {}), options=options)
 
     def learning_rate(self):
-        """The rate of this step: linear warm-up, then linear decline towards zero."""
-        warmup = self.args.warmup
-        steps_left = self.args.steps - self.step + 1
-        return self.args.lr * min(self.step / warmup, steps_left / max(1, self.args.steps - warmup))
+        """The rate of this step: linear warm-up, then constant, then a linear decline towards zero."""
+        args = self.args
+        steps_left = args.steps - self.step + 1
+        cooldown = max(1, args.cooldown * args.steps)
+        return args.lr * min(self.step / args.warmup, 1.0, steps_left / cooldown)
 
     def update_weights(self):
         """Take a step of the optimizers, move the averaged weights, and count the step in the next row of metrics."""

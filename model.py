@@ -170,6 +170,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
 # A schedule is a table {m: noise levels of all steps}. A task is a schedule and the values that you give.
 
 JOINT = 5.0  # log2(alpha) in the released code's joint generation: depth resolves long after the image
+GUIDANCE = 2.0  # scale of classifier-free guidance of the image (Sec. 4.3 has 4, with FLUX.2)
 I2D_STEPS = 2  # sampling steps from an image to depth or normals: more are not better (RESULTS.md)
 
 
@@ -573,8 +574,11 @@ class Denoiser(nn.Module):
         layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
         return [layer.weight for layer in layers]
 
-    def configure_optimizers(self, lr, optimizer="muon"):
-        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. Neither decays weights.
+    def configure_optimizers(self, lr, optimizer="muon", beta2=0.95, weight_decay=0.1):
+        """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. beta2 is AdamW's.
+
+        Only Muon decays weights. It would otherwise enlarge the matrices for queries and keys, which are normalised
+        afterwards: their direction, which is all that counts, would change ever more slowly.
 
         The parameters in self.fresh_names have groups of their own, marked by the key "fresh".
         """
@@ -588,11 +592,11 @@ class Denoiser(nn.Module):
             fresh = [p for p in parameters if id(p) in fresh_ids]
             return [{"params": params, "fresh": params is fresh} for params in (pretrained, fresh) if params]
 
-        optimizers = [torch.optim.AdamW(groups(rest), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        optimizers = [torch.optim.AdamW(groups(rest), lr=lr, betas=(0.9, beta2), weight_decay=0.0, fused=True)]
         if matrices:
             if matrices[0].device.type == "cpu":  # private to torch; if torch renames it, steps are slower, not wrong
                 torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
-            muon = torch.optim.Muon(groups(matrices), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            muon = torch.optim.Muon(groups(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             optimizers.append(muon)
         return optimizers
 

@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
 from model import (
+    GUIDANCE,
     PRESETS,
     RGB,
     DiT,
@@ -34,13 +35,25 @@ from model import (
     squared_error,
 )
 
+# Defaults of flags by preset. Those of nano come from a search (RESULTS.md, "The speedrun"); the others are untested.
+LARGE = {"steps": 500_000, "batch_size": 1024, "lr": 3e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
+MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 3e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
+RECIPES = {
+    "nano": {"steps": 300, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99},
+    "tiny": MEDIUM,
+    "small": MEDIUM,
+    "370m": LARGE,
+    "800m": LARGE,
+    "3b": LARGE,
+}
+
 
 def parse():
     p = data.Flags(__doc__)
     p.setting("--preset", "nano", "network", choices=PRESETS)
     data.source_settings(p, maps=False)
-    data.training_settings(p, steps=650, out="runs/t2i")
-    return data.parse_run(p)
+    data.training_settings(p, RECIPES["nano"], out="runs/t2i")
+    return data.parse_run(p, RECIPES)
 
 
 def choose_network(args, device):
@@ -92,7 +105,7 @@ def draw_samples(encoders, batch, args, device, network):
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
     schedule = {"rgb": sampling_grid(25)}
-    samples = network.sample(schedule, {"rgb": noise}, text, guidance={"rgb": 3.0}, no_text=encoders.no_text)
+    samples = network.sample(schedule, {"rgb": noise}, text, guidance={"rgb": GUIDANCE}, no_text=encoders.no_text)
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]
     return data.draw_grid(rows, ["real", "from its\ncaption"])

@@ -11,11 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from model import make_schedule
+from model import GUIDANCE, make_schedule
 
 STEPS = 50
 MAX_FRAMES = 40
-GUIDANCE = 3.0
 FRAME_TIME = 80  # milliseconds
 LAST_FRAME_TIME = 2000
 
