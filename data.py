@@ -1307,22 +1307,25 @@ def training_settings(p, recipe, out):
     p.setting("--dry-run", False, "print the number of parameters and the FLOPs, and stop")
 
 
-def preset_of(path):
-    """The preset whose recipe trained a checkpoint; nano if there is none, or if it can't be read."""
+def find_recipe(args):
+    """The name of a recipe: --preset, or that which trained --init, or that of backbones, or nano."""
+    if args.preset:
+        return args.preset
+    if args.backbone:
+        return "backbone"
     try:
-        return read_checkpoint(path, ["settings"])["settings"]["recipe"]
-    except (OSError, ValueError, KeyError):
+        return read_checkpoint(args.init, ["settings"])["settings"]["recipe"]
+    except (OSError, ValueError, KeyError):  # --init none, or a file that is refused later
         return "nano"
 
 
 def parse_run(p, recipes):
-    """Parse the flags of a training script.
+    """Parse the flags of a training script. recipes has the defaults of some flags, {recipe: {name of a flag: value}}.
 
-    The defaults are the recipe of the preset, which may be that of --init. With --resume they are the settings in the
-    run's config.json.
+    With --resume, the settings in the run's config.json are the defaults.
     """
     args = p.parse_args()
-    recipe = args.preset or preset_of(args.init)
+    recipe = find_recipe(args)
     p.set_defaults(recipe=recipe, **recipes.get(recipe, recipes["nano"]))
     args = p.parse_args()
     path = Path(args.out) / "config.json"

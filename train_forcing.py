@@ -40,14 +40,22 @@ from model import (
 )
 
 # Defaults of flags by preset. Those of nano come from a search (RESULTS.md, "The speedrun"); the others are untested.
-# The paper holds each modality clean in 20% of the samples (Sec. 3.2), and gives no distillation weights: 0.5 and 0.05
-# are ours. nano has no teacher, because its text-to-image training is too short to be worth preserving.
-PAPER = {"p_clean": {}, "distill_hi": 0.5, "distill_lo": 0.05}
-LARGE = PAPER | {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
-MEDIUM = PAPER | {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
+LARGE = {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
+MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
 NANO = {"steps": 2400, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99}
-NANO |= {"p_clean": {"rgb": 0.25, "depth": 0.5}, "distill_hi": 0.0, "distill_lo": 0.0}
-RECIPES = {"nano": NANO, "tiny": MEDIUM, "small": MEDIUM, "370m": LARGE, "800m": LARGE, "3b": LARGE}
+# The paper gives no distillation weights; these are ours.
+TEACHER = {"distill_hi": 0.5, "distill_lo": 0.05}
+NO_TEACHER = {"distill_hi": 0.0, "distill_lo": 0.0}
+RECIPES = {
+    "nano": NANO | NO_TEACHER,  # its text-to-image training is too short to be worth preserving
+    "tiny": MEDIUM | TEACHER,
+    "small": MEDIUM | TEACHER,
+    "370m": LARGE | TEACHER,
+    "800m": LARGE | TEACHER,
+    "3b": LARGE | TEACHER,
+    "backbone": LARGE | TEACHER,
+}
+CLEAN_SHARES = {"nano": 0.3}  # chance to hold a modality clean. The others have the paper's, 0.2 (Sec. 3.2)
 
 
 def check_sparsity(text):
@@ -70,18 +78,21 @@ def parse():
     patterns = ", ".join(data.PATTERNS)
     p.setting("--sparsity", "mixed", f"pixels that keep depth: mixed, {patterns} or a share", check_sparsity)
     shares = data.by_modality(data.SHARE)
-    clean = "chance to hold a modality clean; 0.2 for those that you don't name (default: rgb=0.25,depth=0.5)"
-    p.setting("--p-clean", NANO["p_clean"], clean, shares)
+    clean = "chance to hold a modality clean, as rgb=0.25,depth=0.5 (default: 0.3 each for nano, else 0.2)"
+    p.setting("--p-clean", {}, clean, shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
     weight = data.number(0, 1000)
     p.setting(
         "--distill-hi",
-        NANO["distill_hi"],
+        RECIPES["nano"]["distill_hi"],
         "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities",
         weight,
     )
     p.setting(
-        "--distill-lo", NANO["distill_lo"], "distillation weight lambda_lo, at their t = 0; both 0: no teacher", weight
+        "--distill-lo",
+        RECIPES["nano"]["distill_lo"],
+        "distillation weight lambda_lo, at their t = 0; both 0: no teacher",
+        weight,
     )
     data.training_settings(p, NANO, out="runs/forcing")
     args = data.parse_run(p, RECIPES)
@@ -102,7 +113,8 @@ def choose_modalities(args):
     for name, share in args.p_clean.items():
         if name not in names:
             data.fail(f"--p-clean {name}={share}: {name} is not in --modalities, {args.modalities}")
-    modalities = [replace(MODALITIES[name], p_clean=args.p_clean.get(name, 0.2)) for name in names]
+    default = CLEAN_SHARES.get(args.recipe, 0.2)
+    modalities = [replace(MODALITIES[name], p_clean=args.p_clean.get(name, default)) for name in names]
     total = sum(m.p_clean for m in modalities)
     if total > 1 and not args.clean_subsets:
         data.fail(f"--p-clean: the sum of the probabilities is {total:g}; must be at most 1 without --clean-subsets")

@@ -168,7 +168,7 @@ FLAGS = [
     (evaluate, "image --checkpoint {forcing} --strength 0.5", "--strength: the task image does not use it"),
     (evaluate, "image --ensemble 3", "--ensemble: the task image does not use it"),
     (evaluate, "depth --judge-steps 4", "--judge-steps: the task depth does not use it"),
-    (evaluate, "normal --cfg 2", "--cfg: the task normal does not use it"),
+    (evaluate, "normal --cfg 3", "--cfg: the task normal does not use it"),
     (evaluate, "joint --checkpoint {forcing} --strength 0.5", "--strength: the task joint does not use it"),
     (evaluate, "follow --checkpoint {forcing} --order 0", "--order: the task follow does not use it"),
     (evaluate, "joint --checkpoint {forcing} --order depth", "--order depth: must name depth and rgb"),

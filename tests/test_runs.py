@@ -268,7 +268,7 @@ def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", line)
     args = train_t2i.parse()
     assert (args.lr, args.steps, args.shard, args.compile, args.data) == (1e-5, 9, True, False, "a b")
-    assert (args.out, args.encoders, args.resume, args.batch_size) == (str(tmp_path), "other.py", True, 32)
+    assert (args.out, args.encoders, args.resume, args.batch_size) == (str(tmp_path), "other.py", True, 8)
     assert "old" not in vars(args)
 
 

@@ -319,7 +319,7 @@ def test_the_default_number_of_steps_is_small_from_a_clean_image_and_50_else(cal
 
 
 def test_guidance_reaches_the_sampler(call, tmp_path):
-    flags = ["", "--cfg rgb=3,depth=2", "--cfg 1", "--cfg-interval 0 0.1", "--cfg depth=1,rgb=3"]
+    flags = ["", "--cfg rgb=2,depth=2", "--cfg 1", "--cfg-interval 0 0.1", "--cfg depth=1,rgb=2"]
     for i, flag in enumerate(flags):
         call(f"--prompt a --count 1 --steps 3 {flag} --out {i}")
     made = [np.load(tmp_path / f"{i}/000/depth.npy") for i in range(len(flags))]

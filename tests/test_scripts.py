@@ -21,6 +21,7 @@ from model import DEPTH, RGB, Config, DiT
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
+TEACHER = "--distill-hi 0.5 --distill-lo 0.05"
 
 
 def run(script, line, monkeypatch):
@@ -41,7 +42,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         run(train_t2i, f"{QUICK} --steps 2 --out {out}/t2i", patch)
-        run(train_forcing, f"{QUICK} --steps 2 --init {out}/t2i/last.pt --out {out}/forcing", patch)
+        run(train_forcing, f"{QUICK} {TEACHER} --steps 2 --init {out}/t2i/last.pt --out {out}/forcing", patch)
     return out / "t2i/last.pt", out / "forcing/last.pt"
 
 
@@ -183,7 +184,7 @@ def test_what_the_teacher_lacks_sets_its_weight(trained, no_pictures, tmp_path, 
     """A network of image and depth that grows normals teaches both, by the noise level of the normals."""
     weights = spied("distillation_weight", monkeypatch)
     corrupted = spied("corrupt", monkeypatch)
-    line = f"--init {trained[1]} --modalities rgb,depth,normal --steps 1"
+    line = f"--init {trained[1]} --modalities rgb,depth,normal --steps 1 {TEACHER}"
     run(train_forcing, f"{QUICK} {line} --out {tmp_path}/run", monkeypatch)
     assert torch.equal(weights[0][0], corrupted[2][2])
     assert {"loss_distill_rgb", "loss_distill_depth"} <= set(losses(tmp_path / "run")[1])
@@ -227,7 +228,7 @@ def test_going_on_from_a_checkpoint_of_this_stage_has_no_teacher(trained, no_pic
 
 
 def test_surface_normals_go_through_all_scripts(trained, world, tmp_path, monkeypatch):
-    line = f"{QUICK} --modalities rgb,depth,normal --init {trained[0]} --data {world}/folder --steps 3"
+    line = f"{QUICK} {TEACHER} --modalities rgb,depth,normal --init {trained[0]} --data {world}/folder --steps 3"
     run(train_forcing, f"{line} --clean-subsets --p-clean rgb=0.5,depth=0.4 --out {tmp_path}/run", monkeypatch)
     row = losses(tmp_path / "run")[3]
     assert np.isfinite(list(row.values())).all() and {"loss_normal", "error_normal", "loss_distill_rgb"} <= set(row)
@@ -259,9 +260,10 @@ def encoded(tmp_path_factory, world):
 
 def test_encoders_go_with_a_preset(encoded, trained, no_pictures, tmp_path, monkeypatch, capsys):
     """A preset has no encoders, but the checkpoint that it starts from has."""
-    run(train_forcing, f"{QUICK} {TOY} --preset nano --init {encoded[0]} --steps 1 --out {tmp_path}/run", monkeypatch)
+    line = f"{QUICK} {TEACHER} {TOY} --preset nano --init {encoded[0]} --steps 1"
+    run(train_forcing, f"{line} --out {tmp_path}/run", monkeypatch)
     assert "loss_distill_rgb" in losses(tmp_path / "run")[1]
-    run(train_forcing, f"--dry-run --init {trained[0]}", monkeypatch)
+    run(train_forcing, f"--dry-run --init {trained[0]} {TEACHER}", monkeypatch)
     assert "with the teacher" in capsys.readouterr().out
 
 

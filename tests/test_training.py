@@ -27,6 +27,7 @@ import train_t2i
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 8 --log-every 1 --sample-every 1000 --warmup 2"
+TEACHER = "--distill-hi 0.5 --distill-lo 0.05"
 FLOAT64 = "torch.set_default_dtype(torch.float64)\ntorch.Tensor.float = torch.Tensor.double\n"
 EAGER = "import functools\ntorch.compile = functools.partial(torch.compile, backend='eager')\n"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -254,7 +255,7 @@ def test_sharded_ranks_compile_and_draw_pictures_together(t2i, tmp_path):
 
 
 def forcing(out, t2i, steps=4, more=""):
-    return f"{QUICK} --steps {steps} --init {t2i} --checkpoint-every 1 --keep 99 --out {out} {more}"
+    return f"{QUICK} {TEACHER} --steps {steps} --init {t2i} --checkpoint-every 1 --keep 99 --out {out} {more}"
 
 
 def broken(calls):
