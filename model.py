@@ -288,7 +288,8 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
 # ---- Modalities ----
 # An entry says everything that the network, the losses and the sampler need to know of a modality.
 
-Codec = namedtuple("Codec", "encode decode finish")  # Modality.encode, decode and finish call these
+# Modality.encode, decode and finish call the functions of these names. center is the middle of the encoded values.
+Codec = namedtuple("Codec", "encode decode finish center")
 
 
 def keep_values(x, valid=None):
@@ -296,9 +297,9 @@ def keep_values(x, valid=None):
 
 
 ENCODINGS = {  # keys of Modality.encoding
-    "plain": Codec(keep_values, keep_values, functools.partial(torch.clamp, min=-1, max=1)),  # such as images
-    "relative depth": Codec(normalize_depth, uncontract, keep_values),
-    "unit vectors": Codec(keep_values, keep_values, F.normalize),  # F.normalize: to length 1 over the channels
+    "plain": Codec(keep_values, keep_values, functools.partial(torch.clamp, min=-1, max=1), 0.0),  # such as images
+    "relative depth": Codec(normalize_depth, uncontract, keep_values, 1.0),
+    "unit vectors": Codec(keep_values, keep_values, F.normalize, 0.0),  # F.normalize: to length 1 over the channels
 }
 
 
@@ -518,7 +519,7 @@ class Denoiser(nn.Module):
         return network.requires_grad_(False)
 
     def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
+        """Load the weights of a network of fewer modalities (Sec. 3.2), to which a new one looks like a grey image.
 
         The other parts of a new modality stay as they are; self.fresh_names lists them. The network shares the tensors
         in weights until place copies them. Raises ValueError if weights do not fit.
@@ -534,8 +535,13 @@ class Denoiser(nn.Module):
         for m in added:
             for name, source in self.copies(m).items():
                 weights[name] = weights[source]
+            weights.update(self.tokenize_as_grey(m, weights))
         self.fresh_names = self.state_dict().keys() - weights.keys()
         self.load_state_dict(weights, strict=False, assign=True)
+
+    def tokenize_as_grey(self, m, weights):
+        """{parameter: first value} of the tokenizer of a new modality. By default it starts at random."""
+        return {}
 
     def place(self, device, frozen=False, shard=None):
         """Copy the weights to a device, in the default type. Frozen networks have bfloat16 matrices in blocks on CUDA.
@@ -819,7 +825,25 @@ class DiT(Denoiser):
         return vectors
 
     def copies(self, m):
-        return {f"modulations.{m.name}.weight": f"modulations.{self.modalities[0].name}.weight"}
+        image = self.modalities[0]
+        embedder = self.time_embedders[m.name].state_dict()
+        names = [f"modulations.{m.name}.weight", *(f"time_embedders.{m.name}.{name}" for name in embedder)]
+        return {name: name.replace(f".{m.name}.", f".{image.name}.") for name in names}
+
+    def tokenize_as_grey(self, m, weights):
+        """The image's tokenizer with its channels added up: it takes values for grey, and their center for mid-grey.
+
+        The trunk knows such tokens, so that it uses a new modality from the start: this is what makes it learn images
+        from depth early (RESULTS.md). A new modality whose tokens have another grid of values starts at random.
+        """
+        image = self.modalities[0]
+        if m.stride != image.stride:
+            return {}
+        weight = weights[f"tokenizers.{image.name}.weight"]  # (D, C * patch^2)
+        grey = weight.unflatten(1, (image.channels, -1)).sum(1) / m.channels  # (D, patch^2)
+        grey = grey.repeat(1, m.channels)
+        bias = weights[f"tokenizers.{image.name}.bias"] - ENCODINGS[m.encoding].center * grey.sum(1)
+        return {f"tokenizers.{m.name}.weight": grey, f"tokenizers.{m.name}.bias": bias}
 
 
 def check_weights(weights, network):

@@ -423,10 +423,27 @@ def test_grown_checkpoint_predicts_the_same_image_without_depth_tokens():
     noisy = {"rgb": x["rgb"]}
     assert torch.equal(small(noisy, t, text)["rgb"], grown(noisy, t, text)["rgb"])
     torch.testing.assert_close(grown.modulations["depth"].weight, small.modulations["rgb"].weight)
-    for part in ("tokenizers.depth.weight", "time_embedders.depth.mlp.0.weight", "decoders.depth.head.weight"):
+    for part in ("decoders.depth.head.weight", "cross_time_embedders.rgb_to_depth.mlp.0.weight"):
         assert torch.equal(grown.state_dict()[part], fresh[part])
     with pytest.raises(ValueError, match="does not fit"):
         grown.warm_start(build(RGB, config=PRESETS["nano"]).state_dict())
+
+
+@pytest.mark.parametrize("m", [DEPTH, NORMAL], ids=attrgetter("name"))
+def test_a_new_modality_looks_like_a_grey_image(m):
+    """Its tokens and its conditioning are those of an image whose channels are the mean of its channels."""
+    grown = build(RGB, m)
+    grown.warm_start(build(RGB, seed=1).state_dict())
+    values = torch.rand(2, m.channels, 8, 8) * 2 - 1
+    grey = values.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    patch = grown.config.patch
+    center = 1.0 if m is DEPTH else 0.0  # depth is contracted into [0, 2)
+    tokens = {}
+    for name, x in ((m.name, values + center), ("rgb", grey)):
+        tokens[name] = grown.tokenizers[name](torch.nn.functional.pixel_unshuffle(x, patch).movedim(1, -1))
+    close(tokens[m.name], tokens["rgb"], 1e-5)
+    t = torch.tensor([0.0, 0.7])
+    assert torch.equal(grown.time_embedders[m.name](t), grown.time_embedders["rgb"](t))
 
 
 @pytest.mark.parametrize("known", [DEPTH, NORMAL], ids=attrgetter("name"))
