@@ -42,7 +42,7 @@ from model import (
 # Defaults of flags by preset. Those of nano come from a search (RESULTS.md, "The speedrun"); the others are untested.
 LARGE = {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
 MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
-NANO = {"steps": 2400, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99}
+NANO = {"steps": 2000, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99}
 # The paper gives no distillation weights; these are ours.
 TEACHER = {"distill_hi": 0.5, "distill_lo": 0.05}
 NO_TEACHER = {"distill_hi": 0.0, "distill_lo": 0.0}

@@ -39,7 +39,7 @@ from model import (
 LARGE = {"steps": 500_000, "batch_size": 1024, "lr": 3e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
 MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 3e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
 RECIPES = {
-    "nano": {"steps": 300, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99},
+    "nano": {"steps": 1800, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99},
     "tiny": MEDIUM,
     "small": MEDIUM,
     "370m": LARGE,
