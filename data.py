@@ -457,10 +457,8 @@ def sensor_mask(rgb, pattern, rand):
     holes = outside_rectangles(noise, rand)
     masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
     if pattern == "mixed":
-        ends = torch.tensor(list(PATTERNS.values()), device=rgb.device).cumsum(
-            0
-        )  # of the patterns' intervals in (0, 1]
-        choice = torch.bucketize(rand(), ends, right=True)
+        shares = torch.tensor(list(PATTERNS.values()), device=rgb.device)
+        choice = torch.bucketize(rand(), shares.cumsum(0), right=True)
     else:
         choice = torch.full((batch,), list(PATTERNS).index(pattern), device=rgb.device)
     return masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)

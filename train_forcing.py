@@ -82,19 +82,11 @@ def parse():
     p.setting("--p-clean", {}, clean, shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
     weight = data.number(0, 1000)
-    p.setting(
-        "--distill-hi",
-        RECIPES["nano"]["distill_hi"],
-        "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities",
-        weight,
-    )
-    p.setting(
-        "--distill-lo",
-        RECIPES["nano"]["distill_lo"],
-        "distillation weight lambda_lo, at their t = 0; both 0: no teacher",
-        weight,
-    )
-    data.training_settings(p, NANO, out="runs/forcing")
+    high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities"
+    low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher"
+    p.setting("--distill-hi", NO_TEACHER["distill_hi"], high, weight)
+    p.setting("--distill-lo", NO_TEACHER["distill_lo"], low, weight)
+    data.training_settings(p, RECIPES["nano"], out="runs/forcing")
     args = data.parse_run(p, RECIPES)
     if args.backbone and (args.preset or args.init == "none"):
         data.fail(f"--backbone {args.backbone}: takes its network from --init; leave out --preset and --init none")
