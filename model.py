@@ -20,7 +20,6 @@ Shapes: B batch, C channels, H W image, N tokens, D width, L text length. Dictio
 import functools
 import itertools
 import math
-import re
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -506,16 +505,11 @@ class Denoiser(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"its config is wrong: {error}") from None
 
-        weights = {}
+        check_weights(state["ema"], network)
         for name, weight in state["ema"].items():
-            name = re.sub("^timesteps[.]", "time_embedders.", name)  # earlier versions had these names
-            name = re.sub("^mixers[.]", "cross_time_embedders.", name)
-            weights[name] = weight
-        check_weights(weights, network)
-        for name, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"{name} is not finite")
-        network.load_state_dict(weights, assign=True)
+        network.load_state_dict(state["ema"], assign=True)
         return network.requires_grad_(False)
 
     def warm_start(self, weights):

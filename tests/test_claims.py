@@ -256,9 +256,8 @@ def claims(tmp_path, monkeypatch):
     repository = tmp_path / "a copy"
     calls = tmp_path / "calls"
     shutil.copytree(CLAIMS, repository / "tests/claims", ignore=shutil.ignore_patterns("results", "__pycache__"))
-    for path in [*ROOT.glob("*.py"), ROOT / data.NANO]:
-        (repository / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(path, repository / path.relative_to(ROOT))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, repository)
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setenv("PYTHON", str(tmp_path / "python"))
@@ -329,7 +328,7 @@ def test_what_an_alternative_or_a_judge_is_belongs_to_its_recipe(claims):
     shared = ["train_t2i.py", "train_forcing.py", "train_forcing.py", "evaluate.py"]
     assert scripts_called() == shared + zeros
     assert left() == "2 measurements done, 0 left"
-    (claims.repository / data.NANO).write_bytes(b"another judge")
+    (claims.repository / "tests/claims/judge.pt").write_bytes(b"another judge")
     assert left() == "1 measurements done, 1 left"
     assert scripts_called() == ["evaluate.py"]
 

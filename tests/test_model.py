@@ -693,6 +693,12 @@ def test_every_parameter_has_one_optimizer():
         assert len(updated) - len(groups[0]) == matrices  # two in each block of trunk and decoder
 
 
+def test_optimizers_get_their_settings():
+    adamw, muon = build(RGB, DEPTH).configure_optimizers(1e-3, beta2=0.7, weight_decay=0.3)
+    assert {(group["betas"], group["weight_decay"]) for group in adamw.param_groups} == {((0.9, 0.7), 0.0)}
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.3}
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     g = torch.randn(96, 40, generator=torch.Generator().manual_seed(0))
     for matrix in (g, g.T):

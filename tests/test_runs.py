@@ -233,20 +233,6 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(key, ran, tmp_path, monk
     assert f"step-0000002.pt is passed over (it lacks '{key}'" in passed_over
 
 
-def test_names_of_weights_of_an_earlier_version_are_read(tmp_path):
-    def old_name(name):
-        if name.startswith("cross_time_embedders."):
-            return name.replace("cross_time_embedders.", "mixers.", 1)
-        return name.replace("time_embedders.", "timesteps.", 1)
-
-    state = checkpoint(SMALL.with_modalities(RGB, DEPTH))
-    old = {old_name(name): value for name, value in state["ema"].items()}
-    torch.save(state | {"ema": old}, tmp_path / "last.pt")
-    loaded = data.open_network(tmp_path / "last.pt")[0].state_dict()
-    assert old.keys() != loaded.keys()
-    assert all(torch.equal(value, loaded[name]) for name, value in state["ema"].items())
-
-
 @pytest.mark.parametrize("flag", ["--preset tiny", "--optimizer adamw"])
 def test_another_network_or_optimizer_is_refused_on_resuming(flag, ran, monkeypatch, capsys):
     says = f"{flag.split()[0]} must be that of the run"

@@ -17,7 +17,7 @@ import evaluate
 import sample
 import train_forcing
 import train_t2i
-from model import DEPTH, RGB, Config, DiT
+from model import DEPTH, PRESETS, RGB, Config, DiT
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--no-compile --device cpu --size 16 --batch-size 4 --log-every 1 --sample-every 100 --warmup 2"
@@ -60,6 +60,51 @@ def world(tmp_path_factory):
 def no_pictures(monkeypatch):
     for script in (train_t2i, train_forcing):
         monkeypatch.setattr(script, "draw_samples", lambda *args: Image.new("RGB", (1, 1)))
+
+
+# ---- Recipes ----
+
+
+def parse(script, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
+    return script.parse()
+
+
+@pytest.mark.parametrize("script", [train_t2i, train_forcing])
+def test_every_preset_has_a_recipe_and_flags_come_before_it(script, monkeypatch):
+    flags = "--init none" if script is train_forcing else ""
+    for preset in PRESETS:
+        args = vars(parse(script, f"{flags} --preset {preset} --beta2 0.5", monkeypatch))
+        expected = script.RECIPES[preset] | {"beta2": 0.5, "recipe": preset}
+        assert {name: args[name] for name in expected} == expected
+
+
+def test_forcing_has_the_recipe_of_the_preset_that_trained_init(trained, tmp_path, monkeypatch):
+    assert parse(train_forcing, f"--init {trained[0]}", monkeypatch).recipe == "nano"
+    state = torch.load(trained[0], weights_only=True)
+    state["settings"]["recipe"] = "370m"
+    torch.save(state, tmp_path / "370m.pt")
+    args = parse(train_forcing, f"--init {tmp_path}/370m.pt", monkeypatch)
+    assert (args.recipe, args.batch_size, args.distill_hi) == ("370m", 1024, 0.5)
+    args = parse(train_forcing, f"--init {tmp_path}/370m.pt --backbone extras/flux2.py", monkeypatch)
+    assert args.recipe == "backbone"
+
+
+@pytest.mark.parametrize(("preset", "share"), [("nano", 0.3), ("370m", 0.2)])
+def test_nano_alone_departs_from_the_papers_share_of_clean_samples(preset, share, monkeypatch):
+    args = parse(train_forcing, f"--init none --preset {preset} --p-clean depth=0.4", monkeypatch)
+    assert [m.p_clean for m in train_forcing.choose_modalities(args)] == [share, 0.4]
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
+    args = argparse.Namespace(lr=0.1, warmup=2, cooldown=0.5, steps=8)
+    run = data.Run.__new__(data.Run)
+    run.args = args
+    rates = []
+    for step in range(1, 9):
+        run.step = step
+        rates.append(run.learning_rate() / args.lr)
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 # ---- Training ----

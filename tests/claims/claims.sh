@@ -9,11 +9,13 @@
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
 # You can stop it at any time and start it again. A result is tests/claims/results/NETWORK/MEASUREMENT.SEED.json and
-# names the commands that made it. It is made again if one of them changes, or a line that a patch adds, or
-# assets/nano.pt. It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims
-# (WORK), with a copy of the scripts for each patch. A patch beside this file is an alternative to the method.
+# names the commands that made it. It is made again if one of them changes, or a line that a patch adds, or judge.pt.
+# It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims (WORK), with a copy
+# of the scripts for each patch. A patch beside this file is an alternative to the method.
 #
-# After the measurements, --p-i2d and --p-d2i became --p-clean, and the patches were remade for the scripts of today.
+# The scripts changed after the measurements. --p-i2d and --p-d2i became --p-clean, and the patches were remade. The
+# flags of $run and $guided name the recipe of that time. The first weights of depth were random, but for the modulation.
+# The judge was assets/nano.pt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims
@@ -25,7 +27,8 @@ results=$(realpath -m "${RESULTS:-$here/results}")
 # Small batches learn more here at equal samples. Depth is dense and there is no teacher unless that is the question.
 # Image from depth is learnt late and suddenly: it has a large share, and 4,000 steps in two runs (-long) where it is
 # measured.
-run="--batch-size 8 --lr 3e-3 --seed SEED --resume --keep 1 --sample-every 100000"
+recipe="--batch-size 8 --lr 3e-3 --beta2 0.95 --weight-decay 0 --cooldown 1"
+run="$recipe --seed SEED --resume --keep 1 --sample-every 100000"
 forcing="train_forcing.py $run --steps 1200"
 modes="--p-clean rgb=0.25,depth=0.5"
 alone="--distill-hi 0 --distill-lo 0"
@@ -64,7 +67,8 @@ wide-scratch     presets       $forcing --init none --preset wide $modes --spars
 
 indoors          indoors       data.py --split val --count 128
 rooms            rooms         data.py --split train --count 256
-rooms-taught     -             $forcing --init @t2i/last.pt $modes --sparsity dense --data @rooms --workers 0
+rooms-taught     -             $forcing --init @t2i/last.pt --distill-hi 0.5 --distill-lo 0.05 $modes --sparsity dense \
+                               --data @rooms --workers 0
 rooms-taught-10  -             $forcing --init @t2i/last.pt --distill-hi 5 --distill-lo 0.5 $modes --sparsity dense \
                                --data @rooms --workers 0
 rooms-untaught   -             $plain --sparsity dense --data @rooms --workers 0
@@ -81,9 +85,12 @@ modes-paper      -             $forcing --init @t2i/last.pt $alone --p-clean rgb
 
 # Depth in generated images is found by a network that is not compared. In its default two steps this depth is smooth,
 # and so is depth that is generated late in few steps. $joint finds it in 32 steps, so that smoothness is no agreement.
+guided="--cfg 3"
+judged="$guided --judge $here/judge.pt"
 depth="evaluate.py depth --images 256"
-follow="evaluate.py follow --judge assets/nano.pt"
-joint="evaluate.py joint --steps 32 --judge assets/nano.pt --judge-steps 32"
+image="evaluate.py image $guided"
+follow="evaluate.py follow $judged"
+joint="evaluate.py joint --steps 32 $judged --judge-steps 32"
 
 # claims that need it, network, measurement, command
 measurements="
@@ -91,7 +98,7 @@ measurements="
 4,5 plain-scratch depth        $depth
 4   short        depth         $depth
 
-1   plain-long   image         evaluate.py image
+1   plain-long   image         $image
 1,2 plain-long   depth         $depth
 1,2,8 plain-long follow-1      $follow
 1,8 plain-long   follow-0      $follow --strength 0
@@ -115,10 +122,10 @@ measurements="
 3   filled-10    depth         $depth
 3   filled-2     depth         $depth
 
-7   t2i          image         evaluate.py image
-7   rooms-taught image         evaluate.py image
-7   rooms-taught-10 image        evaluate.py image
-7   rooms-untaught image         evaluate.py image
+7   t2i          image         $image
+7   rooms-taught image         $image
+7   rooms-taught-10 image        $image
+7   rooms-untaught image         $image
 7   rooms-taught drift         drift.py --teacher @t2i/last.pt
 7   rooms-taught-10 drift        drift.py --teacher @t2i/last.pt
 7   rooms-untaught drift         drift.py --teacher @t2i/last.pt
@@ -168,7 +175,7 @@ recipe() {  # patch, command -> all that leads to what it makes, in a line
     local other
     for other in $(needed_by "$2"); do recipe "$(patch_of "$other")" "$(command_of "$other")"; done
     [ "$1" = - ] || echo -n "$1.patch $(grep '^+' "$here/$1.patch" | cksum | cut -d ' ' -f 1): "
-    [[ $2 != *assets/nano.pt* ]] || echo -n "nano.pt $(cksum <assets/nano.pt | cut -d ' ' -f 1): "
+    [[ $2 != *$here/judge.pt* ]] || echo -n "judge.pt $(cksum <$here/judge.pt | cut -d ' ' -f 1): "
     echo -n "$2; "
 }
 
