@@ -1535,8 +1535,12 @@ def training_flops(config, size, teacher_config=None):
     return flops
 
 
-def print_cost(config, size, teacher_config=None):
-    """Print what --dry-run promises, for images of size (H, W). The FLOPs include those of a teacher."""
+def print_cost(args, config, teacher_config=None):
+    """Print what --dry-run promises: the recipe, and the cost of training, with that of a teacher."""
+    names = ("steps", "batch_size", "lr", "beta2", "warmup", "ema")
+    recipe = [f"--{name.replace('_', '-')} {getattr(args, name):g}" for name in names]
+    print(f"recipe of {args.recipe}: {' '.join(recipe)}")
+    size = (args.size, args.size)
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
     names = ", ".join(m.name for m in config.modalities)

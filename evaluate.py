@@ -574,7 +574,7 @@ def main():
     results = vars(args) | scores
     data.write_json(out / "results.json", results)
     data.write_image(out / "grid.png", data.draw_grid(list(pictures.values()), list(pictures)))
-    print(f"wrote {out / 'results.json'}")
+    print(f"wrote {out / 'results.json'}; look at {out / 'grid.png'}")
 
 
 if __name__ == "__main__":

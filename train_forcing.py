@@ -271,7 +271,7 @@ def main():
     config, encoders = choose_network(args, modalities, init, init_encoders, device)
     teacher = choose_teacher(args, init, config)
     if args.dry_run:
-        data.print_cost(config, (args.size, args.size), teacher and teacher.config)
+        data.print_cost(args, config, teacher and teacher.config)
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)

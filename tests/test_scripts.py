@@ -249,6 +249,7 @@ def test_help_tells_the_default_of_every_flag(script, monkeypatch, capsys):
 def test_a_dry_run_prints_the_cost_and_writes_nothing(script, tmp_path, monkeypatch, capsys):
     run(script, f"--preset 3b --dry-run --out {tmp_path}/run", monkeypatch)
     printed = capsys.readouterr().out
+    assert f"recipe of 3b: --steps {script.RECIPES['3b']['steps']} --batch-size 1024" in printed
     assert re.search(r"\d\d\d\d\.\dM parameters, .* GFLOP per training image without a teacher", printed)
     assert not (tmp_path / "run").exists()
 
