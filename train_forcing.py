@@ -6,8 +6,9 @@
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        continue after an interruption
     python train_forcing.py --backbone extras/flux2.py --init FOLDER ...     from FLUX.2 [klein] (docs/backbone.md)
-    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --resume \\
-        --batch-size 1024 --grad-accum 4 --steps 100000 --lr 1e-4 --warmup 2000 --ema 0.9999
+    torchrun --nproc-per-node 8 train_forcing.py --init t2i.pt --grad-accum 4 --resume
+
+The preset that trained --init sets the defaults of steps, batch size, learning rate and so on; --dry-run prints them.
 
 A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
 draws its own noise level. One that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
@@ -237,7 +238,7 @@ def draw_samples(encoders, batch, args, device, network):
     generator = torch.Generator().manual_seed(0)
     noise = {}
     inputs = {}
-    rows = {}
+    rows = {"caption": batch.captions}
     for m in network.modalities:
         noise[m.name] = torch.randn(len(text), *m.shape((args.size, args.size)), generator=generator).to(device)
         values = batch.values[m.name]
@@ -254,7 +255,7 @@ def draw_samples(encoders, batch, args, device, network):
         values = encoders.decode_image(samples[m.name]) if m is image else m.decode(samples[m.name])
         return [data.paint(m, x) for x in m.finish(values)]
 
-    for m in network.modalities:
+    for m in reversed(network.modalities):  # depth, which comes first, then stands below the true depth
         others = {name: x0_and_valid for name, x0_and_valid in inputs.items() if name != m.name}
         rows[f"{m.name}\nfrom {', '.join(others)}"] = paint(m, sample(others))
     samples = sample({})

@@ -4,8 +4,9 @@
     python train_t2i.py --resume                 continue after an interruption
     python train_t2i.py --data 'shards/{000..999}.tar'    your own images; docs/data.md lists the layouts
     python train_t2i.py --preset 3b --dry-run    print the number of parameters and the FLOPs, and stop
-    torchrun --nproc-per-node 8 train_t2i.py --preset 370m --resume \\
-        --batch-size 1024 --grad-accum 4 --steps 500000 --lr 3e-4 --warmup 2000 --ema 0.9999
+    torchrun --nproc-per-node 8 train_t2i.py --preset 370m --grad-accum 4 --resume
+
+The preset sets the defaults of steps, batch size, learning rate and so on; --dry-run prints them.
 
 The run directory (--out) gets config.json, metrics.jsonl (losses and speed), samples/ and the last checkpoints.
 train_forcing.py starts from last.pt, the newest. docs/gpu-node.md has more on clusters.

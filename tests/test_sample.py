@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 
 import animate
+import directions
 import numpy as np
 import pytest
 import torch
@@ -502,3 +503,15 @@ def test_an_animation_ends_with_the_sample(call, checkpoints, tmp_path, monkeypa
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("RGB")).astype(int)[:96:6, :96:6]
     assert np.abs(last - pixels(tmp_path / "s/000/rgb.png")).mean() < 10  # a GIF has 256 colours
+
+
+def test_the_picture_of_all_directions_has_the_scenes(checkpoints, tmp_path, monkeypatch):
+    line = f"directions.py --checkpoint {checkpoints['rgbd']} --count 2 --out {tmp_path}/a.png"
+    monkeypatch.setattr(sys, "argv", line.split())
+    directions.main()
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    side = data.open_network(checkpoints["rgbd"])[0].config.size
+    scenes = data.SyntheticWorld("val", (side, side)).samples([0, 1])
+    rows = [[data.paint_rgb(x) for x in scenes.values["rgb"]], [data.paint_depth(x) for x in scenes.values["depth"]]]
+    real = np.asarray(data.draw_grid([scenes.captions, *rows], ["caption", "rgb", "depth"]))
+    assert np.array_equal(picture[: len(real), 110:], real[:, 110:])
