@@ -441,7 +441,8 @@ def sensor_mask(rgb, pattern, rand):
     """The pixels that a sensor would measure in images rgb (B, 3, H, W): a mask (B, 1, H, W).
 
     pattern: one of PATTERNS (all pixels, a random 0.5-50% of them, scan lines, points where the image has texture, all
-    but four rectangles); "mixed", one of these for each sample; or a number in (0, 1], a share that is kept at random.
+    but four rectangles); "mixed", one of these for each sample, as often as PATTERNS says; or a number in (0, 1], a
+    share that is kept at random.
     rand(*shape) draws (B, *shape) from U(0, 1) on the device of rgb, as PerSampleRNG.rand does.
     """
     batch, _, height, width = rgb.shape
@@ -457,8 +458,10 @@ def sensor_mask(rgb, pattern, rand):
     holes = outside_rectangles(noise, rand)
     masks = torch.cat([dense, uniform, lidar, sfm, holes], 1)  # (B, 5, H, W), in the order of PATTERNS
     if pattern == "mixed":
-        shares = torch.tensor(list(PATTERNS.values()), device=rgb.device)
-        choice = torch.bucketize(rand(), shares.cumsum(0), right=True)
+        u = rand()
+        choice = torch.zeros_like(u, dtype=torch.long)
+        for end in itertools.accumulate(list(PATTERNS.values())[:-1]):
+            choice += u >= end
     else:
         choice = torch.full((batch,), list(PATTERNS).index(pattern), device=rgb.device)
     return masks.take_along_dim(choice.view(-1, 1, 1, 1), 1)
@@ -1274,20 +1277,23 @@ def sampling_settings(p):
 
 
 def training_settings(p, recipe, out):
-    """The flags that both training scripts share. recipe {name: value} and out are defaults."""
+    """The flags that both training scripts share. recipe {name: value}, that of nano, and out are defaults."""
+    by_preset = "(default: by preset; nano has %(default)s)"
     p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
-    p.setting("--steps", recipe["steps"], "optimizer steps", COUNT)
-    samples = "samples in a step, over all ranks and accumulation steps"
+    p.setting("--steps", recipe["steps"], f"optimizer steps {by_preset}", COUNT)
+    samples = f"samples in a step, over all ranks and accumulation steps {by_preset}"
     p.setting("--batch-size", recipe["batch_size"], samples, whole(1, 1 << 20))
     p.setting("--grad-accum", 1, "micro-batches into which each rank splits its samples, to save memory", COUNT)
-    p.setting("--lr", recipe["lr"], "peak learning rate", number(0, 1, above=True))
+    p.setting("--lr", recipe["lr"], f"peak learning rate {by_preset}", number(0, 1, above=True))
     p.setting("--optimizer", "muon", "muon (blocks' matrices; AdamW for the rest) or adamw", choices=["muon", "adamw"])
-    p.setting("--beta2", recipe["beta2"], "AdamW's decay of squared gradients; small batches need a high one", SHARE)
-    p.setting("--weight-decay", 0.1, "of the blocks' matrices, by Muon", SHARE)
-    p.setting("--warmup", recipe["warmup"], "steps of linear warm-up", COUNT)
+    average = f"decay of AdamW's average of squared gradients; small batches need a high one {by_preset}"
+    p.setting("--beta2", recipe["beta2"], average, number(0, 0.999999))
+    p.setting("--weight-decay", 0.1, "of the blocks' matrices, by Muon; AdamW decays nothing", SHARE)
+    p.setting("--warmup", recipe["warmup"], f"steps of linear warm-up {by_preset}", COUNT)
     p.setting("--cooldown", 0.5, "share of the steps, at the end, in which the rate falls linearly to zero", SHARE)
     p.setting("--clip", 1.0, "norm to which the gradient is clipped", POSITIVE)
-    p.setting("--ema", recipe["ema"], "decay of the averaged weights, which sampling uses; 0 keeps no average", SHARE)
+    average = f"decay of the averaged weights, which sampling uses; 0 keeps no average {by_preset}"
+    p.setting("--ema", recipe["ema"], average, SHARE)
     p.setting("--drop-caption", 0.1, "share of captions that is dropped, for classifier-free guidance", SHARE)
     p.setting("--seed", 0, "seed of weights, scenes and noise", SEED)
     p.setting("--device", "auto", "auto, cuda, mps or cpu")
@@ -1302,7 +1308,7 @@ def training_settings(p, recipe, out):
     p.setting("--sample-every", 500, "steps between sample pictures", COUNT)
     p.setting("--max-skipped", 20, "skipped steps in a row (loss or gradient not finite) that end the run", COUNT)
     p.setting("--timeout", 1800, "seconds until a silent rank ends the run; allow for counting shards", whole(1, 10**6))
-    p.setting("--dry-run", False, "print the number of parameters and the FLOPs, and stop")
+    p.setting("--dry-run", False, "print the recipe, the number of parameters and the FLOPs, and stop")
 
 
 def find_recipe(args):
@@ -1312,32 +1318,38 @@ def find_recipe(args):
     if args.backbone:
         return "backbone"
     try:
-        return read_checkpoint(args.init, ["settings"])["settings"]["recipe"]
-    except (OSError, ValueError, KeyError):  # --init none, or a file that is refused later
+        settings = read_checkpoint(args.init, ["settings"])["settings"]
+    except (OSError, ValueError):  # --init none, or a file that is refused later
         return "nano"
+    return settings.get("recipe") or settings.get("preset") or "nano"
 
 
 def parse_run(p, recipes):
     """Parse the flags of a training script. recipes has the defaults of some flags, {recipe: {name of a flag: value}}.
 
-    With --resume, the settings in the run's config.json are the defaults.
+    A preset without a recipe has nano's. With --resume, the settings in the run's config.json are the defaults.
     """
     args = p.parse_args()
     recipe = find_recipe(args)
-    p.set_defaults(recipe=recipe, **recipes.get(recipe, recipes["nano"]))
+    if recipe not in recipes:
+        recipe = "nano"
+    p.set_defaults(recipe=recipe, **recipes[recipe])
     args = p.parse_args()
     path = Path(args.out) / "config.json"
     if not args.resume or not path.is_file():
         return args
 
     settings = json.loads(path.read_bytes())
+    if "recipe" not in settings:
+        fail("--resume: the run is of an earlier version, which had another learning rate; go on with that version")
     # --out may have moved, and --encoders and --backbone are code, which you must name to run it.
     for name in vars(args).keys() & settings.keys() - {"out", "encoders", "backbone"}:
         p.set_defaults(**{name: settings[name]})
     args = p.parse_args()
-    for name in ("preset", "modalities", "optimizer"):
+    for name in ("preset", "modalities", "optimizer", "beta2", "weight_decay"):
         if getattr(args, name, None) != settings.get(name):
-            fail(f"--resume: --{name} must be that of the run, {settings.get(name)}; is it a run of this script?")
+            flag = name.replace("_", "-")
+            fail(f"--resume: --{flag} must be that of the run, {settings.get(name)}; is it a run of this script?")
     if settings["encoders"] and not args.encoders:
         fail(f"--resume: this run has --encoders {settings['encoders']}, a file that is run; give the flag again")
     return args
@@ -1535,11 +1547,10 @@ def training_flops(config, size, teacher_config=None):
     return flops
 
 
-def print_cost(args, config, teacher_config=None):
-    """Print what --dry-run promises: the recipe, and the cost of training, with that of a teacher."""
-    names = ("steps", "batch_size", "lr", "beta2", "warmup", "ema")
-    recipe = [f"--{name.replace('_', '-')} {getattr(args, name):g}" for name in names]
-    print(f"recipe of {args.recipe}: {' '.join(recipe)}")
+def print_cost(args, recipe, config, teacher_config=None):
+    """Print what --dry-run promises: the settings that recipe names, and the cost of training with the teacher."""
+    settings = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in recipe]
+    print(f"recipe of {args.recipe}: {' '.join(settings)}")
     size = (args.size, args.size)
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9

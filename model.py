@@ -5,8 +5,8 @@ is clean, so it conditions the others. At t = 1 it is pure noise, and sampling l
 two it is a hint that is partly trusted.
 
 A modality is an entry in a list, and every loop runs over the entries. Only the first entry, the image, has roles of
-its own: its conditioning vector also modulates the text tokens, a new modality starts with a copy of its modulation,
-and in sampling the other noise levels may follow its noise level.
+its own: its conditioning vector also modulates the text tokens, a new modality starts with copies of its weights, and
+in sampling the other noise levels may follow its noise level.
 
 References:
   Modality Forcing               https://arxiv.org/abs/2606.13676   sections and equations cited below
@@ -513,7 +513,7 @@ class Denoiser(nn.Module):
         return network.requires_grad_(False)
 
     def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2), to which a new one looks like a grey image.
+        """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
 
         The other parts of a new modality stay as they are; self.fresh_names lists them. The network shares the tensors
         in weights until place copies them. Raises ValueError if weights do not fit.
@@ -529,11 +529,11 @@ class Denoiser(nn.Module):
         for m in added:
             for name, source in self.copies(m).items():
                 weights[name] = weights[source]
-            weights.update(self.tokenize_as_grey(m, weights))
+            weights.update(self.tokenize_as_image(m, weights))
         self.fresh_names = self.state_dict().keys() - weights.keys()
         self.load_state_dict(weights, strict=False, assign=True)
 
-    def tokenize_as_grey(self, m, weights):
+    def tokenize_as_image(self, m, weights):
         """{parameter: first value} of the tokenizer of a new modality. By default it starts at random."""
         return {}
 
@@ -574,7 +574,7 @@ class Denoiser(nn.Module):
         layers = [module for block in self.all_blocks() for module in block.modules() if isinstance(module, nn.Linear)]
         return [layer.weight for layer in layers]
 
-    def configure_optimizers(self, lr, optimizer="muon", beta2=0.95, weight_decay=0.1):
+    def configure_optimizers(self, lr, optimizer, beta2, weight_decay):
         """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. beta2 is AdamW's.
 
         Only Muon decays weights. It would otherwise enlarge the matrices for queries and keys, which are normalised
@@ -820,24 +820,26 @@ class DiT(Denoiser):
 
     def copies(self, m):
         image = self.modalities[0]
-        embedder = self.time_embedders[m.name].state_dict()
-        names = [f"modulations.{m.name}.weight", *(f"time_embedders.{m.name}.{name}" for name in embedder)]
+        embedder = [f"time_embedders.{m.name}.{name}" for name, _ in self.time_embedders[m.name].named_parameters()]
+        names = [f"modulations.{m.name}.weight", *embedder]
         return {name: name.replace(f".{m.name}.", f".{image.name}.") for name in names}
 
-    def tokenize_as_grey(self, m, weights):
-        """The image's tokenizer with its channels added up: it takes values for grey, and their center for mid-grey.
+    def tokenize_as_image(self, m, weights):
+        """The image's tokenizer. A clean map has the tokens of a grey image, or of an image if it has as many channels.
 
-        The trunk knows such tokens, so that it uses a new modality from the start: this is what makes it learn images
-        from depth early (RESULTS.md). A new modality whose tokens have another grid of values starts at random.
+        The middle of its values is mid-grey. The trunk knows such tokens, so that it uses a new modality from the
+        start. It then learns images from depth early (RESULTS.md). With another stride, a tokenizer starts at random.
         """
         image = self.modalities[0]
         if m.stride != image.stride:
             return {}
         weight = weights[f"tokenizers.{image.name}.weight"]  # (D, C * patch^2)
-        grey = weight.unflatten(1, (image.channels, -1)).sum(1) / m.channels  # (D, patch^2)
-        grey = grey.repeat(1, m.channels)
-        bias = weights[f"tokenizers.{image.name}.bias"] - ENCODINGS[m.encoding].center * grey.sum(1)
-        return {f"tokenizers.{m.name}.weight": grey, f"tokenizers.{m.name}.bias": bias}
+        bias = weights[f"tokenizers.{image.name}.bias"]
+        if m.channels != image.channels:
+            grey = weight.unflatten(1, (image.channels, -1)).sum(1)  # (D, patch^2)
+            weight = grey.repeat(1, m.channels) / m.channels
+        bias = bias - ENCODINGS[m.encoding].center * weight.sum(1)
+        return {f"tokenizers.{m.name}.weight": weight, f"tokenizers.{m.name}.bias": bias}
 
 
 def check_weights(weights, network):

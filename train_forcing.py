@@ -13,8 +13,9 @@ The preset that trained --init sets the defaults of steps, batch size, learning 
 A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
 draws its own noise level. One that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
 noise and carry no loss either. The network gets no mask channel: it must recognise noise. While a run adds modalities,
-the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8). data.Run has what both
-stages share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and metrics.
+the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8). nano has none by default.
+data.Run has what both stages share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and
+metrics.
 
 The run directory (--out) gets config.json, metrics.jsonl (losses by modality and training mode, speed), samples/ and
 the last checkpoints. Give its last.pt to sample.py and evaluate.py.
@@ -44,19 +45,22 @@ from model import (
 LARGE = {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
 MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
 NANO = {"steps": 2000, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99}
-# The paper gives no distillation weights; these are ours.
+BACKBONE = {"steps": 20_000, "batch_size": 64, "lr": 1e-5, "beta2": 0.95, "warmup": 1000, "ema": 0.9999}
+ADAMW = {"optimizer": "adamw", "lr_new": 1e-4}
+# The paper gives no distillation weights; these are ours. The text-to-image training of nano is not worth preserving.
 TEACHER = {"distill_hi": 0.5, "distill_lo": 0.05}
 NO_TEACHER = {"distill_hi": 0.0, "distill_lo": 0.0}
 RECIPES = {
-    "nano": NANO | NO_TEACHER,  # its text-to-image training is too short to be worth preserving
+    "nano": NANO | NO_TEACHER,
     "tiny": MEDIUM | TEACHER,
     "small": MEDIUM | TEACHER,
     "370m": LARGE | TEACHER,
     "800m": LARGE | TEACHER,
     "3b": LARGE | TEACHER,
-    "backbone": LARGE | TEACHER,
+    "backbone": BACKBONE | ADAMW | TEACHER,
 }
-CLEAN_SHARES = {"nano": 0.3}  # chance to hold a modality clean. The others have the paper's, 0.2 (Sec. 3.2)
+# The chance to hold a modality clean is the paper's, 0.2 (Sec. 3.2), but for these.
+P_CLEAN = {"nano": {"rgb": 0.3, "depth": 0.3}}
 
 
 def check_sparsity(text):
@@ -79,7 +83,7 @@ def parse():
     patterns = ", ".join(data.PATTERNS)
     p.setting("--sparsity", "mixed", f"pixels that keep depth: mixed, {patterns} or a share", check_sparsity)
     shares = data.by_modality(data.SHARE)
-    clean = "chance to hold a modality clean, as rgb=0.25,depth=0.5 (default: 0.3 each for nano, else 0.2)"
+    clean = "chance to hold a modality clean, as rgb=0.25,depth=0.5, else 0.2 (default: nano has rgb=0.3,depth=0.3)"
     p.setting("--p-clean", {}, clean, shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
     weight = data.number(0, 1000)
@@ -106,8 +110,8 @@ def choose_modalities(args):
     for name, share in args.p_clean.items():
         if name not in names:
             data.fail(f"--p-clean {name}={share}: {name} is not in --modalities, {args.modalities}")
-    default = CLEAN_SHARES.get(args.recipe, 0.2)
-    modalities = [replace(MODALITIES[name], p_clean=args.p_clean.get(name, default)) for name in names]
+    shares = args.p_clean or P_CLEAN.get(args.recipe, {})
+    modalities = [replace(MODALITIES[name], p_clean=shares.get(name, MODALITIES[name].p_clean)) for name in names]
     total = sum(m.p_clean for m in modalities)
     if total > 1 and not args.clean_subsets:
         data.fail(f"--p-clean: the sum of the probabilities is {total:g}; must be at most 1 without --clean-subsets")
@@ -255,7 +259,7 @@ def draw_samples(encoders, batch, args, device, network):
         values = encoders.decode_image(samples[m.name]) if m is image else m.decode(samples[m.name])
         return [data.paint(m, x) for x in m.finish(values)]
 
-    for m in reversed(network.modalities):  # depth, which comes first, then stands below the true depth
+    for m in reversed(network.modalities):  # the last one first, so that it stands below its true map
         others = {name: x0_and_valid for name, x0_and_valid in inputs.items() if name != m.name}
         rows[f"{m.name}\nfrom {', '.join(others)}"] = paint(m, sample(others))
     samples = sample({})
@@ -272,7 +276,7 @@ def main():
     config, encoders = choose_network(args, modalities, init, init_encoders, device)
     teacher = choose_teacher(args, init, config)
     if args.dry_run:
-        data.print_cost(args, config, teacher and teacher.config)
+        data.print_cost(args, RECIPES[args.recipe], config, teacher and teacher.config)
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)

@@ -117,7 +117,7 @@ def main():
     device = data.pick_device("cpu" if args.dry_run else args.device)
     config, encoders = choose_network(args, device)
     if args.dry_run:
-        data.print_cost(args, config)
+        data.print_cost(args, RECIPES[args.recipe], config)
         return
 
     source = data.open_source(args, "train", (args.size, args.size), config.modalities, device)

@@ -23,12 +23,12 @@ def parse():
 
 def main():
     args = parse()
-    network, _ = data.open_network(args.checkpoint, "--checkpoint")
+    network, state = data.open_network(args.checkpoint, "--checkpoint")
     device = torch.device("cpu")
     network.place(device)
     args.size = network.config.size
     batch = data.SyntheticWorld("val", (args.size, args.size)).samples(range(args.count))
-    encoders = data.open_encoders("", device, network.config)
+    encoders = data.open_encoders("", device, network.config, state["settings"].get("encoders", ""))
     picture = train_forcing.draw_samples(encoders, batch, args, device, network)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,5 +36,4 @@ def main():
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     data.run_script(main)

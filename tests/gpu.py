@@ -151,10 +151,10 @@ def network_flags(args):
 def stages(args, report):
     """Compiled against eager, with the same seeds, in both stages. Both second stages start from one checkpoint."""
     steps = args.steps or 50
-    init = ["--init", args.work / "t2i-eager" / "last.pt"]
+    init = ["--init", args.work / "t2i-eager" / "last.pt", "--distill-hi", 0.5, "--distill-lo", 0.05]
     for stage, more in (("t2i", []), ("forcing", init)):
         name = f"train_{stage}.py"
-        flags = [*network_flags(args), "--lr", LOW_RATE, *more]
+        flags = [*network_flags(args), "--lr", LOW_RATE, "--warmup", 50, *more]
         runs = {
             f"{stage}-compiled": train_command(args, name, f"{stage}-compiled", steps, *flags, "--compile"),
             f"{stage}-eager": train_command(args, name, f"{stage}-eager", steps, *flags, "--no-compile"),
@@ -168,7 +168,16 @@ def ranks(args, report):
         report.row("two ranks, one", "skipped: one GPU")
         return
     name = "train_forcing.py"
-    flags = [*network_flags(args), "--lr", LOW_RATE, "--init", "none", "--no-compile" if args.toy else "--compile"]
+    flags = [
+        *network_flags(args),
+        "--lr",
+        LOW_RATE,
+        "--warmup",
+        50,
+        "--init",
+        "none",
+        "--no-compile" if args.toy else "--compile",
+    ]
     steps = args.steps or 50
     runs = {
         "two": train_command(args, name, "two", steps, *flags, ranks=2),

@@ -50,6 +50,7 @@ NUMBERS = {
         "--batch-size": "0 -1 1000000000 nan",
         "--grad-accum": "0 -2",
         "--warmup": "0 1.5",
+        "--beta2": "1 -0.1",
         "--keep": "0 -1",
         "--workers": "-1 100000",
         "--checkpoint-every": "0",

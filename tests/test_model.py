@@ -20,6 +20,7 @@ from model import (
     TEXT_PATCH,
     Config,
     DiT,
+    Modality,
     contract,
     corrupt,
     distillation_weight,
@@ -430,20 +431,39 @@ def test_grown_checkpoint_predicts_the_same_image_without_depth_tokens():
 
 
 @pytest.mark.parametrize("m", [DEPTH, NORMAL], ids=attrgetter("name"))
-def test_a_new_modality_looks_like_a_grey_image(m):
-    """Its tokens and its conditioning are those of an image whose channels are the mean of its channels."""
+def test_a_new_modality_looks_like_an_image(m):
+    """Its clean tokens and its conditioning are those of a grey image, or of an image if it has as many channels."""
     grown = build(RGB, m)
     grown.warm_start(build(RGB, seed=1).state_dict())
     values = torch.rand(2, m.channels, 8, 8) * 2 - 1
-    grey = values.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     patch = grown.config.patch
     center = 1.0 if m is DEPTH else 0.0  # depth is contracted into [0, 2)
     tokens = {}
-    for name, x in ((m.name, values + center), ("rgb", grey)):
+    for name, x in ((m.name, values + center), ("rgb", values.expand(-1, 3, -1, -1))):
         tokens[name] = grown.tokenizers[name](torch.nn.functional.pixel_unshuffle(x, patch).movedim(1, -1))
     close(tokens[m.name], tokens["rgb"], 1e-5)
     t = torch.tensor([0.0, 0.7])
     assert torch.equal(grown.time_embedders[m.name](t), grown.time_embedders["rgb"](t))
+
+
+def test_a_new_modality_of_two_channels_shows_their_mean():
+    flow = Modality("flow", channels=2, id=4)
+    grown = build(RGB, flow)
+    grown.warm_start(build(RGB, seed=1).state_dict())
+    values = torch.rand(1, 2, 8, 8)
+    tokens = []
+    for x in (values, values.flip(1)):
+        patches = torch.nn.functional.pixel_unshuffle(x, grown.config.patch).movedim(1, -1)
+        tokens.append(grown.tokenizers["flow"](patches))
+    close(tokens[0], tokens[1], 1e-5)
+
+
+def test_a_tokenizer_of_another_stride_starts_at_random():
+    latents = Modality("rgb", channels=3, id=0, stride=2)
+    grown = build(latents, DEPTH)
+    first = grown.tokenizers["depth"].weight.clone()
+    grown.warm_start(build(latents, seed=1).state_dict())
+    assert torch.equal(grown.tokenizers["depth"].weight, first)
 
 
 @pytest.mark.parametrize("known", [DEPTH, NORMAL], ids=attrgetter("name"))
@@ -686,7 +706,7 @@ def test_counted_flops_match_a_closed_form():
 def test_every_parameter_has_one_optimizer():
     network = build(RGB, DEPTH)
     for optimizer, matrices in (("muon", 2 * 3), ("adamw", 0)):
-        optimizers = network.configure_optimizers(1e-3, optimizer)
+        optimizers = network.configure_optimizers(1e-3, optimizer, 0.95, 0.1)
         groups = [[p for group in o.param_groups for p in group["params"]] for o in optimizers]
         updated = [id(p) for group in groups for p in group]
         assert sorted(updated) == sorted(id(p) for p in network.parameters())
@@ -694,7 +714,7 @@ def test_every_parameter_has_one_optimizer():
 
 
 def test_optimizers_get_their_settings():
-    adamw, muon = build(RGB, DEPTH).configure_optimizers(1e-3, beta2=0.7, weight_decay=0.3)
+    adamw, muon = build(RGB, DEPTH).configure_optimizers(1e-3, "muon", beta2=0.7, weight_decay=0.3)
     assert {(group["betas"], group["weight_decay"]) for group in adamw.param_groups} == {((0.9, 0.7), 0.0)}
     assert {group["weight_decay"] for group in muon.param_groups} == {0.3}
 

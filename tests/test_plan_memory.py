@@ -51,7 +51,7 @@ def test_counted_weights_are_what_training_keeps():
     plans = plan_memory.memory_plan(config, (32, 32), 1, 4, "muon", preset, half=False)
     plain = plans[False, False]
     network = model.DiT(config)
-    optimizers = network.configure_optimizers(1e-3, "muon")
+    optimizers = network.configure_optimizers(1e-3, "muon", 0.95, 0.1)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:
@@ -89,7 +89,7 @@ def test_a_whole_step_of_klein_takes_what_is_planned():
         teacher = load_empty(teacher_config).requires_grad_(False)
         for weight in teacher.matrices():
             weight.data = weight.data.bfloat16()
-        (optimizer,) = network.configure_optimizers(1e-5, "adamw")
+        (optimizer,) = network.configure_optimizers(1e-5, "adamw", 0.95, 0.0)
         noisy, t, text = plan_memory.example_inputs(config, size, 2)
         for _ in range(2):
             live.peak = 0

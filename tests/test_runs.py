@@ -233,7 +233,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(key, ran, tmp_path, monk
     assert f"step-0000002.pt is passed over (it lacks '{key}'" in passed_over
 
 
-@pytest.mark.parametrize("flag", ["--preset tiny", "--optimizer adamw"])
+@pytest.mark.parametrize("flag", ["--preset tiny", "--optimizer adamw", "--beta2 0.5", "--weight-decay 0"])
 def test_another_network_or_optimizer_is_refused_on_resuming(flag, ran, monkeypatch, capsys):
     says = f"{flag.split()[0]} must be that of the run"
     refused(capsys, says, run, train_t2i, f"--resume {flag} --out {ran}", monkeypatch)
@@ -248,7 +248,8 @@ def test_encoders_must_be_named_again_on_resuming(ran, tmp_path, monkeypatch, ca
 
 def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkeypatch):
     settings = {"lr": 1e-5, "steps": 7, "shard": True, "compile": False, "data": "a b", "out": "elsewhere", "old": 1}
-    settings |= {"preset": "nano", "optimizer": "muon", "encoders": "plug-in.py"}
+    settings |= {"preset": "nano", "recipe": "nano", "optimizer": "muon", "encoders": "plug-in.py"}
+    settings |= {"beta2": 0.99, "weight_decay": 0.1}
     data.write_json(tmp_path / "config.json", settings)
     line = ["train_t2i.py", "--resume", "--steps", "9", "--encoders", "other.py", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", line)

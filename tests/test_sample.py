@@ -515,3 +515,5 @@ def test_the_picture_of_all_directions_has_the_scenes(checkpoints, tmp_path, mon
     rows = [[data.paint_rgb(x) for x in scenes.values["rgb"]], [data.paint_depth(x) for x in scenes.values["depth"]]]
     real = np.asarray(data.draw_grid([scenes.captions, *rows], ["caption", "rgb", "depth"]))
     assert np.array_equal(picture[: len(real), 110:], real[:, 110:])
+    generated = picture[len(real) :]
+    assert len(generated) == 4 * (side * (128 // side) + 4)  # each from the other, and both

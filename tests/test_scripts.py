@@ -82,7 +82,8 @@ def test_every_preset_has_a_recipe_and_flags_come_before_it(script, monkeypatch)
 def test_forcing_has_the_recipe_of_the_preset_that_trained_init(trained, tmp_path, monkeypatch):
     assert parse(train_forcing, f"--init {trained[0]}", monkeypatch).recipe == "nano"
     state = torch.load(trained[0], weights_only=True)
-    state["settings"]["recipe"] = "370m"
+    state["settings"]["preset"] = "370m"
+    del state["settings"]["recipe"]  # as an earlier version saved it
     torch.save(state, tmp_path / "370m.pt")
     args = parse(train_forcing, f"--init {tmp_path}/370m.pt", monkeypatch)
     assert (args.recipe, args.batch_size, args.distill_hi) == ("370m", 1024, 0.5)
@@ -93,18 +94,20 @@ def test_forcing_has_the_recipe_of_the_preset_that_trained_init(trained, tmp_pat
 @pytest.mark.parametrize(("preset", "share"), [("nano", 0.3), ("370m", 0.2)])
 def test_nano_alone_departs_from_the_papers_share_of_clean_samples(preset, share, monkeypatch):
     args = parse(train_forcing, f"--init none --preset {preset} --p-clean depth=0.4", monkeypatch)
-    assert [m.p_clean for m in train_forcing.choose_modalities(args)] == [share, 0.4]
+    assert [m.p_clean for m in train_forcing.choose_modalities(args)] == [0.2, 0.4]
+    args = parse(train_forcing, f"--init none --preset {preset}", monkeypatch)
+    assert [m.p_clean for m in train_forcing.choose_modalities(args)] == [share, share]
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    args = argparse.Namespace(lr=0.1, warmup=2, cooldown=0.5, steps=8)
     run = data.Run.__new__(data.Run)
-    run.args = args
-    rates = []
-    for step in range(1, 9):
-        run.step = step
-        rates.append(run.learning_rate() / args.lr)
-    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    for cooldown, last in ((0.5, [0.75, 0.5, 0.25]), (0, [1, 1, 1])):
+        run.args = argparse.Namespace(lr=0.1, warmup=2, cooldown=cooldown, steps=8)
+        rates = []
+        for step in range(1, 9):
+            run.step = step
+            rates.append(run.learning_rate() / run.args.lr)
+        assert rates == pytest.approx([0.5, 1, 1, 1, 1, *last])
 
 
 # ---- Training ----

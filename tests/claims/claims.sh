@@ -13,9 +13,9 @@
 # It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims (WORK), with a copy
 # of the scripts for each patch. A patch beside this file is an alternative to the method.
 #
-# The scripts changed after the measurements. --p-i2d and --p-d2i became --p-clean, and the patches were remade. The
-# flags of $run and $guided name the recipe of that time. The first weights of depth were random, but for the modulation.
-# The judge was assets/nano.pt.
+# The scripts changed after the measurements, and the names in the results with them. --p-i2d and --p-d2i became
+# --p-clean, and the patches were remade. $run and $guided name the recipe of that time, whose learning rates were 2 to 4%
+# higher after the warm-up. The first weights of depth were random, but for its modulation. judge.pt was assets/nano.pt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims
