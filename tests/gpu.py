@@ -168,16 +168,8 @@ def ranks(args, report):
         report.row("two ranks, one", "skipped: one GPU")
         return
     name = "train_forcing.py"
-    flags = [
-        *network_flags(args),
-        "--lr",
-        LOW_RATE,
-        "--warmup",
-        50,
-        "--init",
-        "none",
-        "--no-compile" if args.toy else "--compile",
-    ]
+    compiled = "--no-compile" if args.toy else "--compile"
+    flags = [*network_flags(args), "--lr", LOW_RATE, "--warmup", 50, "--init", "none", compiled]
     steps = args.steps or 50
     runs = {
         "two": train_command(args, name, "two", steps, *flags, ranks=2),
