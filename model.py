@@ -373,10 +373,8 @@ class Config:
     modalities: tuple = (RGB,)  # the first is the image
 
     def __post_init__(self):
-        entries = list(self.modalities)
-        for i, entry in enumerate(entries):
-            if not isinstance(entry, Modality):  # a checkpoint holds dictionaries, an old one without ids
-                entries[i] = Modality(**{"id": i, **entry})
+        # A checkpoint holds dictionaries.
+        entries = [entry if isinstance(entry, Modality) else Modality(**entry) for entry in self.modalities]
         object.__setattr__(self, "modalities", tuple(entries))
 
         self.check_heads()

@@ -42,22 +42,21 @@ from model import (
 )
 
 # Defaults of flags by preset. Those of nano come from a search (RESULTS.md, "The speedrun"); the others are untested.
-LARGE = {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999}
-MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999}
-NANO = {"steps": 2000, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99}
-BACKBONE = {"steps": 20_000, "batch_size": 64, "lr": 1e-5, "beta2": 0.95, "warmup": 1000, "ema": 0.9999}
-ADAMW = {"optimizer": "adamw", "lr_new": 1e-4}
 # The paper gives no distillation weights; these are ours. The text-to-image training of nano is not worth preserving.
 TEACHER = {"distill_hi": 0.5, "distill_lo": 0.05}
 NO_TEACHER = {"distill_hi": 0.0, "distill_lo": 0.0}
+NANO = {"steps": 2000, "batch_size": 8, "lr": 3e-3, "beta2": 0.99, "warmup": 50, "ema": 0.99, **NO_TEACHER}
+MEDIUM = {"steps": 20_000, "batch_size": 64, "lr": 2e-3, "beta2": 0.95, "warmup": 200, "ema": 0.999, **TEACHER}
+LARGE = {"steps": 100_000, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup": 2000, "ema": 0.9999, **TEACHER}
+BACKBONE = {"steps": 20_000, "batch_size": 64, "lr": 1e-5, "beta2": 0.95, "warmup": 1000, "ema": 0.9999, **TEACHER}
 RECIPES = {
-    "nano": NANO | NO_TEACHER,
-    "tiny": MEDIUM | TEACHER,
-    "small": MEDIUM | TEACHER,
-    "370m": LARGE | TEACHER,
-    "800m": LARGE | TEACHER,
-    "3b": LARGE | TEACHER,
-    "backbone": BACKBONE | ADAMW | TEACHER,
+    "nano": NANO,
+    "tiny": MEDIUM,
+    "small": MEDIUM,
+    "370m": LARGE,
+    "800m": LARGE,
+    "3b": LARGE,
+    "backbone": {**BACKBONE, "optimizer": "adamw", "lr_new": 1e-4},
 }
 # The chance to hold a modality clean is the paper's, 0.2 (Sec. 3.2), but for these.
 P_CLEAN = {"nano": {"rgb": 0.3, "depth": 0.3}}

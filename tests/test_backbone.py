@@ -393,7 +393,7 @@ def test_a_run_without_an_average_holds_weights_once(t2i, tmp_path, monkeypatch)
 def test_a_run_that_drops_its_average_goes_on_from_the_trained_weights(t2i, tmp_path, monkeypatch):
     train(f"{QUICK} --init {t2i} --steps 2 --lr 0.01 --out {tmp_path}/run", monkeypatch)
     before = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    ended = train(f"--resume {TOY} --steps 3 --lr 1e-12 --ema 0 --out {tmp_path}/run", monkeypatch)
+    ended = train(f"--resume {TOY} --steps 3 --lr 1e-12 --lr-new 1e-12 --ema 0 --out {tmp_path}/run", monkeypatch)
     moved = [(p - before["model"][name]).abs().max() for name, p in ended.model.named_parameters()]
     apart = [(before["ema"][name] - weight).abs().max() for name, weight in before["model"].items()]
     assert max(moved) < 1e-6 < 1e-3 < max(apart)
