@@ -31,7 +31,7 @@ import data
 from model import DEPTH, I2D_STEPS, MODALITIES, RGB, complete_depth, make_schedule
 
 INPUT_FLAGS = {"rgb": "image", "depth": "depth", "normal": "normal"}  # modality: the flag that gives it
-STEPS = 50  # of a pass, unless a clean image is given: that leaves little to choose, so I2D_STEPS suffice
+STEPS = 25  # of a pass, unless a clean image is given: that leaves little to choose, so I2D_STEPS suffice
 NUM_SHOWN = 8  # samples in grid.png
 FIELD_OF_VIEW = 55.0  # of cloud.ply, vertical, in degrees
 EDGE = 0.1  # cloud.ply leaves out pixels where inverse depth bends by more than this share of it

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from model import GUIDANCE, make_schedule
 
-STEPS = 50
+STEPS = 25
 MAX_FRAMES = 40
 FRAME_TIME = 80  # milliseconds
 LAST_FRAME_TIME = 2000

@@ -495,7 +495,7 @@ def test_a_grid_has_its_pictures_and_captions_at_their_places():
 
 
 def test_an_animation_ends_with_the_sample(call, checkpoints, tmp_path, monkeypatch):
-    call("--prompt a --count 1 --steps 50 --out s")
+    call("--prompt a --count 1 --steps 25 --out s")
     line = f"animate.py --checkpoint {checkpoints['rgbd']} --prompt a --count 1 --out a.gif"
     monkeypatch.setattr(sys, "argv", line.split())
     animate.main()
