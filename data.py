@@ -399,7 +399,7 @@ def render(scenes, height, width=None, device="cpu"):
 
 
 # ---- Sensors ----
-# Real depth sensors leave pixels out. These masks imitate that, so that dense maps train the network for sparse ones.
+# Real depth sensors leave pixels out. These masks imitate that, so dense maps teach the network to use sparse ones.
 # The network gets no mask: it must recognise the noise that stands in for a missing pixel.
 
 PATTERNS = {"dense": 0.5, "uniform": 0.125, "lidar": 0.125, "sfm": 0.125, "holes": 0.125}  # shares in "mixed"
@@ -1277,7 +1277,7 @@ def sampling_settings(p):
 
 
 def training_settings(p, recipe, out):
-    """The flags that both training scripts share. recipe {name: value}, that of nano, and out are defaults."""
+    """The flags that both training scripts share. recipe {name: value}, nano's, and out are defaults."""
     by_preset = "(default: by preset; nano has %(default)s)"
     p.setting("--size", 0, "side of the images in pixels; 0 is the network's own", SIDE)
     p.setting("--steps", recipe["steps"], f"optimizer steps {by_preset}", COUNT)
@@ -1312,7 +1312,7 @@ def training_settings(p, recipe, out):
 
 
 def find_recipe(args):
-    """The name of a recipe: --preset, or that which trained --init, or that of backbones, or nano."""
+    """The name of a recipe: --preset if given, else backbone with --backbone, else that of --init, else nano."""
     if args.preset:
         return args.preset
     if args.backbone:
@@ -1327,7 +1327,7 @@ def find_recipe(args):
 def parse_run(p, recipes):
     """Parse the flags of a training script. recipes has the defaults of some flags, {recipe: {name of a flag: value}}.
 
-    A preset without a recipe has nano's. With --resume, the settings in the run's config.json are the defaults.
+    A preset that recipes lacks has nano's. With --resume, the settings in the run's config.json are the defaults.
     """
     args = p.parse_args()
     recipe = find_recipe(args)
@@ -1547,9 +1547,9 @@ def training_flops(config, size, teacher_config=None):
     return flops
 
 
-def print_cost(args, recipe, config, teacher_config=None):
-    """Print what --dry-run promises: the settings that recipe names, and the cost of training with the teacher."""
-    settings = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in recipe]
+def print_cost(args, names, config, teacher_config=None):
+    """Print what --dry-run promises: the settings called names, and the cost of training with the teacher."""
+    settings = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
     print(f"recipe of {args.recipe}: {' '.join(settings)}")
     size = (args.size, args.size)
     parameters = training_cost(config, size)[0] / 1e6

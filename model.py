@@ -81,8 +81,8 @@ LOSS_WEIGHTS = {"velocity": velocity_weight, "x0": torch.ones_like}  # keys of M
 def distillation_weight(t, low, high):
     """Weight of Eq. 8: low at t = 0, high at t = 1, and linear between them. (B,) -> (B,)
 
-    t is the noise level of the modalities that the teacher cannot see. At t = 0 they tell the student what the teacher
-    cannot know. At t = 1 they tell it nothing.
+    t is the noise level of the modalities that the teacher cannot see. The less noise they have, the more the student
+    knows that the teacher does not, so the less it should imitate the teacher.
     """
     return low + (high - low) * t
 
@@ -189,10 +189,10 @@ def make_schedule(names, steps, order=JOINT, strength=None):
 
     Args:
         steps: number of sampling steps; if order is a list, the number for each generated name in it.
-        order: a number is log2(alpha) of the generated modalities relative to the first of names, if that one is
-            generated too. A list of names generates them one after the other; a name that is not listed stays noise.
+        order: a number is log2(alpha), which warps the rows of all generated modalities but the first of names. It has
+            no effect if that one is given. A list of names generates them one after the other; others stay noise.
         strength: {m: 0 to 1} of the modalities that you give. 1 is clean and 0 is ignored. Between them a row is
-            warped by log2(alpha) = 2 log2((1 - strength) / strength): the paper's -5 is 0.85, and its -14 is 0.992.
+            warped by log2(alpha) = 2 log2((1 - strength) / strength). 0.85 is the paper's -5, and 0.992 its -14.
             If order is a list, such a row falls to 0 while the first name is generated.
     """
     strength = strength or {}
@@ -257,8 +257,8 @@ def complete_depth(relative, depth, valid, max_anchors=1024):
     """Correct predicted relative depth by the valid pixels of depth, and return it in the unit of depth.
 
     Where depth is valid, the result equals it. Elsewhere log(depth / relative) is interpolated from at most max_anchors
-    valid pixels. The distance between pixels is Euclidean in (row, column, 2 log depth), where the longer side of the
-    image is 2, so that a correction does not cross the edges of objects. This is ours, not the paper's. All arguments
+    valid pixels. Pixels are compared by (row, column, 2 log depth), where the longer side of the image is 2, so a
+    correction does not spread across the edges of objects. This is ours, not the paper's. All arguments
     and the result: (B, 1, H, W).
     """
     positions = torch.ones_like(depth[0, 0]).nonzero() * (2 / max(depth.shape[2:]))  # (H * W, 2): row and column
@@ -575,8 +575,8 @@ class Denoiser(nn.Module):
     def configure_optimizers(self, lr, optimizer, beta2, weight_decay):
         """[AdamW, Muon for the blocks' matrices], or [AdamW] for everything. beta2 is AdamW's.
 
-        Only Muon decays weights. It would otherwise enlarge the matrices for queries and keys, which are normalised
-        afterwards: their direction, which is all that counts, would change ever more slowly.
+        Only Muon's matrices decay. Without it, the matrices of queries and keys grow. Queries and keys are normalised,
+        so growth does not change what the network computes, but makes each update relatively smaller.
 
         The parameters in self.fresh_names have groups of their own, marked by the key "fresh".
         """
@@ -823,10 +823,10 @@ class DiT(Denoiser):
         return {name: name.replace(f".{m.name}.", f".{image.name}.") for name in names}
 
     def tokenize_as_image(self, m, weights):
-        """The image's tokenizer. A clean map has the tokens of a grey image, or of an image if it has as many channels.
+        """A tokenizer that treats a clean map of m as a grey image, or as an image if it has as many channels.
 
-        The middle of its values is mid-grey. The trunk knows such tokens, so that it uses a new modality from the
-        start. It then learns images from depth early (RESULTS.md). With another stride, a tokenizer starts at random.
+        The middle of its values is mid-grey. The blocks know such tokens, so they use a new modality from the start and
+        learn images from depth early (RESULTS.md). With another stride, the tokenizer starts at random.
         """
         image = self.modalities[0]
         if m.stride != image.stride:

@@ -1,7 +1,7 @@
 """Stage 2: Modality Forcing. A text-to-image checkpoint learns p(image, depth | text) from sparse depth (Sec. 3.2-3.3).
 
     python train_forcing.py                 from runs/t2i/last.pt, on the built-in world; minutes on two CPU cores
-    python train_forcing.py --init none     from scratch, with no image pretraining and no teacher
+    python train_forcing.py --init none     from scratch, without image pretraining
     python train_forcing.py --data DIR --sparsity dense      your own images and depth, not thinned out (docs/data.md)
     python train_forcing.py --modalities rgb,depth,normal    surface normals, too
     python train_forcing.py --resume        continue after an interruption
@@ -12,8 +12,8 @@ The preset that trained --init sets the defaults of steps, batch size, learning 
 
 A step reads: draw a batch -> thin out depth -> draw noise levels -> corrupt -> predict -> loss -> step. Every modality
 draws its own noise level. One that is held clean (t = 0) conditions the others and carries no loss. Missing pixels are
-noise and carry no loss either. The network gets no mask channel: it must recognise noise. While a run adds modalities,
-the predictions of the old ones also stay near those of --init, the frozen teacher (Eq. 8). nano has none by default.
+noise and carry no loss either. The network gets no mask channel: it must recognise noise. If a run adds a modality, a
+second loss (Eq. 8) keeps the other predictions near those of --init, the frozen teacher; nano has none by default.
 data.Run has what both stages share: clipping, the learning rate, the averaged weights (EMA), ranks, checkpoints and
 metrics.
 
@@ -82,7 +82,7 @@ def parse():
     patterns = ", ".join(data.PATTERNS)
     p.setting("--sparsity", "mixed", f"pixels that keep depth: mixed, {patterns} or a share", check_sparsity)
     shares = data.by_modality(data.SHARE)
-    clean = "chance to hold a modality clean, as rgb=0.25,depth=0.5, else 0.2 (default: nano has rgb=0.3,depth=0.3)"
+    clean = "chance to hold modalities clean, as rgb=0.25; 0.2 if not named (default: nano has rgb=0.3,depth=0.3)"
     p.setting("--p-clean", {}, clean, shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
     weight = data.number(0, 1000)
@@ -198,7 +198,7 @@ def distill(run, micro_batch, x0_hat, num_scored, args):
     unseen = [m.name for m in run.model.modalities if m.name not in seen]
     with torch.no_grad():
         noisy = {name: micro_batch.noisy[name] for name in seen}
-        target = run.teacher(noisy, micro_batch.t, micro_batch.text)  # it reads the t of what it sees
+        target = run.teacher(noisy, micro_batch.t, micro_batch.text)  # it reads only the t of its modalities
     t_unseen = torch.stack([micro_batch.t[name] for name in unseen]).mean(0)  # (B,)
     distill_weight = distillation_weight(t_unseen, args.distill_lo, args.distill_hi)  # (B,)
     total = 0.0

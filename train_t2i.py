@@ -1,6 +1,6 @@
 """Stage 1: text-to-image pretraining. Flow matching on pixels with x-prediction (Sec. 3.1, Eq. 5-7).
 
-    python train_t2i.py                          the built-in world on what this machine has; minutes on two CPU cores
+    python train_t2i.py                          the built-in world, on a GPU if there is one; minutes on two CPU cores
     python train_t2i.py --resume                 continue after an interruption
     python train_t2i.py --data 'shards/{000..999}.tar'    your own images; docs/data.md lists the layouts
     python train_t2i.py --preset 3b --dry-run    print the number of parameters and the FLOPs, and stop
@@ -75,7 +75,7 @@ def corrupt_batch(run, batch, encoders, args):
     x0 = encoders.encode_image(batch.values["rgb"])
     text = encoders.encode_text(batch.captions).to(run.device, non_blocking=True, copy=True)  # the next line changes it
     text[rng.rand() < args.drop_caption] = encoders.no_text  # for classifier-free guidance
-    t = draw_noise_levels(run.model.modalities, rng.rand)["rgb"]  # never 0: the only modality is not held clean
+    t = draw_noise_levels(run.model.modalities, rng.rand)["rgb"]  # above 0, or the sample would carry no loss
     noisy = corrupt(x0, rng.randn(*x0.shape[1:]), t)  # Eq. 5
     return data.MicroBatch({"rgb": x0}, {"rgb": noisy}, {"rgb": t}, {"rgb": loss_mask(x0, t)}, text)
 

@@ -4,7 +4,7 @@
 #   tests/claims/claims.sh             what has no result yet, three seeds, one command after the other
 #   tests/claims/claims.sh --list      what is done, and what is left
 #   tests/claims/claims.sh 3 7         these claims alone
-#   SEEDS=1 OMP_NUM_THREADS=1 tests/claims/claims.sh      seed 1 alone; a call for each seed is a little faster
+#   SEEDS="1" OMP_NUM_THREADS=1 tests/claims/claims.sh    seed 1 alone; a call for each seed is a little faster
 #   RESULTS=runs/again tests/claims/claims.sh 8           again, since the committed results leave nothing to do
 #   python tests/claims/report.py      results -> the tables and figures of RESULTS.md
 #
@@ -13,9 +13,11 @@
 # It is not made again if the scripts change: then delete it. Networks and logs are in runs/claims (WORK), with a copy
 # of the scripts for each patch. A patch beside this file is an alternative to the method.
 #
-# The scripts changed after the measurements, and the names in the results with them. --p-i2d and --p-d2i became
-# --p-clean, and the patches were remade. $run and $guided name the recipe of that time, whose learning rates were 2 to 4%
-# higher after the warm-up. The first weights of depth were random, but for its modulation. judge.pt was assets/nano.pt.
+# The results were measured with an earlier version of the scripts, whose settings $run and $guided name. Since then,
+# - --p-i2d and --p-d2i became --p-clean, judge.pt was assets/nano.pt, and the results were edited to the new names;
+# - with the same flags, learning rates are 2 to 4% lower after the warm-up;
+# - depth starts with weights of the image; before, they were random, except its modulation.
+# So a new run gives other numbers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/claims
