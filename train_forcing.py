@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data
 from model import (
     GUIDANCE,
+    I2D_STEPS,
     MODALITIES,
     PRESETS,
     corrupt,
@@ -251,7 +252,8 @@ def draw_samples(encoders, batch, args, device, network):
         rows[m.name] = [data.paint(m, x, None if valid is None else valid[i]) for i, x in enumerate(values)]
 
     def sample(given):
-        schedule = make_schedule(list(noise), 25, strength=dict.fromkeys(given, 1.0))
+        steps = I2D_STEPS if image.name in given else 25  # as in sample.py
+        schedule = make_schedule(list(noise), steps, strength=dict.fromkeys(given, 1.0))
         return network.sample(schedule, noise, text, given, guidance={image.name: GUIDANCE}, no_text=encoders.no_text)
 
     def paint(m, samples):
