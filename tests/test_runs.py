@@ -246,6 +246,15 @@ def test_encoders_must_be_named_again_on_resuming(ran, tmp_path, monkeypatch, ca
     refused(capsys, "--encoders code.py", run, train_t2i, f"--resume --out {out}", monkeypatch)
 
 
+def test_a_run_of_an_earlier_version_is_refused_on_resuming(ran, tmp_path, monkeypatch, capsys):
+    """Its learning rate had another schedule, whose flags its config.json lacks."""
+    out = copy_run(ran, tmp_path / "run")
+    settings = json.loads((out / "config.json").read_text())
+    del settings["recipe"]
+    data.write_json(out / "config.json", settings)
+    refused(capsys, "earlier version", run, train_t2i, f"--resume --steps 3 --out {out}", monkeypatch)
+
+
 def test_settings_of_a_run_come_before_defaults_and_after_flags(tmp_path, monkeypatch):
     settings = {"lr": 1e-5, "steps": 7, "shard": True, "compile": False, "data": "a b", "out": "elsewhere", "old": 1}
     settings |= {"preset": "nano", "recipe": "nano", "optimizer": "muon", "encoders": "plug-in.py"}
