@@ -305,7 +305,7 @@ def test_a_refined_image_is_made_from_the_depth(given, call, tmp_path):
 # ---- Flags that reach the sampler ----
 
 
-def test_the_default_number_of_steps_is_small_from_a_clean_image_and_50_else(call, tmp_path, monkeypatch):
+def test_the_default_number_of_steps_is_small_from_a_clean_image_and_25_else(call, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     asked = []
 
@@ -316,7 +316,7 @@ def test_the_default_number_of_steps_is_small_from_a_clean_image_and_50_else(cal
     monkeypatch.setattr(sample, "make_schedule", short_schedule)
     for i, line in enumerate(("--image a.png", "--image a.png --strength rgb=0.9", "", "--refine depth")):
         call(f"{line} --count 1 --out {i}")
-    assert asked == [I2D_STEPS, 50, 50, 50, I2D_STEPS]
+    assert asked == [I2D_STEPS, 25, 25, 25, I2D_STEPS]
 
 
 def test_guidance_reaches_the_sampler(call, tmp_path):
