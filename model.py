@@ -131,7 +131,7 @@ def plateau_logit_normal(u):
 TIMESTEPS = {"logit-normal": logit_normal, "plateau": plateau_logit_normal}  # keys of Modality.timesteps
 
 
-def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
+def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False, uniform=0.0):
     """Draw a noise level for each sample and modality, {m: (B,)}: the training modes of Sec. 3.2.
 
     Each modality m draws t from m.timesteps, independently of the others. With probability m.p_clean it is then held
@@ -141,6 +141,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
         rand: function without arguments that draws (B,) from U(0, 1).
         has_pixels: {m: (B,) bool}, where the modality has a valid pixel; elsewhere t = 1. By default it always has.
         subsets: hold each modality clean independently, so that any number may be. By default at most one is.
+        uniform: share of the levels that is drawn from U(0, 1) instead.
     """
     choice = rand()
     always = {m.name: torch.ones_like(choice, dtype=torch.bool) for m in modalities}
@@ -160,6 +161,9 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False):
     for m in modalities:
         u = rand().clamp(1e-6, 1 - 1e-6)  # so that t is neither 0 nor 1
         drawn = TIMESTEPS[m.timesteps](u)
+        if uniform:
+            rest = ((u - uniform) / (1 - uniform)).clamp(1e-6, 1 - 1e-6)
+            drawn = torch.where(u < uniform, u / uniform, TIMESTEPS[m.timesteps](rest))
         drawn = torch.where(clean[m.name] & carries_loss, 0.0, drawn)
         t[m.name] = torch.where(has_pixels[m.name], drawn, 1.0)
     return t

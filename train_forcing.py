@@ -86,6 +86,8 @@ def parse():
     clean = "chance to hold modalities clean, as rgb=0.25; 0.2 if not named (default: nano has rgb=0.3,depth=0.3)"
     p.setting("--p-clean", {}, clean, shares)
     p.setting("--clean-subsets", False, "hold each modality clean independently, instead of at most one per sample")
+    levels = "share of the noise levels that is drawn uniformly; otherwise levels near 0 are hardly trained"
+    p.setting("--uniform", 0.0, levels, data.number(0, 0.99))
     weight = data.number(0, 1000)
     high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities"
     low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher"
@@ -180,7 +182,7 @@ def corrupt_batch(run, batch, encoders, args):
 
     # Draw noise levels, one for each modality (Sec. 3.2), and corrupt to them.
     has_pixels = {m.name: valid[m.name].flatten(1).any(1) for m in others}
-    t = draw_noise_levels(run.model.modalities, rng.rand, has_pixels, args.clean_subsets)
+    t = draw_noise_levels(run.model.modalities, rng.rand, has_pixels, args.clean_subsets, args.uniform)
     noisy = {}
     mask = {}
     for name, x in x0.items():

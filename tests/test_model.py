@@ -263,6 +263,12 @@ def test_plateau_matches_its_density():
     assert kolmogorov_smirnov(logit_normal(u), plateau_cdf) > 10  # the test can tell them apart
 
 
+def test_a_share_of_the_levels_is_uniform():
+    t = draw_noise_levels((RGB,), uniform(50_000), uniform=0.3)["rgb"].double()
+    assert kolmogorov_smirnov(t, lambda x: 0.3 * x + 0.7 * logit_normal_cdf(x)) < 1.95
+    assert kolmogorov_smirnov(t, logit_normal_cdf) > 10  # the test can tell them apart
+
+
 def test_modes_occur_with_their_probabilities_and_levels_are_independent():
     n = 40_000
     t = draw_noise_levels((RGB, DEPTH), uniform(n))
