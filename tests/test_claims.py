@@ -488,7 +488,7 @@ def test_a_report_of_few_results_is_drawn(write, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
-    """Issue: AbsRel at most 0.35 of the input-blind baseline's, prompts followed twice as often as shuffled ones."""
+    """Issue: AbsRel at most 0.3 of the input-blind baseline's, prompts followed twice as often as shuffled ones."""
     path = ROOT / data.NANO
     state = torch.load(path, weights_only=True)
     assert path.stat().st_size < 8e6 and {x.dtype for x in state["ema"].values()} == {torch.float16}
@@ -500,6 +500,6 @@ def test_the_checkpoint_is_as_good_as_is_said(tmp_path, monkeypatch, capsys):
         return json.loads((tmp_path / "results.json").read_text())
 
     found = results("depth --images 64 --batch-size 64")
-    assert found["absrel"] / found["baseline_absrel"] <= 0.35
+    assert found["absrel"] / found["baseline_absrel"] <= 0.3
     found = results("image --images 64 --batch-size 64")
     assert found["following"] >= 2 * found["shuffled_following"]
