@@ -537,10 +537,10 @@ def test_blocks_compile_without_breaks_and_once(t2i, tmp_path, monkeypatch):
     compiler = torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiler(*args, **kwargs, backend=backend))
-    line = f"{QUICK.replace('--no-compile', '--compile')} --steps 3 --init {t2i}"
+    line = f"{QUICK.replace('--no-compile', '--compile')} {TEACHER} --steps 3 --init {t2i}"
     run(train_forcing, f"{line} --checkpoint-activations --out {tmp_path}/a", monkeypatch)
     assert len(graphs) == 3
     monkeypatch.setattr(torch, "compile", compiler)
-    run(train_forcing, f"{QUICK} --steps 3 --init {t2i} --out {tmp_path}/b", monkeypatch)
+    run(train_forcing, f"{QUICK} {TEACHER} --steps 3 --init {t2i} --out {tmp_path}/b", monkeypatch)
     for step, row in losses(tmp_path / "b").items():
         assert losses(tmp_path / "a")[step] == pytest.approx(row, rel=1e-4, abs=1e-5)
