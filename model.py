@@ -174,6 +174,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False, uniform=
 
 JOINT = 5.0  # log2(alpha) in the released code's joint generation: depth resolves long after the image
 GUIDANCE = 2.0  # scale of classifier-free guidance of the image (Sec. 4.3 has 4, with FLUX.2)
+SAMPLING_STEPS = 25  # the last of 50 would see noise levels that are hardly trained, and add grain (RESULTS.md)
 I2D_STEPS = 2  # sampling steps from an image to depth or normals: more are not better (RESULTS.md)
 
 

@@ -28,10 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from model import DEPTH, I2D_STEPS, MODALITIES, RGB, complete_depth, make_schedule
+from model import DEPTH, I2D_STEPS, MODALITIES, RGB, SAMPLING_STEPS, complete_depth, make_schedule
 
 INPUT_FLAGS = {"rgb": "image", "depth": "depth", "normal": "normal"}  # modality: the flag that gives it
-STEPS = 25  # of a pass, unless a clean image is given: that leaves little to choose, so I2D_STEPS suffice
 NUM_SHOWN = 8  # samples in grid.png
 FIELD_OF_VIEW = 55.0  # of cloud.ply, vertical, in degrees
 EDGE = 0.1  # cloud.ply leaves out pixels where inverse depth bends by more than this share of it
@@ -52,9 +51,8 @@ def parse():
     p.setting("--refine", "", "a modality to generate again after the first pass, given all others clean")
     p.setting("--count", 4, "number of samples for every prompt and every input", data.whole(1, 10**5))
     p.setting("--size", "", "pixels that the network sees, HxW or one side; inputs keep their aspect")
-    p.setting(
-        "--steps", 0, f"of each pass or turn (default: {STEPS}, or {I2D_STEPS} from an image)", data.whole(0, 10**4)
-    )
+    default = f"(default: {SAMPLING_STEPS}, or {I2D_STEPS} from an image)"
+    p.setting("--steps", 0, f"of each pass or turn {default}", data.whole(0, 10**4))
     p.setting("--cfg-interval", [0.0, 1.0], "noise levels at which guidance acts", data.SHARE, nargs=2, metavar="T")
     p.setting("--seed", 0, "of the first sample's noise; the next adds 1, a file of a directory its hash", data.SEED)
     data.encoders_setting(p)
@@ -244,7 +242,8 @@ class Sampler:
     def run_pass(self, noise, text, given, order, strength):
         """Sample all modalities once: {m: (B, C, h, w)}, to be decoded."""
         args = self.args
-        steps = args.steps or (I2D_STEPS if strength.get(RGB.name) == 1 else STEPS)
+        # A clean image leaves little to choose, so few steps suffice.
+        steps = args.steps or (I2D_STEPS if strength.get(RGB.name) == 1 else SAMPLING_STEPS)
         schedule = make_schedule(list(noise), steps, order, strength)
         no_text = self.encoders.no_text
         return self.network.sample(schedule, noise, text, given, args.cfg, args.cfg_interval, no_text=no_text)

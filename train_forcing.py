@@ -34,6 +34,7 @@ from model import (
     I2D_STEPS,
     MODALITIES,
     PRESETS,
+    SAMPLING_STEPS,
     corrupt,
     distillation_weight,
     draw_noise_levels,
@@ -254,7 +255,7 @@ def draw_samples(encoders, batch, args, device, network):
         rows[m.name] = [data.paint(m, x, None if valid is None else valid[i]) for i, x in enumerate(values)]
 
     def sample(given):
-        steps = I2D_STEPS if image.name in given else 25  # as in sample.py
+        steps = I2D_STEPS if image.name in given else SAMPLING_STEPS
         schedule = make_schedule(list(noise), steps, strength=dict.fromkeys(given, 1.0))
         return network.sample(schedule, noise, text, given, guidance={image.name: GUIDANCE}, no_text=encoders.no_text)
 

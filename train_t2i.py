@@ -28,6 +28,7 @@ from model import (
     GUIDANCE,
     PRESETS,
     RGB,
+    SAMPLING_STEPS,
     DiT,
     corrupt,
     draw_noise_levels,
@@ -105,7 +106,7 @@ def draw_samples(encoders, batch, args, device, network):
     text = encoders.encode_text(batch.captions).to(device)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(text), *image.shape((args.size, args.size)), generator=generator).to(device)
-    schedule = {"rgb": sampling_grid(25)}
+    schedule = {"rgb": sampling_grid(SAMPLING_STEPS)}
     samples = network.sample(schedule, {"rgb": noise}, text, guidance={"rgb": GUIDANCE}, no_text=encoders.no_text)
     generated = encoders.decode_image(samples["rgb"])
     rows = [[data.paint(image, x) for x in images] for images in (batch.values["rgb"], generated)]

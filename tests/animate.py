@@ -11,9 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from model import GUIDANCE, make_schedule
+from model import GUIDANCE, SAMPLING_STEPS, make_schedule
 
-STEPS = 25
 MAX_FRAMES = 40
 FRAME_TIME = 80  # milliseconds
 LAST_FRAME_TIME = 2000
@@ -51,7 +50,7 @@ def main():
     rng = data.PerSampleRNG("sample", range(args.count))  # as sample.py, so the samples are the same
     noise = {m.name: rng.randn(*m.shape(size)) for m in network.modalities}
     text = data.PixelsAndBytes(network.config.text_length).encode_text([args.prompt] * args.count)
-    schedule = make_schedule(names, STEPS, order)
+    schedule = make_schedule(names, SAMPLING_STEPS, order)
     guidance = {names[0]: GUIDANCE}
     frames = []
     network.sample(schedule, noise, text, guidance=guidance, callback=frames.append)
