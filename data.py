@@ -1329,7 +1329,7 @@ def parse_run(p, recipes):
 
     A preset that recipes lacks has nano's. With --resume, the settings in the run's config.json are the defaults.
     """
-    args = p.parse_args()
+    args = p.parse_args()  # then again with the defaults of the recipe, and again with those of the run
     recipe = find_recipe(args)
     if recipe not in recipes:
         recipe = "nano"
@@ -1341,7 +1341,7 @@ def parse_run(p, recipes):
 
     settings = json.loads(path.read_bytes())
     if "recipe" not in settings:
-        fail("--resume: the run is of an earlier version, which had another learning rate; go on with that version")
+        fail("--resume: the run is of an earlier version, whose defaults were others; go on with that version")
     # --out may have moved, and --encoders and --backbone are code, which you must name to run it.
     for name in vars(args).keys() & settings.keys() - {"out", "encoders", "backbone"}:
         p.set_defaults(**{name: settings[name]})
@@ -1547,17 +1547,17 @@ def training_flops(config, size, teacher_config=None):
     return flops
 
 
-def print_cost(args, names, config, teacher_config=None):
-    """Print what --dry-run promises: the settings called names, and the cost of training with the teacher."""
-    settings = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
+def print_cost(args, recipe, config, teacher_config=None):
+    """Print what --dry-run promises: the settings of the recipe, and the cost of training with the teacher."""
+    settings = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in recipe]
     print(f"recipe of {args.recipe}: {' '.join(settings)}")
     size = (args.size, args.size)
     parameters = training_cost(config, size)[0] / 1e6
     flops = training_flops(config, size, teacher_config) / 1e9
-    names = ", ".join(m.name for m in config.modalities)
+    modalities = ", ".join(m.name for m in config.modalities)
     teacher = "with the teacher" if teacher_config else "without a teacher"
     cost = f"{parameters:.1f}M parameters, {flops:.2f} GFLOP per training image {teacher}"
-    print(f"{names} at {size[0]}x{size[1]}: {cost}")
+    print(f"{modalities} at {size[0]}x{size[1]}: {cost}")
 
 
 def matmul_peak(device, dtype=torch.float32, repeats=10):
@@ -1743,7 +1743,9 @@ class Run:
         self.bar.close()
         if self.ranks > 1:
             dist.barrier()
-            dist.destroy_process_group()  # if the process ends with gloo's threads alive, they may abort it (SIGABRT)
+            # A thread of gloo needs Python to free what the barrier used. If Python ends first, it aborts the process.
+            time.sleep(0 if self.cuda else 0.5)
+            dist.destroy_process_group()
         if not self.saved and self.rank == 0:
             fail(f"--out {self.out}: no checkpoint of the last step, see above; --resume continues from an older one")
         if self.stopping and self.rank == 0:
