@@ -194,6 +194,7 @@ def bootstrap_interval(values, draws=2000):
 
 WORLD_IMAGES = 128  # images of the built-in world if --images is 0
 MEAN_IMAGES = 2048  # at most, in the mean map
+GENERATION_STEPS = 16  # sampling steps if images are generated; pictures have more (model.SAMPLING_STEPS)
 Model = namedtuple("Model", ["network", "encoders"])
 
 
@@ -267,7 +268,7 @@ Prediction = namedtuple("Prediction", ["maps", "target", "valid", "mode"])  # th
 
 
 def mean_map(args, modality):
-    """The best guess blind to the image, (C, H, W): the mean true map of these images; for the world, of training's."""
+    """The best guess blind to the image, (C, H, W): the mean true map of these images, or of training in the world."""
     split = "train" if args.data == "synthetic" else "val"
     count = MEAN_IMAGES if args.data == "synthetic" else args.images or MEAN_IMAGES
     source = data.open_source(args, split, args.map_size, (RGB, modality))
@@ -523,10 +524,11 @@ def parse():
     data.source_settings(p)
     p.setting("--images", 0, f"number of images; 0 is all, or {WORLD_IMAGES} of the world", data.whole(0, 10**9))
     p.setting("--size", 0, "side in pixels of what the network sees, or of that area; 0 is the network's", data.SIDE)
-    p.setting("--steps", 0, f"sampling steps; 0 is {I2D_STEPS} for depth and normal, else 16", data.whole(0, 10**4))
+    steps = f"sampling steps; 0 is {I2D_STEPS} for depth and normal, else {GENERATION_STEPS}"
+    p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
     p.setting("--strength", 1.0, "depth, normal, follow: trust in the input; 1 is full, 0 is none", data.SHARE)
-    p.setting("--order", "joint", "image, joint: joint, log2(alpha) (above 0 image first), or names as depth,rgb")
+    p.setting("--order", "joint", "of image and joint (tasks): joint, log2(alpha) (above 0 image first) or names")
     p.setting("--judge", "", "follow, joint: checkpoint of this kind that estimates depth (default: --checkpoint)")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))
@@ -545,7 +547,7 @@ def parse():
 def resolve_settings(args, model):
     """Replace the settings that are left to the task, the network or the benchmark, and set args.map_size."""
     args.out = args.out or f"runs/evaluate-{args.task}"
-    args.steps = args.steps or (I2D_STEPS if args.task in ("depth", "normal") else 16)
+    args.steps = args.steps or (I2D_STEPS if args.task in ("depth", "normal") else GENERATION_STEPS)
     if args.data == "synthetic":
         args.images = args.images or WORLD_IMAGES
     if model:

@@ -116,9 +116,9 @@ def logit_normal(u):
 def plateau_logit_normal(u):
     """Quantile function of the logit-normal density up to its mode, constant from there to t = 1. u in (0, 1) -> t."""
     mode = 0.5
-    for _ in range(100):  # the mode solves logit(mode) = MU + SIGMA^2 (2 mode - 1)
+    for _ in range(100):  # the mode, 0.86, solves logit(mode) = MU + SIGMA^2 (2 mode - 1)
         mode = 1 / (1 + math.exp(-MU - SIGMA**2 * (2 * mode - 1)))
-    z = SIGMA * (2 * mode - 1)
+    z = SIGMA * (2 * mode - 1)  # (logit(mode) - MU) / SIGMA, a value of the standard normal distribution
     mass = NormalDist().cdf(z)  # of the logit-normal, below its mode
     height = NormalDist().pdf(z) / (SIGMA * mode * (1 - mode))  # of its density, at the mode
     norm = mass + (1 - mode) * height
@@ -162,8 +162,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False, uniform=
         u = rand().clamp(1e-6, 1 - 1e-6)  # so that t is neither 0 nor 1
         drawn = TIMESTEPS[m.timesteps](u)
         if uniform:
-            rest = ((u - uniform) / (1 - uniform)).clamp(1e-6, 1 - 1e-6)
-            drawn = torch.where(u < uniform, u / uniform, TIMESTEPS[m.timesteps](rest))
+            drawn = torch.where(rand() < uniform, u, drawn)
         drawn = torch.where(clean[m.name] & carries_loss, 0.0, drawn)
         t[m.name] = torch.where(has_pixels[m.name], drawn, 1.0)
     return t
@@ -174,7 +173,7 @@ def draw_noise_levels(modalities, rand, has_pixels=None, subsets=False, uniform=
 
 JOINT = 5.0  # log2(alpha) in the released code's joint generation: depth resolves long after the image
 GUIDANCE = 2.0  # scale of classifier-free guidance of the image (Sec. 4.3 has 4, with FLUX.2)
-SAMPLING_STEPS = 25  # the last of 50 would see noise levels that are hardly trained, and add grain (RESULTS.md)
+SAMPLING_STEPS = 25  # with 50, some noise levels would be so low that training hardly draws them: grain (RESULTS.md)
 I2D_STEPS = 2  # sampling steps from an image to depth or normals: more are not better (RESULTS.md)
 
 
@@ -206,11 +205,12 @@ def make_schedule(names, steps, order=JOINT, strength=None):
 
     if isinstance(order, list):
         turns = [name for name in order if name in generated]
-        step = torch.arange(max(1, len(turns)) * steps + 1)
-        base = grid[step.clamp(max=steps)]  # the row of the first turn
+        waiting = max(0, len(turns) - 1) * steps  # steps of a modality before and after its turn
+        base = torch.cat([grid, torch.zeros(waiting)])  # the row of the first turn
         schedule = {name: torch.ones_like(base) for name in generated}
         for turn, name in enumerate(turns):
-            schedule[name] = grid[(step - turn * steps).clamp(0, steps)]  # 1 before its turn, 0 after it
+            before = turn * steps
+            schedule[name] = torch.cat([torch.ones(before), grid, torch.zeros(waiting - before)])
     else:
         base = grid
         schedule = dict.fromkeys(generated, base)
@@ -223,7 +223,7 @@ def make_schedule(names, steps, order=JOINT, strength=None):
             schedule[name] = torch.zeros_like(base)
         elif trust == 0:
             schedule[name] = torch.ones_like(base)
-            schedule[name][-1] = 0.0
+            schedule[name][-1] = 0.0  # the last step ends with the given values
         else:
             schedule[name] = warp(base, 2 * math.log2((1 - trust) / trust))
     return schedule
@@ -460,7 +460,7 @@ class Denoiser(nn.Module):
             guidance: {m: scale} of classifier-free guidance at noise levels in guidance_interval. 1 is no guidance.
             callback: called with {m: x_t} after each step.
             no_text: text of the guidance's second prediction, (1, L) or (1, L, text_dim); by default zeros.
-        Returns {m: (B, C, H, W)} for Modality.decode.
+        Returns {m: encoded values (B, C, H, W)}.
         """
         given = given or {}
         guidance = guidance or {}
@@ -516,10 +516,11 @@ class Denoiser(nn.Module):
         return network.requires_grad_(False)
 
     def warm_start(self, weights):
-        """Load the weights of a network of fewer modalities (Sec. 3.2); new ones start with copies of the image's.
+        """Load the weights of a network of fewer modalities (Sec. 3.2).
 
-        The other parts of a new modality stay as they are; self.fresh_names lists them. The network shares the tensors
-        in weights until place copies them. Raises ValueError if weights do not fit.
+        Of a new modality, what copies and tokenize_as_image name starts from the image's weights. The rest stays as it
+        is, and self.fresh_names lists it. The network shares the tensors in weights until place copies them. Raises
+        ValueError if weights do not fit.
         """
         added = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
         with torch.device("meta"):
@@ -778,7 +779,7 @@ class DiT(Denoiser):
             text = text.unflatten(1, (-1, TEXT_PATCH)).flatten(2)  # (B, N_text, 32 * TEXT_PATCH)
         tokens = [self.text_tokenizer(text)]  # (B, N_text, D)
         text_positions = torch.arange(tokens[0].shape[1], device=text.device)
-        positions = [F.pad(text_positions[:, None], (3, 0))]  # (N_text, 4)
+        positions = [F.pad(text_positions[:, None], (3, 0))]  # (N_text, 4): (0, 0, 0, text position)
         grids = {}
         for m in inputs:
             patches = F.pixel_unshuffle(noisy[m.name], self.config.patch // m.stride)  # (B, C * patch^2, rows, columns)
@@ -794,7 +795,7 @@ class DiT(Denoiser):
             modulations.append(modulation[:, None].expand(-1, length, -1))
         modulation = torch.cat(modulations, 1).float().chunk(3, -1)  # shift, scale and gate, each (B, N, D)
 
-        # The trunk.
+        # The trunk: all its blocks share the modulation.
         x = torch.cat(tokens, 1).float()  # (B, N, D)
         angles = rope_angles(torch.cat(positions), self.config.head)[:, None]  # (N, 1, head_dim / 2)
         rope = (angles.cos(), angles.sin())
@@ -822,6 +823,7 @@ class DiT(Denoiser):
         return vectors
 
     def copies(self, m):
+        """Modulation and timestep embedder of m -> those of the image, by names of parameters."""
         image = self.modalities[0]
         embedder = [f"time_embedders.{m.name}.{name}" for name, _ in self.time_embedders[m.name].named_parameters()]
         names = [f"modulations.{m.name}.weight", *embedder]

@@ -66,7 +66,7 @@ def parse():
 
 # ---- Inputs ----
 
-Job = namedtuple("Job", ["name", "prompt", "seed", "inputs"])  # one sample: its folder's name; {modality: path}
+Job = namedtuple("Job", ["name", "prompt", "seed", "inputs"])  # one sample; its folder has the name; {modality: path}
 Inputs = namedtuple("Inputs", ["maps", "given", "file_size", "network_size"])
 
 
@@ -104,8 +104,8 @@ def list_inputs(args):
 def read_inputs(paths, sampler):
     """Read files that belong together, {modality: path}. Exit code 2 if one cannot be read.
 
-    Returns Inputs: maps {m: (values (C, H, W), valid (1, H, W))} in the pixels of the files, file_size (H, W);
-    given, those of the maps that the network sees, in its pixels, network_size (h, w).
+    Returns Inputs: maps is {m: (values (C, H, W), valid (1, H, W))} in the pixels of the files, file_size (H, W). given
+    has the maps that the network sees, resized to network_size (h, w).
     """
     maps = {}
     file_size = sampler.size

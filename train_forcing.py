@@ -77,7 +77,7 @@ def parse():
     p.setting("--init", "runs/t2i/last.pt", "checkpoint to start from, the teacher of new modalities; or none")
     data.backbone_setting(p)
     p.setting("--preset", "", "network, which must fit --init (default: that of --init, else nano)", choices=PRESETS)
-    new = "peak learning rate of what is neither in --init nor a copy of its parts; 0 is --lr"
+    new = "peak learning rate of what is not from --init; 0 is --lr (default: 0; with --backbone 1e-4)"
     p.setting("--lr-new", 0.0, new, data.number(0, 1))
     p.setting("--modalities", "rgb,depth", f"what to train: rgb, then others of {', '.join(MODALITIES)}")
     data.source_settings(p)
@@ -90,8 +90,8 @@ def parse():
     levels = "share of the noise levels that is drawn uniformly; otherwise levels near 0 are hardly trained"
     p.setting("--uniform", 0.0, levels, data.number(0, 0.99))
     weight = data.number(0, 1000)
-    high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities"
-    low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher"
+    high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities (default: by preset; nano has 0)"
+    low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher (default: by preset; nano has 0)"
     p.setting("--distill-hi", NO_TEACHER["distill_hi"], high, weight)
     p.setting("--distill-lo", NO_TEACHER["distill_lo"], low, weight)
     data.training_settings(p, RECIPES["nano"], out="runs/forcing")
@@ -173,7 +173,8 @@ def corrupt_batch(run, batch, encoders, args):
     x0 = {image.name: encoders.encode_image(batch.values[image.name])}
     valid = {image.name: None}
 
-    # Thin out the other modalities as sensors do. Depth is normalised by the mean of the pixels that are left.
+    # Thin out the other modalities as sensors do; some see edges of the image alone. Depth is normalised by the mean of
+    # the pixels that are left.
     sensor_mask = data.sensor_mask(batch.values[image.name], args.sparsity, rng.rand)
     for m in others:
         valid[m.name] = batch.valid[m.name] & sensor_mask
