@@ -496,8 +496,8 @@ shared-long/follow-1/absrel
         "The paper: AbsRel 0.057, 0.051 and 0.044 for 370M, 800M and 3.3B parameters after pretraining, and about 0.06 "
         "without (Figure 4). Here all networks see equal samples, at the learning rate that was chosen for width 128.",
         columns="""
-            after pretraining = /depth/absrel
-            without pretraining = -scratch/depth/absrel
+            AbsRel after pretraining = /depth/absrel
+            AbsRel without pretraining = -scratch/depth/absrel
         """,
         rows="""
             64 = narrow
@@ -516,14 +516,14 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
         y="AbsRel, image to depth (lower is better)",
         x="width of the network (6 blocks: 0.5M, 1.8M, 3.9M parameters)",
         shown=2,
-        remark="The cells are AbsRel. After pretraining, each width is better than the narrower one in every seed. "
+        remark="After pretraining, each width is better than the narrower one in every seed. "
         "Unlike the paper's networks, those from scratch gain as much by width as pretrained ones. Perhaps none of "
         "ours is large enough for depth itself.",
     ),
     Claim(
         "Image-first trajectories give more consistent depth",
         "AbsRel of depth against its image {plain-long/image-first/absrel} image first, "
-        "{plain-long/depth-first/absrel} depth first; {plain-long/order-0/absrel} at once is too near to tell",
+        "{plain-long/depth-first/absrel} depth first; {plain-long/order-0/absrel} both at once is too near to tell",
         "The paper: depth agrees best with the generated image when the image resolves first (Sec. 4.2). The columns "
         "are AbsRel of the generated depth against the depth that another network finds in the image; both take 32 "
         "steps. An image-first trajectory leaves few of these steps for depth: at 5, depth goes from t = 0.76 to 0 in "
@@ -613,9 +613,9 @@ rooms-taught-10/image/following > 0.5 * rooms-untaught/image/following + 0.5 * t
         remark="The paper does not state its weights. Ours (0.5 where depth is noise, 0.05 where it is clean) preserve "
         "nothing that can be measured. After we had seen that, we added ten times these weights: they preserve 29% of "
         "the colours that are lost and remove a third of the drift. Eq. 8 asks the teacher only about the images and "
-        "captions of the second stage, and not about any other caption. Paired by seed, the Frechet distance tells "
-        "the networks with and without distillation from the text-to-image network (0.138 ± 0.017 and 0.130 ± 0.019), "
-        "but not from each other.",
+        "captions of the second stage, and not about any other caption. By the Frechet distance, paired by seed, the "
+        "networks with and without distillation are worse than the text-to-image network (by 0.138 ± 0.017 and 0.130 "
+        "± 0.019), and not different from each other.",
     ),
     Claim(
         "Partial conditioning is graded",
@@ -649,8 +649,8 @@ plain-long/follow-0.85/absrel
     Claim(
         "Design choices",
         "AbsRel {plain/depth/absrel} with x-prediction, {velocity/depth/absrel} with velocity; "
-        "{sparse-10/depth/absrel} with noise in missing pixels, {zeros/depth/absrel} with zeros; the other choices "
-        "make no difference that three seeds can show",
+        "{sparse-10/depth/absrel} with noise in missing pixels, {zeros/depth/absrel} with zeros; holding modalities "
+        "clean is better in every seed, but unevenly; the others make no difference that three seeds can show",
         "The paper: a detokenizer for depth, a plateau in the distribution of its noise levels, noise in missing "
         "pixels, x-prediction, cross-stream mixing, and 20% each of clean images and clean depth (Sec. 3.2, 4.1). "
         "Each row changes one thing of the first row; the last row changes one thing of the row above it. A "
