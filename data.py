@@ -1329,7 +1329,7 @@ def parse_run(p, recipes):
 
     A preset that recipes lacks has nano's. With --resume, the settings in the run's config.json are the defaults.
     """
-    args = p.parse_args()  # then again with the defaults of the recipe, and again with those of the run
+    args = p.parse_args()  # again below: with the defaults of the recipe, then of the run
     recipe = find_recipe(args)
     if recipe not in recipes:
         recipe = "nano"
@@ -1743,7 +1743,7 @@ class Run:
         self.bar.close()
         if self.ranks > 1:
             dist.barrier()
-            # A thread of gloo needs Python to free what the barrier used. If Python ends first, it aborts the process.
+            # A thread of gloo needs Python to free what the barrier used. If Python ends first, the thread aborts all.
             time.sleep(0 if self.cuda else 0.5)
             dist.destroy_process_group()
         if not self.saved and self.rank == 0:

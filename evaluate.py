@@ -268,7 +268,7 @@ Prediction = namedtuple("Prediction", ["maps", "target", "valid", "mode"])  # th
 
 
 def mean_map(args, modality):
-    """The best guess blind to the image, (C, H, W): the mean true map of these images, or of training in the world."""
+    """The best guess blind to the image, (C, H, W): the mean true map of these images, or of the world's training."""
     split = "train" if args.data == "synthetic" else "val"
     count = MEAN_IMAGES if args.data == "synthetic" else args.images or MEAN_IMAGES
     source = data.open_source(args, split, args.map_size, (RGB, modality))
@@ -528,7 +528,7 @@ def parse():
     p.setting("--steps", 0, steps, data.whole(0, 10**4))
     p.setting("--measured", 0.0, "depth: also complete depth from this share of its true pixels", data.SHARE)
     p.setting("--strength", 1.0, "depth, normal, follow: trust in the input; 1 is full, 0 is none", data.SHARE)
-    p.setting("--order", "joint", "of image and joint (tasks): joint, log2(alpha) (above 0 image first) or names")
+    p.setting("--order", "joint", "image, joint: 'joint', log2(alpha) (above 0 image first), or names as depth,rgb")
     p.setting("--judge", "", "follow, joint: checkpoint of this kind that estimates depth (default: --checkpoint)")
     p.setting("--judge-steps", I2D_STEPS, "follow, joint: sampling steps of the judge", data.whole(1, 10**4))
     p.setting("--align", "affine", "alignment of depth: none, scale or affine", choices=("none", "scale", "affine"))

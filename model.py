@@ -518,9 +518,9 @@ class Denoiser(nn.Module):
     def warm_start(self, weights):
         """Load the weights of a network of fewer modalities (Sec. 3.2).
 
-        Of a new modality, what copies and tokenize_as_image name starts from the image's weights. The rest stays as it
-        is, and self.fresh_names lists it. The network shares the tensors in weights until place copies them. Raises
-        ValueError if weights do not fit.
+        Parameters of a new modality that copies and tokenize_as_image return start from the image's weights. The others
+        stay as they are, and self.fresh_names lists them. The network shares the tensors in weights until place copies
+        them. Raises ValueError if weights do not fit.
         """
         added = [m for m in self.modalities[1:] if not self.copies(m).keys() <= weights.keys()]
         with torch.device("meta"):

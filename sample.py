@@ -66,7 +66,7 @@ def parse():
 
 # ---- Inputs ----
 
-Job = namedtuple("Job", ["name", "prompt", "seed", "inputs"])  # one sample; its folder has the name; {modality: path}
+Job = namedtuple("Job", ["name", "prompt", "seed", "inputs"])  # one sample: its folder's name, ..., {modality: path}
 Inputs = namedtuple("Inputs", ["maps", "given", "file_size", "network_size"])
 
 

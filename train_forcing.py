@@ -90,8 +90,8 @@ def parse():
     levels = "share of the noise levels that is drawn uniformly; otherwise levels near 0 are hardly trained"
     p.setting("--uniform", 0.0, levels, data.number(0, 0.99))
     weight = data.number(0, 1000)
-    high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities (default: by preset; nano has 0)"
-    low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher (default: by preset; nano has 0)"
+    high = "distillation weight lambda_hi of Eq. 8, at t = 1 of the new modalities (default: 0.5; nano has 0)"
+    low = "distillation weight lambda_lo, at their t = 0; both 0: no teacher (default: 0.05; nano has 0)"
     p.setting("--distill-hi", NO_TEACHER["distill_hi"], high, weight)
     p.setting("--distill-lo", NO_TEACHER["distill_lo"], low, weight)
     data.training_settings(p, RECIPES["nano"], out="runs/forcing")

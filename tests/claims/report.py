@@ -523,7 +523,8 @@ narrow-scratch/depth/absrel - wide-scratch/depth/absrel
     Claim(
         "Image-first trajectories give more consistent depth",
         "AbsRel of depth against its image {plain-long/image-first/absrel} image first, "
-        "{plain-long/depth-first/absrel} depth first; {plain-long/order-0/absrel} both at once is too near to tell",
+        "{plain-long/depth-first/absrel} depth first; both at once, {plain-long/order-0/absrel}, is too near to image "
+        "first to tell",
         "The paper: depth agrees best with the generated image when the image resolves first (Sec. 4.2). The columns "
         "are AbsRel of the generated depth against the depth that another network finds in the image; both take 32 "
         "steps. An image-first trajectory leaves few of these steps for depth: at 5, depth goes from t = 0.76 to 0 in "
@@ -650,7 +651,8 @@ plain-long/follow-0.85/absrel
         "Design choices",
         "AbsRel {plain/depth/absrel} with x-prediction, {velocity/depth/absrel} with velocity; "
         "{sparse-10/depth/absrel} with noise in missing pixels, {zeros/depth/absrel} with zeros; holding modalities "
-        "clean is better in every seed, but unevenly; the others make no difference that three seeds can show",
+        "clean is better in every seed, by amounts too uneven to tell; the others make no difference that three seeds "
+        "can show",
         "The paper: a detokenizer for depth, a plateau in the distribution of its noise levels, noise in missing "
         "pixels, x-prediction, cross-stream mixing, and 20% each of clean images and clean depth (Sec. 3.2, 4.1). "
         "Each row changes one thing of the first row; the last row changes one thing of the row above it. A "
