@@ -173,7 +173,7 @@ def corrupt_batch(run, batch, encoders, args):
     x0 = {image.name: encoders.encode_image(batch.values[image.name])}
     valid = {image.name: None}
 
-    # Thin out the other modalities as sensors do; some see edges of the image alone. Depth is normalised by the mean of
+    # Thin out the other modalities as sensors do; some see only textured points. Depth is normalised by the mean of
     # the pixels that are left.
     sensor_mask = data.sensor_mask(batch.values[image.name], args.sparsity, rng.rand)
     for m in others:
